@@ -1,0 +1,64 @@
+# make train   an environment, compiled kernels, and a Helmholtz machine trained on the digits (runs/digits)
+# make test    the same environment, the whole test suite
+# make help    the rest
+
+VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
+PYTHON ?= python3
+PIP := -m pip install --quiet --disable-pip-version-check
+
+SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
+SHELL := /bin/bash
+
+.PHONY: help train test lint format cuda-check clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make format     rewrites the sources as ruff and clang-format would have them"
+	@echo "make cuda-check compiles the CUDA kernels against a CUDA build of torch; needs nvcc, no GPU"
+	@echo "make clean      removes what was built, not the environments"
+
+train: $(VENV)/.installed
+	$(VENV)/bin/wakesleep train --out runs/digits --overwrite
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(shell find csrc -type f)
+
+# The tests run against the installed wheel: from their own folder, so that the source tree is not on the path.
+cuda-check: $(CUDA_VENV)/.environment
+	WAKESLEEP_FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" $(CUDA_VENV)/bin/python $(PIP) \
+		--no-build-isolation --no-deps --force-reinstall .
+	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/cuda_check.py
+	cd tests && ../$(CUDA_VENV)/bin/pytest -c ../pyproject.toml --rootdir . -m "not source_tree" .
+
+clean:
+	rm -rf build dist *.egg-info wakesleep_ext/_C*.so wakesleep_ext/_build.py $(VENV)/.installed
+
+$(VENV)/.environment: constraints.txt pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) -c constraints.txt torch setuptools wheel ninja pybind11
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.environment $(SOURCES)
+	$(VENV)/bin/python $(PIP) -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	touch $@
+
+# Everything as in the other environment, but for a torch that has CUDA in it.
+$(CUDA_VENV)/.environment: constraints.txt pyproject.toml
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python $(PIP) -c <(sed '/^torch==/d' constraints.txt) torch==2.14.1 setuptools wheel ninja pybind11 \
+		hypothesis matplotlib numpy pytest safetensors scikit-learn scipy tqdm tyro
+	touch $@

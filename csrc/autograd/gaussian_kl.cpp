@@ -1,0 +1,41 @@
+// Gradients of KL(N(mu, e^logvar) || N(0, I)): mu, and (e^logvar - 1) / 2.
+#include "operators.h"
+
+namespace wakesleep::autograd {
+namespace {
+
+struct GaussianKl : torch::autograd::Function<GaussianKl> {
+  static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar) {
+    context->save_for_backward({mu, logvar});
+    return below(gaussian_kl(), mu, logvar);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const auto [grad_mu, grad_logvar] = gaussian_kl_backward().call(grads[0], saved[0], saved[1]);
+    return {sum_like(grad_mu, saved[0]), sum_like(grad_logvar, saved[1])};
+  }
+};
+
+Tensor kl(const Tensor& mu, const Tensor& logvar) {
+  return needs_gradient(mu, logvar) ? GaussianKl::apply(mu, logvar) : below(gaussian_kl(), mu, logvar);
+}
+
+// The backward itself differentiates through the formula.
+Pair kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar) {
+  if (!needs_gradient(grad, mu, logvar)) {
+    return below(gaussian_kl_backward(), grad, mu, logvar);
+  }
+  const auto shape = at::infer_size_symdimvector(mu.sym_sizes(), logvar.sym_sizes());
+  const Tensor upstream = grad.unsqueeze(-1);
+  return {(upstream * mu).expand_symint(shape), (0.5 * upstream * (logvar.exp() - 1)).expand_symint(shape)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
+  m.impl("gaussian_kl", kl);
+  m.impl("gaussian_kl_backward", kl_backward);
+}
+
+}  // namespace wakesleep::autograd

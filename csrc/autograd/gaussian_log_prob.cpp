@@ -1,0 +1,48 @@
+// Gradients of log N(z; mu, e^logvar), with d = (z - mu) e^-logvar: d for mu, ((z - mu) d - 1) / 2 for logvar, -d for
+// z.
+#include "operators.h"
+
+namespace wakesleep::autograd {
+namespace {
+
+struct GaussianLogProb : torch::autograd::Function<GaussianLogProb> {
+  static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& z) {
+    context->save_for_backward({mu, logvar, z});
+    return below(gaussian_log_prob(), mu, logvar, z);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const bool with_grad_z = context->needs_input_grad(2);
+    const auto [grad_mu, grad_logvar, grad_z] =
+        gaussian_log_prob_backward().call(grads[0], saved[0], saved[1], saved[2], with_grad_z);
+    return {sum_like(grad_mu, saved[0]), sum_like(grad_logvar, saved[1]),
+            with_grad_z ? sum_like(grad_z, saved[2]) : Tensor()};
+  }
+};
+
+Tensor log_prob(const Tensor& mu, const Tensor& logvar, const Tensor& z) {
+  return needs_gradient(mu, logvar, z) ? GaussianLogProb::apply(mu, logvar, z)
+                                       : below(gaussian_log_prob(), mu, logvar, z);
+}
+
+// The backward itself differentiates through the formula.
+std::tuple<Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
+                                                     const Tensor& z, bool with_grad_z) {
+  if (!needs_gradient(grad, mu, logvar, z)) {
+    return below(gaussian_log_prob_backward(), grad, mu, logvar, z, with_grad_z);
+  }
+  const auto shape = at::infer_size_symdimvector(mu.sym_sizes(), logvar.sym_sizes());
+  const Tensor upstream = grad.unsqueeze(-1), difference = z - mu, scaled = difference * (-logvar).exp();
+  return {at::sum_to(upstream * scaled, shape), at::sum_to(0.5 * upstream * (difference * scaled - 1), shape),
+          -upstream * scaled};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
+  m.impl("gaussian_log_prob", log_prob);
+  m.impl("gaussian_log_prob_backward", log_prob_backward);
+}
+
+}  // namespace wakesleep::autograd

@@ -1,0 +1,77 @@
+// Gradients of z = mu + sigma eps and log q(z): dz/dmu = 1, dz/dlogvar = (z - mu) / 2, and, through the sample,
+// dlog q/dmu = 0, dlog q/dlogvar = -1/2. What is kept for the backward is the key.
+#include "operators.h"
+
+namespace wakesleep::autograd {
+namespace {
+
+struct Rsample : torch::autograd::Function<Rsample> {
+  static variable_list forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& key,
+                               c10::SymIntArrayRef sample_shape, bool with_log_prob) {
+    context->save_for_backward({mu, logvar, key});
+    context->saved_data["sample_shape"] = sample_shape.vec();
+    context->set_materialize_grads(false);
+    if (with_log_prob) {
+      const auto [z, log_prob] = below(gaussian_rsample_log_prob(), mu, logvar, key, sample_shape);
+      return {z, log_prob};
+    }
+    return {below(gaussian_rsample(), mu, logvar, key, sample_shape)};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &mu = saved[0], &logvar = saved[1], &key = saved[2];
+    const auto grad = [&](size_t output) {
+      return output < grads.size() && grads[output].defined() ? OptionalTensor(grads[output]) : std::nullopt;
+    };
+    const auto [grad_mu, grad_logvar] = gaussian_rsample_backward().call(
+        grad(0), grad(1), mu, logvar, key, context->saved_data["sample_shape"].toSymIntVector());
+    return {sum_like(grad_mu, mu), sum_like(grad_logvar, logvar), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor rsample(const Tensor& mu, const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
+  return needs_gradient(mu, logvar) ? Rsample::apply(mu, logvar, key, sample_shape, false)[0]
+                                    : below(gaussian_rsample(), mu, logvar, key, sample_shape);
+}
+
+Pair rsample_log_prob(const Tensor& mu, const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
+  if (!needs_gradient(mu, logvar)) {
+    return below(gaussian_rsample_log_prob(), mu, logvar, key, sample_shape);
+  }
+  const variable_list outputs = Rsample::apply(mu, logvar, key, sample_shape, true);
+  return {outputs[0], outputs[1]};
+}
+
+// The backward itself differentiates through the formula, with eps drawn as the sample of N(0, I) with that key.
+Pair rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_log_prob, const Tensor& mu,
+                      const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
+  const bool has_z = grad_z && grad_z->defined(), has_log_prob = grad_log_prob && grad_log_prob->defined();
+  if (!needs_gradient(mu, logvar) && !(has_z && needs_gradient(*grad_z)) &&
+      !(has_log_prob && needs_gradient(*grad_log_prob))) {
+    return below(gaussian_rsample_backward(), grad_z, grad_log_prob, mu, logvar, key, sample_shape);
+  }
+  const auto shape = at::infer_size_symdimvector(mu.sym_sizes(), logvar.sym_sizes());
+  Tensor grad_mu = at::zeros_symint(shape, mu.options()), grad_logvar = at::zeros_symint(shape, mu.options());
+  if (has_z) {
+    const Tensor origin = at::zeros_symint(shape, mu.options());
+    const Tensor eps = gaussian_rsample().call(origin, origin, key, sample_shape);
+    grad_mu = grad_mu + at::sum_to(*grad_z, shape);
+    grad_logvar = grad_logvar + 0.5 * at::sum_to(*grad_z * eps * (0.5 * logvar).exp(), shape);
+  }
+  if (has_log_prob) {
+    const auto batch = c10::SymIntArrayRef(shape).slice(0, shape.size() - 1);
+    grad_logvar = grad_logvar - 0.5 * at::sum_to(*grad_log_prob, batch).unsqueeze(-1);
+  }
+  return {grad_mu, grad_logvar};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
+  m.impl("gaussian_rsample", rsample);
+  m.impl("gaussian_rsample_log_prob", rsample_log_prob);
+  m.impl("gaussian_rsample_backward", rsample_backward);
+}
+
+}  // namespace wakesleep::autograd

@@ -1,0 +1,57 @@
+// What the Autograd-key kernels share: typed handles of the operators, and the test whether a gradient is wanted.
+#pragma once
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+namespace wakesleep::autograd {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The operator of that name and signature, looked up once.
+#define WAKESLEEP_OPERATOR(name, ...)                                                                     \
+  inline const c10::TypedOperatorHandle<__VA_ARGS__>& name() {                                            \
+    static const auto handle =                                                                            \
+        c10::Dispatcher::singleton().findSchemaOrThrow("wakesleep_ext::" #name, "").typed<__VA_ARGS__>(); \
+    return handle;                                                                                        \
+  }
+
+using OptionalTensor = std::optional<Tensor>;
+using Pair = std::tuple<Tensor, Tensor>;
+
+WAKESLEEP_OPERATOR(gaussian_rsample, Tensor(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
+WAKESLEEP_OPERATOR(gaussian_rsample_log_prob, Pair(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
+WAKESLEEP_OPERATOR(gaussian_rsample_backward, Pair(const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                                   const Tensor&, const Tensor&, c10::SymIntArrayRef))
+WAKESLEEP_OPERATOR(gaussian_log_prob, Tensor(const Tensor&, const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(gaussian_log_prob_backward,
+                   std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool))
+WAKESLEEP_OPERATOR(standard_gaussian_log_prob, Tensor(const Tensor&))
+WAKESLEEP_OPERATOR(standard_gaussian_log_prob_backward, Tensor(const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(gaussian_kl_backward, Pair(const Tensor&, const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
+
+template <typename... Tensors>
+bool needs_gradient(const Tensors&... tensors) {
+  return (torch::autograd::isFwGradDefined(tensors) || ...) || torch::autograd::compute_requires_grad(tensors...);
+}
+
+// An operator below autograd.
+template <typename Operator, typename... Arguments>
+auto below(const Operator& op, const Arguments&... arguments) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(arguments...);
+}
+
+// A gradient in the broadcast shape, summed to the shape of what it belongs to.
+inline Tensor sum_like(const Tensor& gradient, const Tensor& owner) { return at::sum_to(gradient, owner.sym_sizes()); }
+
+}  // namespace wakesleep::autograd

@@ -1,0 +1,35 @@
+// Gradient of log N(z; 0, I): -z.
+#include "operators.h"
+
+namespace wakesleep::autograd {
+namespace {
+
+struct StandardGaussianLogProb : torch::autograd::Function<StandardGaussianLogProb> {
+  static Tensor forward(AutogradContext* context, const Tensor& z) {
+    context->save_for_backward({z});
+    return below(standard_gaussian_log_prob(), z);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    return {standard_gaussian_log_prob_backward().call(grads[0], context->get_saved_variables()[0])};
+  }
+};
+
+Tensor log_prob(const Tensor& z) {
+  return needs_gradient(z) ? StandardGaussianLogProb::apply(z) : below(standard_gaussian_log_prob(), z);
+}
+
+// The backward itself differentiates through the formula.
+Tensor log_prob_backward(const Tensor& grad, const Tensor& z) {
+  return needs_gradient(grad, z) ? (-grad.unsqueeze(-1) * z).to(z.scalar_type())
+                                 : below(standard_gaussian_log_prob_backward(), grad, z);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
+  m.impl("standard_gaussian_log_prob", log_prob);
+  m.impl("standard_gaussian_log_prob_backward", log_prob_backward);
+}
+
+}  // namespace wakesleep::autograd

@@ -1,0 +1,111 @@
+// What the Bernoulli ops work on, checked and laid out once for every backend.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include "dispatch.h"
+#include "geometry.h"
+
+namespace wakesleep {
+
+// Checked operands of the log-likelihood: x as uint8, in the type of the logits, or in the type they are computed in.
+struct BernoulliOperands {
+  at::Tensor logits;    // [*S, *B, D]
+  at::Tensor x;         // [*B, D]
+  at::DimVector batch;  // what the leading dimensions broadcast to
+  int64_t D;
+
+  BernoulliOperands(const char* op, const at::Tensor& logits_in, const at::Tensor& x_in) {
+    check_floating(op, {"logits", logits_in});
+    check_same_event(op, {"logits", logits_in}, {"x", x_in});
+    const auto type = x_in.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kBool || type == at::kByte || at::isFloatingType(type), op,
+                     ": expected x to be bool, uint8 or floating, got ", type);
+    logits = with_contiguous_events(logits_in);
+    const auto compute = at::toOpMathType(logits.scalar_type());
+    if (type == at::kBool) {
+      x = x_in.view(at::kByte);
+    } else {
+      x = type == at::kByte || type == logits.scalar_type() ? x_in : x_in.to(compute);
+    }
+    x = with_contiguous_events(x);
+    batch = broadcast_batch(op, {"logits", logits}, {"x", x});
+    D = logits.size(-1);
+  }
+
+  template <typename Body>
+  void dispatch(const char* op, const Body& body) const {
+    dispatch_floating_and_value(op, logits.scalar_type(), x.scalar_type(), body);
+  }
+};
+
+struct BernoulliLogProb : BernoulliOperands {
+  static constexpr auto op = "bernoulli_log_prob";
+  at::Tensor log_prob;  // [*S, *B]
+  RowMap<2> rows;       // of logits and x
+
+  BernoulliLogProb(const at::Tensor& logits_in, const at::Tensor& x_in) : BernoulliOperands(op, logits_in, x_in) {
+    log_prob = at::empty(batch, logits.options().dtype(at::toOpMathType(logits.scalar_type())));
+    rows = map_rows<2>(batch, {row_strides(logits, batch), row_strides(x, batch)});
+  }
+};
+
+struct BernoulliLogProbBackward : BernoulliOperands {
+  static constexpr auto op = "bernoulli_log_prob_backward";
+  at::Tensor grad;          // [*S, *B]
+  RowGroups<3> rows;        // of logits, x and grad, around each row of the logits
+  GradientSum grad_logits;  // like logits
+
+  BernoulliLogProbBackward(const at::Tensor& grad_in, const at::Tensor& logits_in, const at::Tensor& x_in)
+      : BernoulliOperands(op, logits_in, x_in),
+        grad(check_row_gradient(op, "grad", grad_in, batch, {"logits", logits})),
+        rows(group_rows<3>(batch, batch_sizes(logits),
+                           {row_strides(logits, batch), row_strides(x, batch), row_strides(grad, batch, 0)})),
+        grad_logits(logits, logits.sizes(), rows.inner.rows) {}
+};
+
+struct BernoulliSample {
+  static constexpr auto op = "bernoulli_sample";
+  at::Tensor logits;  // [*B, D]
+  at::Tensor key;     // [2]
+  int64_t D;
+  int64_t samples;       // the product of the sample shape
+  at::ScalarType dtype;  // of the result
+  at::Tensor x;          // [*S, *B, D], uint8 or in the dtype of the logits
+  RowMap<1> rows;        // of logits, once around for each sample
+
+  BernoulliSample(const at::Tensor& logits_in, const at::Tensor& key_in, at::IntArrayRef sample_shape,
+                  std::optional<at::ScalarType> dtype_in)
+      : logits(logits_in),
+        key(key_in),
+        samples(c10::multiply_integers(sample_shape)),
+        dtype(dtype_in.value_or(logits_in.scalar_type())) {
+    check_floating(op, {"logits", logits});
+    check_event(op, {"logits", logits});
+    check_key(op, key, {"logits", logits});
+    check_sample_shape(op, sample_shape);
+    TORCH_CHECK_TYPE(dtype == at::kBool || dtype == at::kByte || at::isFloatingType(dtype), op,
+                     ": expected dtype to be bool, uint8 or floating, got ", dtype);
+    D = logits.size(-1);
+    logits = with_contiguous_events(logits);
+    const auto written = dtype == logits.scalar_type() ? dtype : at::kByte;
+    x = at::empty(concat(sample_shape, logits.sizes()), logits.options().dtype(written));
+    const auto batch = batch_sizes(logits);
+    rows = map_rows<1>(batch, {row_strides(logits, batch)});
+  }
+
+  template <typename Body>
+  void dispatch(const Body& body) const {
+    dispatch_floating(op, logits.scalar_type(), [&](auto type) {
+      if (x.scalar_type() == at::kByte) {
+        return body(type, Type<uint8_t>{});
+      }
+      body(type, type);
+    });
+  }
+
+  // Zeros and ones as bytes are booleans as they stand.
+  at::Tensor result() const { return dtype == at::kBool ? x.view(at::kBool) : x.to(dtype); }
+};
+
+}  // namespace wakesleep

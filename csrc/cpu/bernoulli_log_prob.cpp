@@ -1,0 +1,88 @@
+// log p(x; logits) = sum_d [x a - softplus(a)] and its gradient for the logits, x - s(a), on the CPU.
+#include <torch/library.h>
+
+#include "../bernoulli.h"
+#include "../densities.h"
+#include "vec.h"
+
+namespace wakesleep::cpu {
+namespace {
+
+template <typename compute_t, typename logit_t, typename x_t>
+C10_ALWAYS_INLINE compute_t row_log_prob(const logit_t* logits,  // [D]
+                                         const x_t* x,           // [D]
+                                         int64_t D) {
+  constexpr int64_t kPiece = kFactorsPerLog * Lanes<compute_t>::width;
+  Lanes<compute_t> log_prob(0), product(1);
+  for (int64_t begin = 0; begin < D; begin += kPiece) {
+    for_lanes<compute_t>(begin, std::min(D, begin + kPiece), [&](int64_t d, int l) {
+      const BernoulliTerm<compute_t> term(static_cast<compute_t>(logits[d]), static_cast<compute_t>(x[d]));
+      log_prob.lane[l] += term.linear;
+      product.lane[l] *= term.factor;
+    });
+    for_lanes<compute_t>(0, Lanes<compute_t>::width, [&](int64_t, int l) {
+      log_prob.lane[l] -= log_of_normal(product.lane[l]);
+      product.lane[l] = 1;
+    });
+  }
+  return log_prob.sum();
+}
+
+at::Tensor bernoulli_log_prob(const at::Tensor& logits,  // [*S, *B, D]
+                              const at::Tensor& x) {     // [*B, D]
+  const BernoulliLogProb call(logits, x);
+  call.dispatch(call.op, [&](auto logit_type, auto x_type) {
+    using logit_t = typename decltype(logit_type)::type;
+    using x_t = typename decltype(x_type)::type;
+    using compute_t = at::opmath_type<logit_t>;
+    const auto* logits_data = call.logits.const_data_ptr<logit_t>();
+    const auto* x_data = call.x.const_data_ptr<x_t>();
+    auto* log_prob = call.log_prob.mutable_data_ptr<compute_t>();
+    vectorized_parallel_for(call.rows.rows, grain_rows(call.D), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const auto offset = call.rows(row);
+        log_prob[row] = row_log_prob<compute_t>(logits_data + offset.of[0], x_data + offset.of[1], call.D);
+      }
+    });
+  });
+  return call.log_prob;
+}
+
+at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
+                                       const at::Tensor& logits,  // [*S, *B, D]
+                                       const at::Tensor& x) {     // [*B, D]
+  const BernoulliLogProbBackward call(grad, logits, x);
+  call.dispatch(call.op, [&](auto logit_type, auto x_type) {
+    using logit_t = typename decltype(logit_type)::type;
+    using x_t = typename decltype(x_type)::type;
+    using compute_t = at::opmath_type<logit_t>;
+    const auto* logits_data = call.logits.const_data_ptr<logit_t>();
+    const auto* x_data = call.x.const_data_ptr<x_t>();
+    const auto* grad_data = call.grad.const_data_ptr<compute_t>();
+    dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to) {
+      for_inner_pieces(call.rows, call.D, [&](const auto& piece, int64_t index, int64_t column, int64_t columns) {
+        compute_t total[kTile] = {};
+        for (int64_t inner = piece.first; inner < piece.last; ++inner) {
+          const auto offset = piece.offset + call.rows.inner(inner);
+          const auto* a = logits_data + offset.of[0] + column;
+          const auto* v = x_data + offset.of[1] + column;
+          const compute_t upstream = grad_data[offset.of[2]];
+          for_lanes<compute_t>(0, columns, [&](int64_t d, int) {
+            total[d] += upstream * bernoulli_grad_logits(static_cast<compute_t>(a[d]), static_cast<compute_t>(v[d]));
+          });
+        }
+        store(total, columns, to[0] + index * call.D + column);
+      });
+    });
+  });
+  return call.grad_logits.total();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) {
+  m.impl("bernoulli_log_prob", bernoulli_log_prob);
+  m.impl("bernoulli_log_prob_backward", bernoulli_log_prob_backward);
+}
+
+}  // namespace wakesleep::cpu

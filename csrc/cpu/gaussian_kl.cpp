@@ -1,0 +1,70 @@
+// KL(N(mu, diag e^logvar) || N(0, I)) = 1/2 sum_k [mu^2 + e^logvar - 1 - logvar] and its gradients, on the CPU.
+#include <torch/library.h>
+
+#include "../densities.h"
+#include "../gaussian.h"
+#include "vec.h"
+
+namespace wakesleep::cpu {
+namespace {
+
+at::Tensor gaussian_kl(const at::Tensor& mu,        // [*B, K]
+                       const at::Tensor& logvar) {  // [*B, K]
+  const GaussianKl call(mu, logvar);
+  dispatch_floating(call.op, call.dtype(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = at::opmath_type<scalar_t>;
+    const auto* mu_data = call.mu.const_data_ptr<scalar_t>();
+    const auto* logvar_data = call.logvar.const_data_ptr<scalar_t>();
+    auto* kl = call.kl.mutable_data_ptr<compute_t>();
+    vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const auto offset = call.rows(row);
+        const auto* m = mu_data + offset.of[0];
+        const auto* l = logvar_data + offset.of[1];
+        kl[row] = compute_t(0.5) * sum_over_row<compute_t>(call.K, [&](int64_t k) {
+                    return twice_gaussian_kl(static_cast<compute_t>(m[k]), static_cast<compute_t>(l[k]));
+                  });
+      }
+    });
+  });
+  return call.kl;
+}
+
+std::tuple<at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad,      // [*B]
+                                                        const at::Tensor& mu,        // [*B, K]
+                                                        const at::Tensor& logvar) {  // [*B, K]
+  const GaussianKlBackward call(grad, mu, logvar);
+  dispatch_floating(call.op, call.dtype(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = at::opmath_type<scalar_t>;
+    const auto* mu_data = call.mu.const_data_ptr<scalar_t>();
+    const auto* logvar_data = call.logvar.const_data_ptr<scalar_t>();
+    const auto* grad_data = call.grad.const_data_ptr<compute_t>();
+    auto* grad_mu = call.grad_mu.mutable_data_ptr<scalar_t>();
+    auto* grad_logvar = call.grad_logvar.mutable_data_ptr<scalar_t>();
+    vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const auto offset = call.rows(row);
+        const auto* m = mu_data + offset.of[0];
+        const auto* l = logvar_data + offset.of[1];
+        const compute_t upstream = grad_data[offset.of[2]];
+        for_lanes<compute_t>(0, call.K, [&](int64_t k, int) {
+          grad_mu[row * call.K + k] = static_cast<scalar_t>(upstream * static_cast<compute_t>(m[k]));
+          grad_logvar[row * call.K + k] =
+              static_cast<scalar_t>(upstream * gaussian_kl_grad_logvar(static_cast<compute_t>(l[k])));
+        });
+      }
+    });
+  });
+  return {call.grad_mu, call.grad_logvar};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) {
+  m.impl("gaussian_kl", gaussian_kl);
+  m.impl("gaussian_kl_backward", gaussian_kl_backward);
+}
+
+}  // namespace wakesleep::cpu

@@ -1,0 +1,135 @@
+// z = mu + sigma eps with sigma = e^(logvar/2), log q(z) = -1/2 sum_k [logvar + eps^2 + log 2 pi], and the gradients
+// of both, on the CPU. eps is a function of the key and the element's index in z, so the backward draws it again.
+#include <torch/library.h>
+
+#include "../densities.h"
+#include "../gaussian.h"
+#include "vec.h"
+
+namespace wakesleep::cpu {
+namespace {
+
+template <bool with_log_prob>
+void draw(const GaussianRsample& call) {
+  dispatch_floating(call.op, call.dtype(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = at::opmath_type<scalar_t>;
+    const auto* mu_data = call.mu.const_data_ptr<scalar_t>();
+    const auto* logvar_data = call.logvar.const_data_ptr<scalar_t>();
+    auto* z_data = call.z.mutable_data_ptr<scalar_t>();
+    auto* log_prob = with_log_prob ? call.log_prob.mutable_data_ptr<compute_t>() : nullptr;
+    const PhiloxKey key = read_key(call.key);
+    for_row_tiles(1, call.samples * call.rows.rows, call.K, [&](int64_t, int64_t first_row, int64_t rows) {
+      DrawTile<StandardNormals, compute_t> tile;
+      Lanes<compute_t> sum(0);
+      for (int64_t column = 0; column == 0 || column < call.K; column += kTile) {
+        const int64_t columns = std::min(kTile, call.K - column);
+        const compute_t* eps = tile.fill(key, first_row * call.K + column, rows * columns);
+        for (int64_t row = first_row; row < first_row + rows; ++row, eps += columns) {
+          const auto offset = call.rows(row % call.rows.rows);
+          const auto* m = mu_data + offset.of[0] + column;
+          const auto* l = logvar_data + offset.of[1] + column;
+          auto* z = z_data + row * call.K + column;
+          if (column == 0) {
+            sum.fill(0);
+          }
+          for_lanes<compute_t>(0, columns, [&](int64_t k, int lane) {
+            const auto logvar = static_cast<compute_t>(l[k]);
+            z[k] = static_cast<scalar_t>(static_cast<compute_t>(m[k]) + gaussian_sigma(logvar) * eps[k]);
+            sum.lane[lane] += logvar + eps[k] * eps[k];
+          });
+          if (with_log_prob && column + columns == call.K) {
+            log_prob[row] = gaussian_log_prob_of_sum(sum.sum(), call.K);
+          }
+        }
+      }
+    });
+  });
+}
+
+at::Tensor gaussian_rsample(const at::Tensor& mu,      // [*B, K]
+                            const at::Tensor& logvar,  // [*B, K]
+                            const at::Tensor& key,     // [2]
+                            at::IntArrayRef sample_shape) {
+  const GaussianRsample call("gaussian_rsample", mu, logvar, key, sample_shape, false);
+  draw<false>(call);
+  return call.z;
+}
+
+std::tuple<at::Tensor, at::Tensor> gaussian_rsample_log_prob(const at::Tensor& mu,      // [*B, K]
+                                                             const at::Tensor& logvar,  // [*B, K]
+                                                             const at::Tensor& key,     // [2]
+                                                             at::IntArrayRef sample_shape) {
+  const GaussianRsample call("gaussian_rsample_log_prob", mu, logvar, key, sample_shape, true);
+  draw<true>(call);
+  return {call.z, call.log_prob};
+}
+
+// grad_mu = sum_s grad_z; grad_logvar = 1/2 sum_s (grad_z sigma eps - grad_log_prob).
+std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
+    const std::optional<at::Tensor>& grad_z,         // [*S, *B, K]
+    const std::optional<at::Tensor>& grad_log_prob,  // [*S, *B]
+    const at::Tensor& mu,                            // [*B, K]
+    const at::Tensor& logvar,                        // [*B, K]
+    const at::Tensor& key,                           // [2]
+    at::IntArrayRef sample_shape) {
+  const GaussianRsampleBackward call(grad_z, grad_log_prob, mu, logvar, key, sample_shape);
+  dispatch_floating(call.op, call.dtype(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = at::opmath_type<scalar_t>;
+    const auto* logvar_data = call.logvar.const_data_ptr<scalar_t>();
+    const auto* grad_z_data = call.grad_z.defined() ? call.grad_z.const_data_ptr<scalar_t>() : nullptr;
+    const auto* grad_log_prob_data =
+        call.grad_log_prob.defined() ? call.grad_log_prob.const_data_ptr<compute_t>() : nullptr;
+    const PhiloxKey key_words = read_key(call.key);
+    const int64_t B = call.rows.rows, K = call.K;
+    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to) {
+      for_row_tiles(inner_pieces(call.samples), B, K, [&](int64_t piece, int64_t first_row, int64_t rows) {
+        DrawTile<StandardNormals, compute_t> tile;
+        const int64_t first_sample = piece * kPieceRows;
+        const int64_t last_sample = std::min(call.samples, first_sample + kPieceRows);
+        for (int64_t column = 0; column < K; column += kTile) {
+          const int64_t columns = std::min(kTile, K - column);
+          compute_t total_z[kTile] = {}, total_z_eps[kTile] = {};  // of `rows` rows
+          if (grad_z_data != nullptr) {
+            for (int64_t sample = first_sample; sample < last_sample; ++sample) {
+              const int64_t first = (sample * B + first_row) * K + column;
+              const compute_t* eps = tile.fill(key_words, first, rows * columns);
+              const auto* upstream = grad_z_data + first;
+              for_lanes<compute_t>(0, rows * columns, [&](int64_t i, int) {
+                const auto g = static_cast<compute_t>(upstream[i]);
+                total_z[i] += g;
+                total_z_eps[i] += g * eps[i];
+              });
+            }
+          }
+          for (int64_t row = first_row; row < first_row + rows; ++row) {
+            compute_t total_log_prob = 0;
+            for (int64_t sample = first_sample; grad_log_prob_data != nullptr && sample < last_sample; ++sample) {
+              total_log_prob += grad_log_prob_data[sample * B + row];
+            }
+            const auto* l = logvar_data + call.rows(row).of[0] + column;
+            const int64_t in_tile = (row - first_row) * columns;
+            const int64_t out = (piece * B + row) * K + column;
+            for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
+              const compute_t sigma = gaussian_sigma(static_cast<compute_t>(l[k]));
+              to[0][out + k] = total_z[in_tile + k];
+              to[1][out + k] = compute_t(0.5) * (sigma * total_z_eps[in_tile + k] - total_log_prob);
+            });
+          }
+        }
+      });
+    });
+  });
+  return {call.grad_mu.total(), call.grad_logvar.total()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) {
+  m.impl("gaussian_rsample", gaussian_rsample);
+  m.impl("gaussian_rsample_log_prob", gaussian_rsample_log_prob);
+  m.impl("gaussian_rsample_backward", gaussian_rsample_backward);
+}
+
+}  // namespace wakesleep::cpu

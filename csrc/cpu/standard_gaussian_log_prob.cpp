@@ -1,0 +1,62 @@
+// log N(z; 0, I) = -1/2 sum_k [z^2 + log 2 pi] and its gradient, -z, on the CPU.
+#include <torch/library.h>
+
+#include "../densities.h"
+#include "../gaussian.h"
+#include "vec.h"
+
+namespace wakesleep::cpu {
+namespace {
+
+at::Tensor standard_gaussian_log_prob(const at::Tensor& z) {  // [*B, K]
+  const StandardGaussianLogProb call(z);
+  dispatch_floating(call.op, call.z.scalar_type(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = at::opmath_type<scalar_t>;
+    const auto* z_data = call.z.const_data_ptr<scalar_t>();
+    auto* log_prob = call.log_prob.mutable_data_ptr<compute_t>();
+    vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const auto* v = z_data + call.rows(row).of[0];
+        const compute_t sum = sum_over_row<compute_t>(call.K, [&](int64_t k) {
+          const auto z_k = static_cast<compute_t>(v[k]);
+          return z_k * z_k;
+        });
+        log_prob[row] = gaussian_log_prob_of_sum(sum, call.K);
+      }
+    });
+  });
+  return call.log_prob;
+}
+
+at::Tensor standard_gaussian_log_prob_backward(const at::Tensor& grad,  // [*B]
+                                               const at::Tensor& z) {   // [*B, K]
+  const StandardGaussianLogProbBackward call(grad, z);
+  dispatch_floating(call.op, call.z.scalar_type(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = at::opmath_type<scalar_t>;
+    const auto* z_data = call.z.const_data_ptr<scalar_t>();
+    const auto* grad_data = call.grad.const_data_ptr<compute_t>();
+    auto* grad_z = call.grad_z.mutable_data_ptr<scalar_t>();
+    vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const auto offset = call.rows(row);
+        const auto* v = z_data + offset.of[0];
+        const compute_t upstream = grad_data[offset.of[1]];
+        for_lanes<compute_t>(0, call.K, [&](int64_t k, int) {
+          grad_z[row * call.K + k] = static_cast<scalar_t>(-upstream * static_cast<compute_t>(v[k]));
+        });
+      }
+    });
+  });
+  return call.grad_z;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) {
+  m.impl("standard_gaussian_log_prob", standard_gaussian_log_prob);
+  m.impl("standard_gaussian_log_prob_backward", standard_gaussian_log_prob_backward);
+}
+
+}  // namespace wakesleep::cpu

@@ -1,0 +1,205 @@
+// How CPU kernels use the width of the processor: ordinary loops, compiled once per instruction set, chosen at run
+// time.
+//
+// vectorized_parallel_for(n, grain, body) runs body(begin, end) over at::parallel_for, inside a function compiled for
+// AVX-512, AVX2 or the baseline. `flatten` inlines the whole of body into each of these, so body is written once, as
+// plain loops over the lanes of a 64-byte vector, and the compiler's vectoriser does the rest. The choice is ATen's
+// own and obeys ATEN_CPU_CAPABILITY.
+//
+// Reductions keep one accumulator per lane of those 64 bytes whatever the hardware's width, and add them in a fixed
+// order: with contraction off, every instruction set and every thread count returns the same bits.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <string_view>
+
+#include "../geometry.h"
+#include "../philox.h"
+
+namespace wakesleep::cpu {
+
+enum class InstructionSet { baseline, avx2, avx512 };
+
+inline InstructionSet instruction_set() {
+  static const InstructionSet chosen = [] {
+    const std::string capability = at::get_cpu_capability();
+    if (capability.rfind("AVX512", 0) == 0) {
+      return InstructionSet::avx512;
+    }
+    return capability == "AVX2" ? InstructionSet::avx2 : InstructionSet::baseline;
+  }();
+  return chosen;
+}
+
+#if defined(__x86_64__)
+#define WAKESLEEP_COMPILED_FOR(features) __attribute__((target(features), flatten, noinline))
+
+template <typename Body>
+WAKESLEEP_COMPILED_FOR("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512")
+void run_avx512(const Body& body, int64_t begin, int64_t end) {
+  body(begin, end);
+}
+
+template <typename Body>
+WAKESLEEP_COMPILED_FOR("avx2,f16c")
+void run_avx2(const Body& body, int64_t begin, int64_t end) {
+  body(begin, end);
+}
+#endif
+
+template <typename Body>
+__attribute__((flatten, noinline)) void run_baseline(const Body& body, int64_t begin, int64_t end) {
+  body(begin, end);
+}
+
+template <typename Body>
+void vectorized_parallel_for(int64_t count, int64_t grain, const Body& body) {
+  const InstructionSet set = instruction_set();
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+#if defined(__x86_64__)
+    if (set == InstructionSet::avx512) {
+      return run_avx512(body, begin, end);
+    }
+    if (set == InstructionSet::avx2) {
+      return run_avx2(body, begin, end);
+    }
+#endif
+    run_baseline(body, begin, end);
+  });
+}
+
+// Rows per task, so that a task is worth a thread.
+inline int64_t grain_rows(int64_t row_elements) {
+  constexpr int64_t kGrainElements = 32768;
+  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row_elements));
+}
+
+// One value per lane of a 64-byte vector.
+template <typename T>
+struct Lanes {
+  static constexpr int width = 64 / sizeof(T);
+  T lane[width];
+
+  C10_ALWAYS_INLINE explicit Lanes(T value) { fill(value); }
+
+  C10_ALWAYS_INLINE void fill(T value) {
+    for (int l = 0; l < width; ++l) {
+      lane[l] = value;
+    }
+  }
+
+  C10_ALWAYS_INLINE T sum() const {  // pairwise
+    T partial[width];
+    for (int l = 0; l < width; ++l) {
+      partial[l] = lane[l];
+    }
+    for (int half = width / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; ++l) {
+        partial[l] += partial[l + half];
+      }
+    }
+    return partial[0];
+  }
+};
+
+// body(i, lane) for i in [begin, end), lane = (i - begin) mod width.
+template <typename T, typename Body>
+C10_ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, const Body& body) {
+  constexpr int width = Lanes<T>::width;
+  int64_t i = begin;
+  for (; i + width <= end; i += width) {
+#pragma omp simd
+    for (int l = 0; l < width; ++l) {
+      body(i + l, l);
+    }
+  }
+  for (int l = 0; i + l < end; ++l) {
+    body(i + l, l);
+  }
+}
+
+// The sum of term(i) over a row of `width`.
+template <typename compute_t, typename Term>
+C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term) {
+  Lanes<compute_t> sum(0);
+  for_lanes<compute_t>(0, width, [&](int64_t i, int l) { sum.lane[l] += term(i); });
+  return sum.sum();
+}
+
+// Draws and sums of gradients go by tiles of at most this many elements, which stay in the first-level cache.
+constexpr int64_t kTile = 1024;
+
+// body(piece, its index, column, columns) for every piece of a sum over inner rows, a tile of columns at a time.
+template <int operands, typename Body>
+void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body& body) {
+  const int64_t count = inner_pieces(rows.inner.rows) * rows.outer.rows;
+  vectorized_parallel_for(count, grain_rows(width * std::min(rows.inner.rows, kPieceRows)),
+                          [&](int64_t begin, int64_t end) {
+                            for (int64_t index = begin; index < end; ++index) {
+                              const auto piece = inner_piece(rows, index);
+                              for (int64_t column = 0; column < width; column += kTile) {
+                                body(piece, index, column, std::min(kTile, width - column));
+                              }
+                            }
+                          });
+}
+
+template <typename compute_t, typename scalar_t>
+C10_ALWAYS_INLINE void store(const compute_t* from, int64_t count, scalar_t* to) {
+  for_lanes<compute_t>(0, count, [&](int64_t i, int) { to[i] = static_cast<scalar_t>(from[i]); });
+}
+
+// body(layer, first row, rows) over tiles of whole rows, several narrow ones or one wide one, in each of `layers`.
+template <typename Body>
+void for_row_tiles(int64_t layers, int64_t rows, int64_t width, const Body& body) {
+  const int64_t rows_at_once = std::max<int64_t>(1, kTile / std::max<int64_t>(1, width));
+  const int64_t tiles = (rows + rows_at_once - 1) / rows_at_once;
+  vectorized_parallel_for(layers * tiles, grain_rows(4 * rows_at_once * width), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index % tiles * rows_at_once;
+      body(index / tiles, row, std::min(rows_at_once, rows - row));
+    }
+  });
+}
+
+// The draws of `Distribution` for a tile of elements, wherever these lie in their blocks. Whole vectors of blocks are
+// drawn, so there is room for one on top.
+template <typename Distribution, typename T>
+class DrawTile {
+ public:
+  // Returns the draws for elements first .. first + count, at most kTile of them.
+  C10_ALWAYS_INLINE const T* fill(PhiloxKey key, int64_t first, int64_t count) {
+    const uint64_t first_block = static_cast<uint64_t>(first) / kPhiloxWords;
+    const int64_t blocks = (first % kPhiloxWords + count + kPhiloxWords - 1) / kPhiloxWords;
+    for (int64_t done = 0; done < blocks; done += kBlocksAtOnce) {
+      const uint32_t low = static_cast<uint32_t>(first_block + done);
+      const uint32_t high = static_cast<uint32_t>((first_block + done) >> 32);
+      T* out = value_ + done * kPhiloxWords;
+#pragma omp simd
+      for (int l = 0; l < kBlocksAtOnce; ++l) {
+        const uint32_t block_low = low + static_cast<uint32_t>(l);
+        const Draws<T> draws =
+            Distribution::template draw<T>(key, block_low, high + static_cast<uint32_t>(block_low < low));
+        out[l * kPhiloxWords] = draws.value[0];
+        out[l * kPhiloxWords + 1] = draws.value[1];
+        out[l * kPhiloxWords + 2] = draws.value[2];
+        out[l * kPhiloxWords + 3] = draws.value[3];
+      }
+    }
+    return value_ + first % kPhiloxWords;
+  }
+
+ private:
+  static constexpr int kBlocksAtOnce = 16;
+  alignas(64) T value_[kTile + (kBlocksAtOnce + 1) * kPhiloxWords];
+};
+
+inline PhiloxKey read_key(const at::Tensor& key) {
+  const auto* words = key.const_data_ptr<int64_t>();
+  const int64_t stride = key.stride(0);
+  return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[stride])};
+}
+
+}  // namespace wakesleep::cpu

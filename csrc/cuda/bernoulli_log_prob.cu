@@ -1,0 +1,122 @@
+// log p(x; logits) = sum_d [x a - softplus(a)] and its gradient for the logits, x - s(a), on CUDA.
+#include <torch/library.h>
+
+#include "../bernoulli.h"
+#include "../densities.h"
+#include "rowwise.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+template <typename logit_t, typename x_t>
+struct LogProb {
+  using compute_t = at::opmath_type<logit_t>;
+  const logit_t* __restrict__ logits;
+  const x_t* __restrict__ x;
+  compute_t* __restrict__ log_prob;
+  RowMap<2> rows;
+  int64_t D;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t row) const {
+    const auto offset = rows(row);
+    const logit_t* a = logits + offset.of[0];
+    const x_t* v = x + offset.of[1];
+    compute_t sum = 0, product = 1;
+    int factors = 0;
+    for_spans<kPacket<logit_t>>(team, D, past_boundary<kPacket<logit_t>>(a), [&](auto span) {
+      const auto a_packet = load<compute_t>(span, a);
+      const auto v_packet = load<compute_t>(span, v);
+#pragma unroll
+      for (int i = 0; i < span.size; ++i) {
+        const BernoulliTerm<compute_t> term(a_packet.value[i], v_packet.value[i]);
+        sum += term.linear;
+        product *= span.holds(i) ? term.factor : compute_t(1);
+      }
+      factors += span.size;
+      if (factors > kFactorsPerLog) {
+        sum -= log_of_normal(product);
+        product = 1;
+        factors = 0;
+      }
+    });
+    sum = team.sum(sum - log_of_normal(product));
+    if (team.rank() == 0) {
+      log_prob[row] = sum;
+    }
+  }
+};
+
+at::Tensor bernoulli_log_prob(const at::Tensor& logits,  // [*S, *B, D]
+                              const at::Tensor& x) {     // [*B, D]
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const BernoulliLogProb call(logits, x);
+  call.dispatch(call.op, [&](auto logit_type, auto x_type) {
+    using logit_t = typename decltype(logit_type)::type;
+    using x_t = typename decltype(x_type)::type;
+    launch_rows(call.rows.rows, call.D,
+                LogProb<logit_t, x_t>{call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
+                                      call.log_prob.mutable_data_ptr<at::opmath_type<logit_t>>(), call.rows, call.D});
+  });
+  return call.log_prob;
+}
+
+template <typename logit_t, typename x_t, typename grad_t>
+struct LogProbBackward {
+  using compute_t = at::opmath_type<logit_t>;
+  const logit_t* __restrict__ logits;
+  const x_t* __restrict__ x;
+  const compute_t* __restrict__ grad;
+  grad_t* __restrict__ grad_logits;
+  RowGroups<3> rows;
+  int64_t D;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t index) const {
+    const auto piece = inner_piece(rows, index);
+    grad_t* out = grad_logits + index * D;
+    const int past = past_boundary<kPacket<logit_t>>(logits + piece.offset.of[0]);
+    for_spans<kPacket<logit_t>>(team, D, past, [&](auto span) {
+      Packet<compute_t, span.size> total = {};
+      for (int64_t inner = piece.first; inner < piece.last; ++inner) {
+        const auto offset = piece.offset + rows.inner(inner);
+        const auto a = load<compute_t>(span, logits + offset.of[0]);
+        const auto v = load<compute_t>(span, x + offset.of[1]);
+        const compute_t upstream = grad[offset.of[2]];
+#pragma unroll
+        for (int i = 0; i < span.size; ++i) {
+          total.value[i] += upstream * bernoulli_grad_logits(a.value[i], v.value[i]);
+        }
+      }
+      store(span, total, out);
+    });
+  }
+};
+
+at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
+                                       const at::Tensor& logits,  // [*S, *B, D]
+                                       const at::Tensor& x) {     // [*B, D]
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const BernoulliLogProbBackward call(grad, logits, x);
+  call.dispatch(call.op, [&](auto logit_type, auto x_type) {
+    using logit_t = typename decltype(logit_type)::type;
+    using x_t = typename decltype(x_type)::type;
+    dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to) {
+      using grad_t = std::remove_pointer_t<std::decay_t<decltype(to[0])>>;
+      launch_rows(inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.D,
+                  LogProbBackward<logit_t, x_t, grad_t>{
+                      call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
+                      call.grad.const_data_ptr<at::opmath_type<logit_t>>(), to[0], call.rows, call.D});
+    });
+  });
+  return call.grad_logits.total();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) {
+  m.impl("bernoulli_log_prob", bernoulli_log_prob);
+  m.impl("bernoulli_log_prob_backward", bernoulli_log_prob_backward);
+}
+
+}  // namespace wakesleep::cuda

@@ -1,0 +1,41 @@
+// A key from the CUDA generator, through its graph-safe state: a captured draw gives fresh noise at each replay.
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+#include <ATen/cuda/PhiloxUtils.cuh>
+
+#include <mutex>
+
+#include "launch.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+// Every draw, whatever its size, takes this much of the generator's offset; a multiple of 4, as it demands.
+constexpr uint64_t kOffsetPerKey = 4;
+
+__global__ void write_key(at::PhiloxCudaState state, int64_t* key) {
+  const auto [seed, offset] = at::cuda::philox::unpack(state);
+  key[0] = static_cast<int64_t>(seed);
+  key[1] = static_cast<int64_t>(offset);
+}
+
+at::Tensor draw_key(const at::Tensor& like, std::optional<at::Generator> generator) {
+  const c10::cuda::CUDAGuard guard(like.device());
+  auto* source =
+      at::get_generator_or_default<at::CUDAGeneratorImpl>(generator, at::cuda::detail::getDefaultCUDAGenerator());
+  at::PhiloxCudaState state;
+  {
+    const std::lock_guard<std::mutex> lock(source->mutex_);
+    state = source->philox_cuda_state(kOffsetPerKey);
+  }
+  at::Tensor key = at::empty({2}, like.options().dtype(at::kLong));
+  launch(write_key, 1, 1, state, key.mutable_data_ptr<int64_t>());
+  return key;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { m.impl("draw_key", draw_key); }
+
+}  // namespace wakesleep::cuda

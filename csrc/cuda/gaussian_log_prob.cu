@@ -1,0 +1,131 @@
+// log N(z; mu, diag e^logvar) = -1/2 sum_k [logvar + t^2 + log 2 pi], t = (z - mu) e^(-logvar/2), and its gradients,
+// on CUDA.
+#include <torch/library.h>
+
+#include "../densities.h"
+#include "../gaussian.h"
+#include "rowwise.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+template <typename scalar_t>
+struct LogProb {
+  using compute_t = at::opmath_type<scalar_t>;
+  const scalar_t* __restrict__ mu;
+  const scalar_t* __restrict__ logvar;
+  const scalar_t* __restrict__ z;
+  compute_t* __restrict__ log_prob;
+  RowMap<3> rows;
+  int64_t K;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t row) const {
+    const auto offset = rows(row);
+    const scalar_t* m = mu + offset.of[0];
+    const scalar_t* l = logvar + offset.of[1];
+    const scalar_t* v = z + offset.of[2];
+    compute_t sum = 0;
+    for_spans<kPacket<scalar_t>>(team, K, past_boundary<kPacket<scalar_t>>(v), [&](auto span) {
+      const auto v_packet = load<compute_t>(span, v);
+      const auto m_packet = load<compute_t>(span, m);
+      const auto l_packet = load<compute_t>(span, l);
+#pragma unroll
+      for (int i = 0; i < span.size; ++i) {
+        const GaussianTerm<compute_t> term(m_packet.value[i], l_packet.value[i], v_packet.value[i]);
+        sum += l_packet.value[i] + term.standardized * term.standardized;
+      }
+    });
+    sum = team.sum(sum);
+    if (team.rank() == 0) {
+      log_prob[row] = gaussian_log_prob_of_sum(sum, K);
+    }
+  }
+};
+
+at::Tensor gaussian_log_prob(const at::Tensor& mu,      // [*B, K]
+                             const at::Tensor& logvar,  // [*B, K]
+                             const at::Tensor& z) {     // [*S, *B, K]
+  const c10::cuda::CUDAGuard guard(mu.device());
+  const GaussianLogProb call(mu, logvar, z);
+  dispatch_floating(call.op, call.dtype(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    launch_rows(call.rows.rows, call.K,
+                LogProb<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+                                  call.z.const_data_ptr<scalar_t>(),
+                                  call.log_prob.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
+  });
+  return call.log_prob;
+}
+
+template <typename scalar_t, typename grad_t>
+struct LogProbBackward {
+  using compute_t = at::opmath_type<scalar_t>;
+  const scalar_t* __restrict__ mu;
+  const scalar_t* __restrict__ logvar;
+  const scalar_t* __restrict__ z;
+  const compute_t* __restrict__ grad;
+  grad_t* __restrict__ grad_mu;
+  grad_t* __restrict__ grad_logvar;
+  scalar_t* __restrict__ grad_z;  // null where it is not wanted
+  RowGroups<5> rows;
+  int64_t K;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t index) const {
+    const auto piece = inner_piece(rows, index);
+    const int past = past_boundary<kPacket<scalar_t>>(mu + piece.offset.of[0]);
+    for_spans<kPacket<scalar_t>>(team, K, past, [&](auto span) {
+      const auto m = load<compute_t>(span, mu + piece.offset.of[0]);
+      const auto l = load<compute_t>(span, logvar + piece.offset.of[1]);
+      Packet<compute_t, span.size> total_mu = {}, total_logvar = {};
+      for (int64_t inner = piece.first; inner < piece.last; ++inner) {
+        const auto offset = piece.offset + rows.inner(inner);
+        auto v = load<compute_t>(span, z + offset.of[2]);
+        const compute_t upstream = grad[offset.of[3]];
+#pragma unroll
+        for (int i = 0; i < span.size; ++i) {
+          const GaussianTerm<compute_t> term(m.value[i], l.value[i], v.value[i]);
+          v.value[i] = -upstream * term.grad_mu();
+          total_mu.value[i] -= v.value[i];
+          total_logvar.value[i] += upstream * term.grad_logvar();
+        }
+        if (grad_z != nullptr) {
+          store(span, v, grad_z + offset.of[4]);
+        }
+      }
+      store(span, total_mu, grad_mu + index * K);
+      store(span, total_logvar, grad_logvar + index * K);
+    });
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
+                                                                          const at::Tensor& mu,      // [*B, K]
+                                                                          const at::Tensor& logvar,  // [*B, K]
+                                                                          const at::Tensor& z,       // [*S, *B, K]
+                                                                          bool with_grad_z) {
+  const c10::cuda::CUDAGuard guard(mu.device());
+  const GaussianLogProbBackward call(grad, mu, logvar, z, with_grad_z);
+  dispatch_floating(call.op, call.dtype(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to) {
+      using grad_t = std::remove_pointer_t<std::decay_t<decltype(to[0])>>;
+      launch_rows(inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
+                  LogProbBackward<scalar_t, grad_t>{
+                      call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+                      call.z.const_data_ptr<scalar_t>(), call.grad.const_data_ptr<at::opmath_type<scalar_t>>(), to[0],
+                      to[1], with_grad_z ? call.grad_z.mutable_data_ptr<scalar_t>() : nullptr, call.rows, call.K});
+    });
+  });
+  return {call.grad_mu.total(), call.grad_logvar.total(), call.grad_z};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) {
+  m.impl("gaussian_log_prob", gaussian_log_prob);
+  m.impl("gaussian_log_prob_backward", gaussian_log_prob_backward);
+}
+
+}  // namespace wakesleep::cuda

@@ -1,0 +1,164 @@
+// z = mu + sigma eps with sigma = e^(logvar/2), log q(z) = -1/2 sum_k [logvar + eps^2 + log 2 pi], and the gradients
+// of both, on CUDA. eps is a function of the key and the element's index in z, so the backward draws it again.
+#include <torch/library.h>
+
+#include "../densities.h"
+#include "../gaussian.h"
+#include "rowwise.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+template <typename scalar_t, bool with_log_prob>
+struct Rsample {
+  using compute_t = at::opmath_type<scalar_t>;
+  const scalar_t* __restrict__ mu;
+  const scalar_t* __restrict__ logvar;
+  const int64_t* __restrict__ key;
+  scalar_t* __restrict__ z;
+  compute_t* __restrict__ log_prob;
+  RowMap<2> rows;
+  int64_t K;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t row) const {
+    const auto offset = rows(row % rows.rows);
+    const int64_t first = row * K;
+    const PhiloxKey key_words = read_key(key);
+    compute_t sum = 0;
+    for_spans<kPhiloxWords>(team, K, first % kPhiloxWords, [&](auto span) {
+      auto m = load<compute_t>(span, mu + offset.of[0]);
+      const auto l = load<compute_t>(span, logvar + offset.of[1]);
+      const auto eps = draw_block<StandardNormals, compute_t>(key_words, (first + span.column) / kPhiloxWords);
+#pragma unroll
+      for (int i = 0; i < span.size; ++i) {
+        m.value[i] += gaussian_sigma(l.value[i]) * eps.value[i];
+        sum += span.holds(i) ? l.value[i] + eps.value[i] * eps.value[i] : compute_t(0);
+      }
+      store(span, m, z + first);
+    });
+    if constexpr (with_log_prob) {
+      sum = team.sum(sum);
+      if (team.rank() == 0) {
+        log_prob[row] = gaussian_log_prob_of_sum(sum, K);
+      }
+    }
+  }
+};
+
+template <bool with_log_prob>
+void draw_rows(const GaussianRsample& call) {
+  dispatch_floating(call.op, call.dtype(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = at::opmath_type<scalar_t>;
+    launch_rows(call.samples * call.rows.rows, call.K,
+                Rsample<scalar_t, with_log_prob>{
+                    call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+                    call.key.const_data_ptr<int64_t>(), call.z.mutable_data_ptr<scalar_t>(),
+                    with_log_prob ? call.log_prob.mutable_data_ptr<compute_t>() : nullptr, call.rows, call.K});
+  });
+}
+
+at::Tensor gaussian_rsample(const at::Tensor& mu,      // [*B, K]
+                            const at::Tensor& logvar,  // [*B, K]
+                            const at::Tensor& key,     // [2]
+                            at::IntArrayRef sample_shape) {
+  const c10::cuda::CUDAGuard guard(mu.device());
+  const GaussianRsample call("gaussian_rsample", mu, logvar, key, sample_shape, false);
+  draw_rows<false>(call);
+  return call.z;
+}
+
+std::tuple<at::Tensor, at::Tensor> gaussian_rsample_log_prob(const at::Tensor& mu,      // [*B, K]
+                                                             const at::Tensor& logvar,  // [*B, K]
+                                                             const at::Tensor& key,     // [2]
+                                                             at::IntArrayRef sample_shape) {
+  const c10::cuda::CUDAGuard guard(mu.device());
+  const GaussianRsample call("gaussian_rsample_log_prob", mu, logvar, key, sample_shape, true);
+  draw_rows<true>(call);
+  return {call.z, call.log_prob};
+}
+
+// grad_mu = sum_s grad_z; grad_logvar = 1/2 sum_s (grad_z sigma eps - grad_log_prob).
+template <typename scalar_t, typename grad_t>
+struct RsampleBackward {
+  using compute_t = at::opmath_type<scalar_t>;
+  const scalar_t* __restrict__ grad_z;          // null where no gradient came
+  const compute_t* __restrict__ grad_log_prob;  // null where no gradient came
+  const scalar_t* __restrict__ logvar;
+  const int64_t* __restrict__ key;
+  grad_t* __restrict__ grad_mu;
+  grad_t* __restrict__ grad_logvar;
+  RowMap<1> rows;
+  int64_t samples;
+  int64_t K;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t index) const {
+    const int64_t B = rows.rows, row = index % B;
+    const int64_t first_sample = index / B * kPieceRows;
+    const int64_t last_sample = min(samples, first_sample + kPieceRows);
+    const scalar_t* l_row = logvar + rows(row).of[0];
+    const PhiloxKey key_words = read_key(key);
+    compute_t total_log_prob = 0;
+    for (int64_t sample = first_sample; grad_log_prob != nullptr && sample < last_sample; ++sample) {
+      total_log_prob += grad_log_prob[sample * B + row];
+    }
+    const int past = (first_sample * B + row) * K % kPhiloxWords;
+    for_spans<kPhiloxWords>(team, K, past, [&](auto span) {
+      Packet<compute_t, span.size> total_z = {}, total_z_eps = {};
+      for (int64_t sample = first_sample; grad_z != nullptr && sample < last_sample; ++sample) {
+        const int64_t first = (sample * B + row) * K;
+        const auto upstream = load<compute_t>(span, grad_z + first);
+        const auto eps = draw_across<StandardNormals, compute_t>(key_words, first + span.column);
+#pragma unroll
+        for (int i = 0; i < span.size; ++i) {
+          total_z.value[i] += upstream.value[i];
+          total_z_eps.value[i] += upstream.value[i] * eps.value[i];
+        }
+      }
+      const auto l = load<compute_t>(span, l_row);
+#pragma unroll
+      for (int i = 0; i < span.size; ++i) {
+        total_z_eps.value[i] = compute_t(0.5) * (gaussian_sigma(l.value[i]) * total_z_eps.value[i] - total_log_prob);
+      }
+      store(span, total_z, grad_mu + index * K);
+      store(span, total_z_eps, grad_logvar + index * K);
+    });
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
+    const std::optional<at::Tensor>& grad_z,         // [*S, *B, K]
+    const std::optional<at::Tensor>& grad_log_prob,  // [*S, *B]
+    const at::Tensor& mu,                            // [*B, K]
+    const at::Tensor& logvar,                        // [*B, K]
+    const at::Tensor& key,                           // [2]
+    at::IntArrayRef sample_shape) {
+  const c10::cuda::CUDAGuard guard(mu.device());
+  const GaussianRsampleBackward call(grad_z, grad_log_prob, mu, logvar, key, sample_shape);
+  dispatch_floating(call.op, call.dtype(), [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = at::opmath_type<scalar_t>;
+    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to) {
+      using grad_t = std::remove_pointer_t<std::decay_t<decltype(to[0])>>;
+      launch_rows(inner_pieces(call.samples) * call.rows.rows, call.K,
+                  RsampleBackward<scalar_t, grad_t>{
+                      call.grad_z.defined() ? call.grad_z.const_data_ptr<scalar_t>() : nullptr,
+                      call.grad_log_prob.defined() ? call.grad_log_prob.const_data_ptr<compute_t>() : nullptr,
+                      call.logvar.const_data_ptr<scalar_t>(), call.key.const_data_ptr<int64_t>(), to[0], to[1],
+                      call.rows, call.samples, call.K});
+    });
+  });
+  return {call.grad_mu.total(), call.grad_logvar.total()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) {
+  m.impl("gaussian_rsample", gaussian_rsample);
+  m.impl("gaussian_rsample_log_prob", gaussian_rsample_log_prob);
+  m.impl("gaussian_rsample_backward", gaussian_rsample_backward);
+}
+
+}  // namespace wakesleep::cuda

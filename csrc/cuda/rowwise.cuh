@@ -1,0 +1,195 @@
+// How rows are divided among threads, read, and summed.
+//
+// A team of threads works on a row. Its size follows from the row's width alone, so a row's value does not depend on
+// the batch it is in; sums go by shuffles, in a fixed order. A row is walked in spans of 16 bytes between the
+// boundaries of its first operand, the first and the last of them ragged, so an odd width costs little; an operand
+// that has no boundary there is read by single elements.
+#pragma once
+
+#include <ATen/OpMathType.h>
+
+#include "../geometry.h"
+#include "../philox.h"
+#include "launch.cuh"
+
+namespace wakesleep::cuda {
+
+template <int threads>
+struct Team {
+  static_assert(threads <= 32 || threads == kBlockThreads);
+  static constexpr int size = threads;
+  static constexpr int per_block = kBlockThreads / threads;
+
+  static __device__ int rank() { return threadIdx.x % threads; }
+  static __device__ int64_t first() { return int64_t(blockIdx.x) * per_block + threadIdx.x / threads; }
+  static __device__ int64_t count() { return int64_t(gridDim.x) * per_block; }
+
+  // The sum over the team, in every thread of its first warp.
+  template <typename T>
+  static __device__ T sum(T value) {
+    constexpr int lanes = threads < 32 ? threads : 32;
+    const unsigned members = threads < 32 ? ((1u << lanes) - 1) << (threadIdx.x % 32 / lanes * lanes) : 0xffffffffu;
+#pragma unroll
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      value += __shfl_xor_sync(members, value, distance);
+    }
+    if constexpr (threads > 32) {
+      constexpr int warps = threads / 32;
+      __shared__ T partial[warps];
+      __syncthreads();  // the row before may still be read
+      if (threadIdx.x % 32 == 0) {
+        partial[threadIdx.x / 32] = value;
+      }
+      __syncthreads();
+      value = 0;
+#pragma unroll
+      for (int warp = 0; warp < warps; ++warp) {
+        value += partial[warp];
+      }
+    }
+    return value;
+  }
+};
+
+template <int threads, typename RowBody>
+__global__ void __launch_bounds__(kBlockThreads) row_kernel(const RowBody body, int64_t rows) {
+  for (int64_t row = Team<threads>::first(); row < rows; row += Team<threads>::count()) {
+    body(Team<threads>{}, row);
+  }
+}
+
+// body(team, row) for every row.
+template <typename RowBody>
+void launch_rows(int64_t rows, int64_t width, const RowBody& body) {
+  const auto run = [&](auto team) {
+    constexpr int per_block = decltype(team)::per_block;
+    launch(row_kernel<decltype(team)::size, RowBody>, (rows + per_block - 1) / per_block, kBlockThreads, body, rows);
+  };
+  if (width <= 64) {
+    run(Team<8>{});
+  } else if (width <= 3072) {
+    run(Team<32>{});
+  } else {
+    run(Team<kBlockThreads>{});
+  }
+}
+
+// n consecutive elements, moved at once.
+template <typename T, int n>
+struct alignas(sizeof(T) * n) Packet {
+  T value[n];
+};
+
+// Elements of T in 16 bytes.
+template <typename T>
+constexpr int kPacket = 16 / sizeof(T);
+
+// Where a packet lies in a row: n columns from `column` on, all of them inside unless it is a ragged one at either end.
+template <int n, bool ragged>
+struct Span {
+  static constexpr int size = n;
+  int64_t column;
+  int64_t width;
+
+  __device__ bool holds(int i) const { return !ragged || (column + i >= 0 && column + i < width); }
+};
+
+template <int n, typename T>
+__device__ bool on_boundary(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % (sizeof(T) * n) == 0;
+}
+
+// The elements of `row` that the span holds; zeros for others.
+template <typename compute_t, int n, bool ragged, typename T>
+__device__ Packet<compute_t, n> load(Span<n, ragged> span, const T* row) {
+  const T* from = row + span.column;
+  Packet<compute_t, n> values;
+  if (!ragged && on_boundary<n>(from)) {
+    const auto packet = *reinterpret_cast<const Packet<T, n>*>(from);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      values.value[i] = static_cast<compute_t>(packet.value[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      values.value[i] = span.holds(i) ? static_cast<compute_t>(from[i]) : compute_t(0);
+    }
+  }
+  return values;
+}
+
+template <typename T, int n, bool ragged, typename compute_t>
+__device__ void store(Span<n, ragged> span, const Packet<compute_t, n>& values, T* row) {
+  T* to = row + span.column;
+  if (!ragged && on_boundary<n>(to)) {
+    Packet<T, n> packet;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      packet.value[i] = static_cast<T>(values.value[i]);
+    }
+    *reinterpret_cast<Packet<T, n>*>(to) = packet;
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (span.holds(i)) {
+        to[i] = static_cast<T>(values.value[i]);
+      }
+    }
+  }
+}
+
+// How many elements a row begins past a boundary of n.
+template <int n, typename T>
+__device__ int past_boundary(const T* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % n);
+}
+
+// body(span) for spans that cover a row which begins `past` elements after a boundary, divided among the team.
+template <int n, int threads, typename Body>
+__device__ void for_spans(Team<threads> team, int64_t width, int past, const Body& body) {
+  const int64_t end = (past + width) / n;  // whole spans: past > 0 ? 1 : 0 .. end
+#pragma unroll 2
+  for (int64_t index = (past > 0 ? 1 : 0) + team.rank(); index < end; index += threads) {
+    body(Span<n, false>{index * n - past, width});
+  }
+  const int64_t ragged = team.rank() == 0 ? 0 : end;
+  const bool first_is_ragged = past > 0, last_is_ragged = (past + width) % n > 0 && !(end == 0 && first_is_ragged);
+  if ((team.rank() == 0 && first_is_ragged) || (team.rank() == 1 && last_is_ragged)) {
+    body(Span<n, true>{ragged * n - past, width});
+  }
+}
+
+inline __device__ PhiloxKey read_key(const int64_t* key) {
+  return {static_cast<uint64_t>(key[0]), static_cast<uint64_t>(key[1])};
+}
+
+// The draws of a block.
+template <typename Distribution, typename T>
+__device__ Draws<T> draw_block(PhiloxKey key, int64_t block) {
+  return Distribution::template draw<T>(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32));
+}
+
+// The draws for the elements first .. first + 3, which may lie across two blocks.
+template <typename Distribution, typename T>
+__device__ Draws<T> draw_across(PhiloxKey key, int64_t first) {
+  const int64_t block = first / kPhiloxWords;
+  const int past = static_cast<int>(first - block * kPhiloxWords);
+  Draws<T> draws = draw_block<Distribution, T>(key, block);
+  if (past > 0) {
+    const Draws<T> next = draw_block<Distribution, T>(key, block + 1);
+    // by constant indices, lest the draws go to local memory
+#pragma unroll
+    for (int shift = 0; shift < kPhiloxWords - 1; ++shift) {
+      if (shift < past) {
+        draws.value[0] = draws.value[1];
+        draws.value[1] = draws.value[2];
+        draws.value[2] = draws.value[3];
+        draws.value[3] = next.value[shift];
+      }
+    }
+  }
+  return draws;
+}
+
+}  // namespace wakesleep::cuda

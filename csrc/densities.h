@@ -1,0 +1,79 @@
+// The densities and their gradients for one coordinate, host and device, each stated once.
+// Formulas: Kingma & Welling 2014, appendices B and C, with logvar = log sigma^2 and logits = log p / (1 - p).
+#pragma once
+
+#include "elementary.h"
+
+namespace wakesleep {
+
+constexpr double kLogTwoPi = 1.8378770664093454836;
+
+// log N(z; mu, e^l) = -1/2 (l + t^2 + log 2 pi) with t = (z - mu) e^(-l/2). Squaring t, rather than multiplying by
+// e^(-l), keeps the range of float32 for |l| up to 176.
+template <typename T>
+struct GaussianTerm {
+  T standardized;   // t
+  T inverse_sigma;  // e^(-l/2)
+  WAKESLEEP_FUNCTION GaussianTerm(T mu, T logvar, T z) : inverse_sigma(exp(T(-0.5) * logvar)) {
+    standardized = (z - mu) * inverse_sigma;
+  }
+  WAKESLEEP_FUNCTION T grad_mu() const { return standardized * inverse_sigma; }  // = -grad_z
+  WAKESLEEP_FUNCTION T grad_logvar() const { return T(0.5) * (standardized * standardized - T(1)); }
+};
+
+// sigma = e^(l/2).
+template <typename T>
+WAKESLEEP_FUNCTION T gaussian_sigma(T logvar) {
+  return exp(T(0.5) * logvar);
+}
+
+// log N of a row from the sum of (l + t^2) over its K coordinates.
+template <typename T>
+WAKESLEEP_FUNCTION T gaussian_log_prob_of_sum(T sum, int64_t K) {
+  return T(-0.5) * (sum + T(kLogTwoPi) * T(K));
+}
+
+// KL(N(mu, e^l) || N(0, 1)) = 1/2 (mu^2 + e^l - 1 - l).
+template <typename T>
+WAKESLEEP_FUNCTION T twice_gaussian_kl(T mu, T logvar) {
+  return mu * mu + (exp(logvar) - T(1) - logvar);
+}
+
+template <typename T>
+WAKESLEEP_FUNCTION T gaussian_kl_grad_logvar(T logvar) {
+  return T(0.5) * (exp(logvar) - T(1));
+}
+
+// log p(x; a) = x a - softplus(a) = [x a - max(a, 0)] - log(1 + e^-|a|): the last factors lie in (1, 2], so that many
+// are multiplied before one logarithm is taken of the product.
+template <typename T>
+struct BernoulliTerm {
+  T linear;
+  T factor;
+  WAKESLEEP_FUNCTION BernoulliTerm(T a, T x) {
+    const T magnitude = std::abs(a);
+    linear = x * a - T(0.5) * (a + magnitude);
+    factor = T(1) + exp(-magnitude);
+  }
+};
+
+// As many factors as surely multiply without overflow in float32.
+constexpr int kFactorsPerLog = 96;
+
+// d/da log p(x; a) = x - s(a), as one quotient without cancellation for binary x.
+template <typename T>
+WAKESLEEP_FUNCTION T bernoulli_grad_logits(T a, T x) {
+  const T e = exp(-std::abs(a));
+  const T plain = a >= T(0) ? x - T(1) : x;
+  const T scaled = a >= T(0) ? x : x - T(1);
+  return (plain + scaled * e) / (T(1) + e);
+}
+
+// s(a) = 1 / (1 + e^-a), the exponential never overflowing.
+template <typename T>
+WAKESLEEP_FUNCTION T sigmoid(T a) {
+  const T e = exp(-std::abs(a));
+  return (a >= T(0) ? T(1) : e) / (T(1) + e);
+}
+
+}  // namespace wakesleep

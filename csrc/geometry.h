@@ -1,0 +1,199 @@
+// Which rows meet: the leading dimensions of broadcast operands, walked without expanding anything in memory.
+//
+// An op sees each operand as rows of contiguous events. A RowMap takes the index of a row to the offset of that row in
+// every operand, a broadcast dimension having stride 0. Dimensions that are adjacent in all operands are merged, so
+// that nearly every call walks one or two. Host and device use the same struct; it travels as a kernel argument.
+#pragma once
+
+#include <ATen/OpMathType.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+
+#include <array>
+
+#include "checks.h"
+#include "dispatch.h"
+#include "elementary.h"
+
+namespace wakesleep {
+
+constexpr int kMaxRowDims = 8;
+
+template <int operands>
+struct RowOffsets {
+  int64_t of[operands];
+
+  WAKESLEEP_FUNCTION RowOffsets operator+(const RowOffsets& other) const {
+    RowOffsets sum;
+    for (int i = 0; i < operands; ++i) {
+      sum.of[i] = of[i] + other.of[i];
+    }
+    return sum;
+  }
+};
+
+template <int operands>
+struct RowMap {
+  int64_t rows = 1;
+  int dims = 0;
+  int64_t size[kMaxRowDims] = {};
+  int64_t stride[operands][kMaxRowDims] = {};
+
+  WAKESLEEP_FUNCTION RowOffsets<operands> operator()(int64_t row) const {
+    RowOffsets<operands> offsets = {};
+    for (int d = dims - 1; d >= 0; --d) {
+      const int64_t rest = d == 0 ? 0 : row / size[d];
+      const int64_t index = row - rest * size[d];
+      for (int i = 0; i < operands; ++i) {
+        offsets.of[i] += index * stride[i][d];
+      }
+      row = rest;
+    }
+    return offsets;
+  }
+
+  // Appends a dimension, the fastest so far.
+  void push(int64_t length, const std::array<int64_t, operands>& strides) {
+    if (length == 1) {
+      return;
+    }
+    rows *= length;
+    bool merges = dims > 0;
+    for (int i = 0; merges && i < operands; ++i) {
+      merges = stride[i][dims - 1] == strides[i] * length;
+    }
+    if (!merges) {
+      TORCH_CHECK(dims < kMaxRowDims, "expected leading dimensions that merge into at most ", kMaxRowDims,
+                  "; make the arguments contiguous");
+      size[dims++] = 1;
+    }
+    size[dims - 1] *= length;
+    for (int i = 0; i < operands; ++i) {
+      stride[i][dims - 1] = strides[i];
+    }
+  }
+};
+
+// The strides of a tensor [*batch, D] or, with event_dims = 0, [*batch], along the dimensions of `shape`, to which
+// its batch broadcasts.
+inline at::DimVector row_strides(const at::Tensor& tensor, at::IntArrayRef shape, int64_t event_dims = 1) {
+  at::DimVector strides(shape.size(), 0);
+  const int64_t batch_dims = tensor.dim() - event_dims;
+  for (int64_t d = 0; d < batch_dims; ++d) {
+    const int64_t position = static_cast<int64_t>(shape.size()) - batch_dims + d;
+    strides[position] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
+  }
+  return strides;
+}
+
+template <int operands>
+RowMap<operands> map_rows(at::IntArrayRef shape, const std::array<at::DimVector, operands>& strides) {
+  RowMap<operands> map;
+  for (size_t d = 0; d < shape.size(); ++d) {
+    std::array<int64_t, operands> at_d;
+    for (int i = 0; i < operands; ++i) {
+      at_d[i] = strides[i][d];
+    }
+    map.push(shape[d], at_d);
+  }
+  return map;
+}
+
+// For a gradient that is summed over the dimensions its owner was broadcast along: each row of the owner is an outer
+// row, the rows of the whole that it met are its inner rows, and offsets of the two add up.
+template <int operands>
+struct RowGroups {
+  RowMap<operands> outer, inner;
+};
+
+template <int operands>
+RowGroups<operands> group_rows(at::IntArrayRef shape, at::IntArrayRef owner_shape,
+                               const std::array<at::DimVector, operands>& strides) {
+  RowGroups<operands> groups;
+  const size_t missing = shape.size() - owner_shape.size();
+  for (size_t d = 0; d < shape.size(); ++d) {
+    std::array<int64_t, operands> at_d;
+    for (int i = 0; i < operands; ++i) {
+      at_d[i] = strides[i][d];
+    }
+    const bool broadcast = d < missing || owner_shape[d - missing] != shape[d];
+    (broadcast ? groups.inner : groups.outer).push(shape[d], at_d);
+  }
+  return groups;
+}
+
+// The tensor with its last dimension contiguous: itself wherever possible, leading strides being free.
+inline at::Tensor with_contiguous_events(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+inline at::DimVector concat(at::IntArrayRef first, at::IntArrayRef second) {
+  at::DimVector all(first.begin(), first.end());
+  all.append(second.begin(), second.end());
+  return all;
+}
+
+inline at::IntArrayRef batch_sizes(const at::Tensor& tensor) { return tensor.sizes().slice(0, tensor.dim() - 1); }
+
+// A sum over inner rows is cut into pieces of this many: work for every processor, and, the length being fixed, a
+// result that does not depend on what else is in the batch.
+constexpr int64_t kPieceRows = 64;
+
+inline int64_t inner_pieces(int64_t inner_rows) {
+  return std::max<int64_t>(1, (inner_rows + kPieceRows - 1) / kPieceRows);
+}
+
+// Which rows the piece of that index sums: the pieces of all outer rows, first pieces first.
+template <int operands>
+struct InnerPiece {
+  RowOffsets<operands> offset;  // of the outer row
+  int64_t first, last;          // inner rows
+};
+
+template <int operands>
+WAKESLEEP_FUNCTION InnerPiece<operands> inner_piece(const RowGroups<operands>& rows, int64_t index) {
+  const int64_t first = index / rows.outer.rows * kPieceRows;
+  const int64_t rest = rows.inner.rows - first;
+  return {rows.outer(index % rows.outer.rows), first, first + (rest < kPieceRows ? rest : kPieceRows)};
+}
+
+// Where a gradient that is summed over inner rows is written: itself, or a slice of partial sums for each piece.
+class GradientSum {
+ public:
+  GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)
+      : dtype_(like.scalar_type()), pieces_(inner_pieces(inner_rows)) {
+    const auto options = like.options();
+    written = pieces_ == 1 ? at::empty(shape, options)
+                           : at::empty(concat({pieces_}, shape), options.dtype(at::toOpMathType(dtype_)));
+  }
+
+  at::Tensor total() const { return pieces_ == 1 ? written : at::sum(written, 0).to(dtype_); }
+
+  at::Tensor written;  // [*shape] in the dtype of `like`, or [pieces, *shape] in the type it is computed in
+
+ private:
+  at::ScalarType dtype_;
+  int64_t pieces_;
+};
+
+// body(pointers to what is written): in scalar_t, or, where pieces are added, in the type it is computed in.
+template <typename scalar_t, size_t count, typename Body>
+void dispatch_sums(const std::array<const GradientSum*, count>& sums, const Body& body) {
+  const auto call = [&](auto type) {
+    using written_t = typename decltype(type)::type;
+    std::array<written_t*, count> to;
+    for (size_t i = 0; i < count; ++i) {
+      to[i] = sums[i]->written.template mutable_data_ptr<written_t>();
+    }
+    body(to);
+  };
+  if (sums[0]->written.scalar_type() == c10::CppTypeToScalarType<scalar_t>::value) {
+    return call(Type<scalar_t>{});
+  }
+  if constexpr (!std::is_same_v<scalar_t, at::opmath_type<scalar_t>>) {
+    call(Type<at::opmath_type<scalar_t>>{});
+  }
+}
+
+}  // namespace wakesleep

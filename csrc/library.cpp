@@ -1,0 +1,72 @@
+// Every operator of the library: the table of contents of csrc/.
+//
+// Parameters come first, then the value. The last dimension is the event, K latent or D observed; B are batch
+// dimensions and S sample dimensions, of any number. An operator X is implemented in cpu/X.cpp and cuda/X.cu, its
+// gradient in autograd/X.cpp; X_backward stands beside X. What they compute and accept is documented in
+// wakesleep_ext/ops.py, the functions people call.
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Operator {
+  const char* schema;
+  bool reads_generator = false;
+};
+
+constexpr Operator kOperators[] = {
+    // keys: int64 [seed, offset] on the device of `like`
+    {"draw_key(Tensor like, *, Generator? generator=None) -> Tensor", true},
+
+    // draws, functions of their key
+    {"gaussian_rsample(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> Tensor"},
+    {"gaussian_rsample_log_prob(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> (Tensor, Tensor)"},
+    {"gaussian_rsample_backward(Tensor? grad_z, Tensor? grad_log_prob, Tensor mu, Tensor logvar, Tensor key, "
+     "SymInt[] sample_shape) -> (Tensor, Tensor)"},
+    {"bernoulli_sample(Tensor logits, Tensor key, SymInt[] sample_shape, ScalarType? dtype=None) -> Tensor"},
+
+    // densities, summed over the event
+    {"gaussian_log_prob(Tensor mu, Tensor logvar, Tensor z) -> Tensor"},
+    {"gaussian_log_prob_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor z, bool with_grad_z) "
+     "-> (Tensor, Tensor, Tensor)"},
+    {"standard_gaussian_log_prob(Tensor z) -> Tensor"},
+    {"standard_gaussian_log_prob_backward(Tensor grad, Tensor z) -> Tensor"},
+    {"gaussian_kl(Tensor mu, Tensor logvar) -> Tensor"},
+    {"gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar) -> (Tensor, Tensor)"},
+    {"bernoulli_log_prob(Tensor logits, Tensor x) -> Tensor"},
+    {"bernoulli_log_prob_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor"},
+};
+
+}  // namespace
+
+TORCH_LIBRARY(wakesleep_ext, m) {
+  const std::vector<at::Tag> pure = {at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> reads_generator = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+  for (const Operator& op : kOperators) {
+    m.def(op.schema, op.reads_generator ? reads_generator : pure);
+  }
+}
+
+#ifndef WAKESLEEP_CUDA_VERSION
+namespace {
+
+void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  C10_THROW_ERROR(NotImplementedError,
+                  op.operator_name().name +
+                      ": got a CUDA tensor, but wakesleep_ext was built without CUDA. Install the CUDA toolkit of "
+                      "this torch (nvcc on the PATH, or CUDA_HOME set) and reinstall: "
+                      "WAKESLEEP_FORCE_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir wakesleep_ext");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) {
+  for (const Operator& op : kOperators) {
+    const std::string schema = op.schema;
+    m.impl(schema.substr(0, schema.find('(')).c_str(),
+           torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
+  }
+}
+#endif

@@ -1,0 +1,123 @@
+// Counter-based random numbers: every draw is a function of a key and the index of the element it is for.
+//
+// Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), checked
+// against the known-answer vectors published with Random123. The layout, stated here and nowhere else:
+//
+//   key      = seed (64 bits)
+//   counter  = element / 4 (64 bits), then offset (60 bits) with the stream in the top 4
+//   element i takes word i % 4 of its block.
+//
+// Threads, grid, chunk and vector width do not enter, so any order of evaluation draws the same words. A float64 draw
+// takes its upper 32 bits from stream 0, where the float32 draw has all of its bits, and its lower ones from stream 1:
+// the same key gives the same draw at either precision, up to rounding.
+#pragma once
+
+#include "elementary.h"
+
+namespace wakesleep {
+
+constexpr int kPhiloxWords = 4;  // words in a block
+
+struct PhiloxBlock {
+  uint32_t word[kPhiloxWords];
+};
+
+struct PhiloxKey {
+  uint64_t seed;
+  uint64_t offset;
+};
+
+WAKESLEEP_FUNCTION PhiloxBlock philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+#ifdef __CUDACC__
+#pragma unroll
+#else
+#pragma GCC unroll 10
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t(0xD2511F53) * c0;
+    const uint64_t product1 = uint64_t(0xCD9E8D57) * c2;
+    c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(product1);
+    c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(product0);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The four words of elements 4*block .. 4*block+3.
+WAKESLEEP_FUNCTION PhiloxBlock philox_words(PhiloxKey key, uint32_t stream, uint32_t block_low, uint32_t block_high) {
+  return philox(block_low, block_high, uint32_t(key.offset), uint32_t(key.offset >> 32) ^ (stream << 28),
+                uint32_t(key.seed), uint32_t(key.seed >> 32));
+}
+
+// The words of a block at the precision of T: for float64 also the lower halves, which float32 leaves undrawn.
+template <typename T>
+struct Words {
+  PhiloxBlock high;
+  PhiloxBlock low;
+};
+
+template <typename T>
+WAKESLEEP_FUNCTION Words<T> draw_words(PhiloxKey key, uint32_t block_low, uint32_t block_high) {
+  Words<T> words = {philox_words(key, 0, block_low, block_high), {}};
+  if constexpr (sizeof(T) > sizeof(float)) {
+    words.low = philox_words(key, 1, block_low, block_high);
+  }
+  return words;
+}
+
+// A uniform in (0, 1] from word w: (n + 1/2) / 2^bits, rounded, n being the integer of all its bits.
+template <typename T>
+WAKESLEEP_FUNCTION T uniform(const Words<T>& words, int w) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return float(words.high.word[w]) * 0x1p-32f + 0x1p-33f;
+  } else {
+    return double(words.high.word[w]) * 0x1p-32 + (double(words.low.word[w]) * 0x1p-64 + 0x1p-65);
+  }
+}
+
+// Word w as a fraction of a full turn.
+template <typename T>
+WAKESLEEP_FUNCTION typename Format<T>::Int turn(const Words<T>& words, int w) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return int32_t(words.high.word[w]);
+  } else {
+    return int64_t((uint64_t(words.high.word[w]) << 32) | words.low.word[w]);
+  }
+}
+
+// Two independent standard normals from words w and w + 1 (Box and Muller 1958).
+template <typename T>
+WAKESLEEP_FUNCTION Pair<T> normals(const Words<T>& words, int w) {
+  const T radius = std::sqrt(T(-2) * log_of_normal(uniform(words, w)));
+  const Pair<T> direction = cos_sin_of_turn<T>(turn(words, w + 1));
+  return {radius * direction.first, radius * direction.second};
+}
+
+// One draw for each of the four elements of a block.
+template <typename T>
+struct Draws {
+  T value[kPhiloxWords];
+};
+
+struct StandardNormals {
+  template <typename T>
+  static WAKESLEEP_FUNCTION Draws<T> draw(PhiloxKey key, uint32_t block_low, uint32_t block_high) {
+    const Words<T> words = draw_words<T>(key, block_low, block_high);
+    const Pair<T> a = normals(words, 0);
+    const Pair<T> b = normals(words, 2);
+    return {{a.first, a.second, b.first, b.second}};
+  }
+};
+
+struct Uniforms {
+  template <typename T>
+  static WAKESLEEP_FUNCTION Draws<T> draw(PhiloxKey key, uint32_t block_low, uint32_t block_high) {
+    const Words<T> words = draw_words<T>(key, block_low, block_high);
+    return {{uniform(words, 0), uniform(words, 1), uniform(words, 2), uniform(words, 3)}};
+  }
+};
+
+}  // namespace wakesleep

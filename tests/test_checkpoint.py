@@ -1,0 +1,189 @@
+"""A checkpoint is the old one or the new one, exactly as saved, or an error that names it."""
+
+import io
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from wakesleep_ext import checkpoint
+from wakesleep_ext.checkpoint import CheckpointError
+from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+
+TENSORS = {
+    "weight": torch.randn(3, 5),
+    "transposed": torch.arange(6.0).view(2, 3).T,
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.zeros(0, 4),
+    "half": torch.tensor([1.0, float("nan")], dtype=torch.bfloat16),
+    "counts": torch.arange(3),
+}
+DESCRIPTION = {"model": {"observed": 4}, "step": 12, "name": "Größe"}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save(path, TENSORS, DESCRIPTION)
+    return path
+
+
+def bits(tensors):
+    return {
+        name: (t.dtype, t.shape, bytes(t.contiguous().flatten().view(torch.uint8).numpy()))
+        for name, t in tensors.items()
+    }
+
+
+def test_what_is_loaded_is_what_was_saved(path):
+    loaded = checkpoint.load(path)
+    assert bits(loaded.tensors) == bits(TENSORS)
+    assert loaded.description == DESCRIPTION
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: cannot be read"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def test_truncation_at_every_byte_is_named(path):
+    content = path.read_bytes()
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=path.name):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0xFF])
+def test_a_flipped_byte_is_named(path, flip):
+    """Anywhere: in the header, in the description, in a tensor."""
+    content = path.read_bytes()
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= flip
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=path.name):
+            checkpoint.load(path)
+
+
+def test_another_safetensors_file_is_no_checkpoint(path):
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="not a wakesleep checkpoint"):
+        checkpoint.load(path)
+
+
+class Explosive:
+    """Pickled, it would leave a file behind on being loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_checkpoint_is_executed(path, tmp_path):
+    trap = tmp_path / "sprung"
+    for write in (lambda x: path.write_bytes(pickle.dumps(x)), lambda x: torch.save(x, path)):
+        write(Explosive(trap))
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            checkpoint.load(path)
+    assert not trap.exists()
+
+
+class DiskFullError(OSError):
+    pass
+
+
+@pytest.mark.parametrize("survives", [0, 1, 100, 1000, -1])
+def test_a_write_that_fails_leaves_the_old_checkpoint(path, monkeypatch, survives):
+    """The disk fills up after so many bytes; -1: after the last one, before they are synced."""
+
+    class Disk(io.FileIO):
+        def write(self, content):
+            super().write(bytes(content)[:survives] if survives >= 0 else content)
+            raise DiskFullError
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Disk(path, mode))
+    with pytest.raises(DiskFullError):
+        checkpoint.save(path, {"weight": torch.zeros(50, 50)}, {})
+    monkeypatch.undo()
+    assert bits(checkpoint.load(path).tensors) == bits(TENSORS)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(path):
+    """A process saves over and over, weights and description in step, and is killed at odd times."""
+    script = """
+import sys, torch
+from pathlib import Path
+from wakesleep_ext import checkpoint
+for step in range(1_000_000):
+    checkpoint.save(Path(sys.argv[1]), {"w": torch.full((300, 300), float(step))}, {"step": step})
+    print(step, flush=True)
+"""
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(5):
+            process.stdout.readline()
+        time.sleep(0.0137)
+        process.send_signal(signal.SIGKILL)
+        printed = int(process.stdout.read().split()[-1])
+    loaded = checkpoint.load(path)
+    assert loaded.description["step"] >= printed
+    assert (loaded.tensors["w"] == loaded.description["step"]).all()
+    checkpoint.save(path, TENSORS, DESCRIPTION)  # what the killed one left behind is no obstacle
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.fixture
+def machine():
+    return HelmholtzMachine(ModelConfig(6, 2, (5,), (4, 3), "elu"))
+
+
+def save_machine(path, machine, **model):
+    tensors = {f"machine.{name}": t for name, t in machine.state_dict().items()}
+    described = {**vars(machine.config), **model}
+    checkpoint.save(path, tensors, {"model": described, "step": 3})
+
+
+def test_a_machine_comes_back_as_it_was(path, machine):
+    save_machine(path, machine)
+    loaded, description = checkpoint.load_machine(path)
+    assert loaded.config == machine.config
+    assert bits(loaded.state_dict()) == bits(machine.state_dict())
+    assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
+    assert description["step"] == 3
+    x = torch.ones(2, 6)
+    assert torch.equal(loaded.recognition(x), machine.recognition(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"observed": 7}, "size mismatch"),
+        ({"observed": 10**12}, "size mismatch"),
+        ({"generative_hidden": (4,)}, "Unexpected key"),
+        ({"activation": "__import__"}, "expected activation to be one of"),
+        ({"layers": 3}, "unexpected keyword"),
+    ],
+)
+def test_weights_that_do_not_fit_the_description_are_refused(path, machine, model, reason):
+    save_machine(path, machine, **model)
+    with pytest.raises(CheckpointError, match=f"(?s){path.name}: does not hold the model.*{reason}"):
+        checkpoint.load_machine(path)
+
+
+def test_loading_a_machine_draws_no_random_numbers(path, machine):
+    save_machine(path, machine)
+    before = torch.get_rng_state()
+    checkpoint.load_machine(path)
+    assert torch.equal(torch.get_rng_state(), before)

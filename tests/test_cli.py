@@ -1,0 +1,204 @@
+"""The commands as people type them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from wakesleep_ext import checkpoint, cli
+
+RUN_FILES = {
+    "checkpoint.safetensors",
+    "config.json",
+    "curves.png",
+    "metrics.jsonl",
+    "reconstructions.png",
+    "samples.png",
+}
+SMALL = ["--latent", "3", "--recognition-hidden", "8", "--generative-hidden", "8", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "stripes.npz"
+    rng = np.random.default_rng(0)
+    images = np.repeat(rng.integers(256, size=(150, 6, 1), dtype=np.uint8), 5, axis=2)
+    np.savez(path, x_train=images[:120], x_test=images[120:])
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    """A run of two epochs; its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "stripes"
+    command = ["train", "--data", str(data), "--out", str(folder), "--device", "cpu", *SMALL]
+    assert cli.main([*command, "--num-samples", "2", "--seed", "5", "--bound-samples", "30"]) == 0
+    return folder
+
+
+def read_metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_files(run):
+    assert {path.name for path in run.iterdir()} == RUN_FILES
+    for picture in run.glob("*.png"):
+        pixels = imread(picture)
+        assert np.ptp(pixels[..., :3]) > 0.3
+
+
+def test_the_config_tells_how_the_run_was_made(run, data):
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"] == str(data)
+    assert config["image_shape"] == [6, 5]
+    assert config["model"] == {
+        "observed": 30,
+        "latent": 3,
+        "recognition_hidden": [8],
+        "generative_hidden": [8],
+        "activation": "tanh",
+    }
+    assert config["training"]["num_samples"] == 2
+    assert config["training"]["seed"] == 5
+    described = checkpoint.load(run / "checkpoint.safetensors").description
+    assert described == {**config, "step": 2}
+
+
+def test_the_metrics_are_one_object_an_epoch_and_the_result(run):
+    *epochs, result = read_metrics(run)
+    assert [record["epoch"] for record in epochs] == [1, 2]
+    for record in epochs:
+        assert record["wake_loss"] > 0
+        assert {"sleep_loss", "test_elbo", "step", "seconds"} <= record.keys()
+    assert result["nll"] <= -result["elbo"]
+    assert (result["bound_samples"], result["images"], result["step"]) == (30, 30, 2)
+
+
+def test_evaluate_prints_one_json_object(run, capsys):
+    assert cli.main(["evaluate", str(run), "--bound-samples", "50", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert captured.out.count("\n") == 1
+    assert result["bound_samples"] == 50
+    assert result["nll"] <= -result["elbo"]
+    *_, trained = read_metrics(run)
+    assert result["baseline_nll"] == trained["baseline_nll"]
+    assert result["nll"] == pytest.approx(trained["nll"], abs=0.5)
+
+
+def test_evaluate_prints_a_table(run, capsys):
+    assert cli.main(["evaluate", str(run), "--bound-samples", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "independent Bernoulli pixels" in out
+    assert "K = 5" in out
+
+
+def test_sample_draws_as_many_dreams_as_asked(run, tmp_path):
+    sizes = []
+    for count in (4, 16):
+        path = tmp_path / "new" / f"{count}.png"
+        assert cli.main(["sample", str(run), "--count", str(count), "--out", str(path)]) == 0
+        sizes.append(imread(path).shape)
+    assert sizes[0][0] > sizes[0][1]  # images are taller than wide
+    again = tmp_path / "again.png"
+    cli.main(["sample", str(run), "--count", "4", "--out", str(again)])
+    assert again.read_bytes() == (tmp_path / "new" / "4.png").read_bytes()
+
+
+def test_the_table_names_the_baseline_beside_the_bound(tmp_path, data, capsys):
+    command = ["train", "--data", str(data), "--out", str(tmp_path / "r"), *SMALL]
+    assert cli.main([*command, "--bound-samples", "7"]) == 0
+    out = capsys.readouterr().out
+    *_, result = read_metrics(tmp_path / "r")
+    assert f"{result['baseline_nll']:.3f}" in out
+    assert f"{result['nll']:.3f}" in out
+    assert "K = 7" in out
+
+
+def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
+    command = ["train", "--data", str(data), "--out", str(tmp_path), *SMALL, "--bound-samples", "1"]
+    assert cli.main(command) == 0
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    assert cli.main([*command, "--seed", "1"]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    assert cli.main([*command, "--seed", "1", "--overwrite"]) == 0
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() != before
+    assert len(read_metrics(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "nowhere"], "nowhere: expected 'digits', a folder of IDX files"),
+        (["train", "--latent", "0"], "expected latent > 0, got 0"),
+        (["evaluate", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
+        (["sample", "nowhere", "--out", "x.png", "--count", "0"], "--count of at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("wakesleep: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_missed(run, capsys):
+    assert cli.main(["evaluate", str(run), "--device", "cuda"]) == 1
+    assert "expected a GPU for --device cuda" in capsys.readouterr().err
+
+
+def test_other_data_of_another_shape_are_refused(run, capsys):
+    assert cli.main(["evaluate", str(run), "--data", "digits"]) == 1
+    assert "was trained on images of shape [6, 5], those of digits have [8, 8]" in capsys.readouterr().err
+
+
+def test_a_diverging_run_names_its_last_good_checkpoint(tmp_path, data, capsys):
+    command = ["train", "--data", str(data), "--out", str(tmp_path), *SMALL]
+    assert cli.main([*command, "--wake-learning-rate", "1e38"]) == 1
+    error = capsys.readouterr().err
+    assert "at step 1" in error
+    assert f"the last good checkpoint, of step 0, is {tmp_path}/checkpoint.safetensors" in error
+    assert checkpoint.load(tmp_path / "checkpoint.safetensors").description["step"] == 0
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "tyro"])
+def test_a_missing_extra_is_named_with_its_cure(tmp_path, monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 1
+    expected = f"wakesleep: {module} missing; install with: pip install 'wakesleep_ext[train]'\n"
+    assert capsys.readouterr().err == expected
+    assert not list(tmp_path.iterdir())
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line_in_a_process_of_its_own(run):
+    call = "import sys; from wakesleep_ext.cli import main; sys.exit(main())"
+    process = python("-c", call, "evaluate", str(run), "--bound-samples", "3", "--json")
+    assert process.returncode == 0, process.stderr
+    assert {"nll", "elbo"} <= json.loads(process.stdout).keys()
+    process = python("-c", call, "--help")
+    assert process.returncode == 0
+    for command in ("train", "evaluate", "sample"):
+        assert command in process.stdout
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    code = (
+        "import sys, torch; before = set(sys.modules); import wakesleep_ext.cli; "
+        "heavy = {'matplotlib', 'sklearn', 'tyro', 'tqdm', 'safetensors'}; "
+        "print(*heavy & (set(sys.modules) - before))"
+    )
+    process = python("-c", code)
+    assert (process.returncode, process.stdout) == (0, "\n"), process.stderr

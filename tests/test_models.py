@@ -1,0 +1,115 @@
+"""The networks' shapes, their start, and ancestral sampling."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from wakesleep_ext.models import Activation, HelmholtzMachine, ModelConfig, dream
+from wakesleep_ext.random import make_key
+
+SMALL = ModelConfig(observed=6, latent=2, recognition_hidden=(5,), generative_hidden=(4, 3))
+
+
+def test_packed_parameters_are_split_without_copying():
+    packed = HelmholtzMachine(SMALL).recognition(torch.ones(7, 6))
+    mu, logvar = packed.chunk(2, -1)
+    assert mu.shape == logvar.shape == (7, 2)
+    assert mu.untyped_storage().data_ptr() == logvar.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float64])
+def test_pixels_of_any_dtype_are_recognised_alike(dtype):
+    machine = HelmholtzMachine(SMALL)
+    x = torch.tensor([[0, 1, 1, 0, 1, 0]])
+    torch.testing.assert_close(machine.recognition(x.to(dtype)), machine.recognition(x.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_widths_and_activation_are_the_users(activation):
+    config = ModelConfig(6, 2, (5,), (4, 3), activation)
+    machine = HelmholtzMachine(config)
+    assert [tuple(p.shape) for p in machine.recognition.parameters() if p.dim() == 2] == [
+        (5, 6),
+        (4, 5),
+    ]
+    assert [tuple(p.shape) for p in machine.generative.parameters() if p.dim() == 2] == [
+        (4, 2),
+        (3, 4),
+        (6, 3),
+    ]
+    activations = {type(m).__name__.lower() for m in machine.modules() if not list(m.children())}
+    assert activations == {"linear", activation}
+
+
+def test_no_hidden_layers_give_linear_networks():
+    machine = HelmholtzMachine(ModelConfig(6, 2, (), ()))
+    z = torch.randn(3, 2)
+    torch.testing.assert_close(machine.generative(2 * z), 2 * machine.generative(z))
+
+
+def test_the_generative_bias_starts_at_the_logit_of_the_clipped_pixel_mean():
+    mean = torch.tensor([0.0, 0.0005, 0.25, 0.5, 0.9995, 1.0])
+    bias = HelmholtzMachine(SMALL, mean).generative[-1].bias
+    expected = torch.tensor([0.001, 0.001, 0.25, 0.5, 0.999, 0.999])
+    torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_pixel_mean_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"pixel_mean to have shape \[6\], got \[5\]"):
+        HelmholtzMachine(SMALL, torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"observed": 0}, "observed > 0, got 0"),
+        ({"latent": -1}, "latent > 0, got -1"),
+        ({"latent": 2.5}, "latent > 0, got 2.5"),
+        ({"recognition_hidden": (3, 0)}, r"recognition_hidden > 0, got \(3, 0\)"),
+        ({"generative_hidden": (0,)}, r"generative_hidden > 0, got \(0,\)"),
+        ({"activation": "swish"}, "activation to be one of tanh, .*, got 'swish'"),
+    ],
+)
+def test_impossible_sizes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{"observed": 6, **change})
+
+
+def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
+    machine = HelmholtzMachine(SMALL, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.99]))
+    count = 100_000
+    z, logits, x = machine.dream(count, keys=(make_key(0, 0), make_key(0, 1)))
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, machine.generative(z).detach())
+    assert x.unique().tolist() == [0, 1]
+
+    five_sigma = 5 / count**0.5
+    torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=five_sigma)
+    torch.testing.assert_close(z.T.cov(), torch.eye(2), rtol=0, atol=five_sigma * 2**0.5)
+    means = logits.sigmoid()
+    torch.testing.assert_close(x.mean(0), means.mean(0), rtol=0, atol=five_sigma / 2)
+    # Pixels follow their own z, not another's: the covariance of x with its mean is the latter's.
+    torch.testing.assert_close(((x - means) * means).mean(0), torch.zeros(6), rtol=0, atol=five_sigma / 2)
+
+
+def test_a_dream_is_a_function_of_its_keys():
+    machine = HelmholtzMachine(SMALL)
+    keys = make_key(3, 0), make_key(3, 1)
+    for first, second in zip(machine.dream(9, keys=keys), machine.dream(9, keys=keys), strict=True):
+        assert torch.equal(first, second)
+    assert not torch.equal(machine.dream(9).z, machine.dream(9).z)
+
+
+def test_dreams_take_the_dtype_of_the_generative_network():
+    z, logits, x = dream(HelmholtzMachine(SMALL).double().generative, 3, 2)
+    assert z.dtype == logits.dtype == x.dtype == torch.float64
+
+
+def test_reconstructions_are_pixel_means_and_a_function_of_the_key():
+    machine = HelmholtzMachine(SMALL)
+    x = torch.randint(2, (8, 6), dtype=torch.uint8)
+    first, second = (machine.reconstruct(x, key=make_key(1)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (8, 6)
+    assert ((first > 0) & (first < 1)).all()

@@ -1,0 +1,203 @@
+"""The loop: what it repeats, what it visits, and when it stops."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from wakesleep_ext import random
+from wakesleep_ext.data import DIGITS, Images, load
+from wakesleep_ext.evaluation import log_likelihood_bounds
+from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.training import DivergedError, TrainConfig, Trainer
+
+BARS = Images(
+    torch.tensor([[255, 255, 0, 0], [0, 0, 255, 255], [255, 0, 255, 0], [0, 255, 0, 255]]).to(torch.uint8).repeat(6, 1),
+    white=255,
+    shape=(2, 2),
+)
+
+
+def make_trainer(images=BARS, **config):
+    torch.manual_seed(0)
+    machine = HelmholtzMachine(ModelConfig(images.grey.shape[1], 2, (8,), (8,)), images.mean())
+    return Trainer(machine, images, TrainConfig(**{"batch_size": 5, "epochs": 3, **config}))
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.machine.parameters()])
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, second = make_trainer(seed=4), make_trainer(seed=4)
+    losses = [(e.wake_loss, e.sleep_loss) for e in first.epochs()]
+    torch.rand(7)  # noise of torch's own generators does not enter
+    assert [(e.wake_loss, e.sleep_loss) for e in second.epochs()] == losses
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_another_seed_gives_other_weights():
+    first, second = make_trainer(seed=4), make_trainer(seed=5)
+    assert torch.equal(weights(first), weights(second))
+    for trainer in (first, second):
+        list(trainer.epochs())
+    assert not torch.equal(weights(first), weights(second))
+
+
+def test_every_draw_of_a_run_has_a_key_of_its_own(monkeypatch):
+    keys, make_key = [], random.make_key
+
+    def remember(*arguments):
+        keys.append(arguments)
+        return make_key(*arguments)
+
+    monkeypatch.setattr(random, "make_key", remember)
+    list(make_trainer().epochs())
+    assert len(keys) == len(set(keys)) == 3 * (1 + 4 * 4)
+
+
+def test_training_teaches():
+    trainer = make_trainer(epochs=150, wake_learning_rate=0.01, sleep_learning_rate=0.01)
+    x = (BARS.grey[:4] > 0).float()
+
+    def nll():
+        machine = trainer.machine
+        bounds = log_likelihood_bounds(machine.recognition, machine.generative, x, 500)
+        return -bounds.log_likelihood.mean().item()
+
+    before = nll()
+    epochs = list(trainer.epochs())
+    assert before == pytest.approx(4 * math.log(2), abs=0.3)  # pixels are on half the time
+    assert nll() < before - 0.5  # of at most 2 log 2, for four equally likely images
+    assert epochs[-1].wake_loss < epochs[0].wake_loss
+    assert epochs[-1].sleep_loss < epochs[0].sleep_loss
+
+
+def test_an_epoch_visits_each_image_once_in_an_order_of_its_own():
+    trainer = make_trainer(batch_size=6)
+    orders = []
+    batches = trainer._batches
+    trainer._batches = lambda: orders.append(batches()) or orders[-1]
+    list(trainer.epochs())
+    flat = [torch.cat(order).tolist() for order in orders]
+    assert all(sorted(order) == list(range(24)) for order in flat)
+    assert len({tuple(order) for order in flat}) == 3
+
+
+def test_a_short_last_batch_is_left_out():
+    trainer = make_trainer(batch_size=7)
+    assert [len(index) for index in trainer._batches()] == [7, 7, 7]
+    assert [e.step for e in trainer.epochs()] == [3, 6, 9]
+
+
+def test_a_batch_is_never_larger_than_the_data():
+    trainer = make_trainer(batch_size=1000, epochs=2)
+    assert [(e.epoch, e.step) for e in trainer.epochs()] == [(1, 1), (2, 2)]
+
+
+def test_each_step_is_announced():
+    trainer, count = make_trainer(), itertools.count(1)
+    list(trainer.epochs(on_step=lambda: next(count)))
+    assert next(count) - 1 == trainer.step == 12
+
+
+def test_learning_rates_are_separate_and_fall_by_the_decay():
+    trainer = make_trainer(epochs=50, wake_learning_rate=1e-2, sleep_learning_rate=3e-3, learning_rate_decay=0.1)
+    rates = {"wake": [], "sleep": []}
+
+    def note():
+        for phase, optimizer in trainer.optimizers.items():
+            rates[phase].append(optimizer.param_groups[0]["lr"])
+
+    list(trainer.epochs(on_step=note))
+    for phase, start in (("wake", 1e-2), ("sleep", 3e-3)):
+        assert rates[phase][0] == start
+        assert rates[phase][100] == pytest.approx(start * 0.1**0.5)
+        assert rates[phase][-1] == pytest.approx(start * 0.1, rel=0.02)
+
+
+def test_optimizers_are_what_was_asked_for():
+    trainer = make_trainer(adam_betas=(0.8, 0.9), adam_epsilon=1e-3)
+    for phase, network in (("wake", "generative"), ("sleep", "recognition")):
+        optimizer = trainer.optimizers[phase]
+        (group,) = optimizer.param_groups
+        assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-3)
+        expected = list(getattr(trainer.machine, network).parameters())
+        assert all(a is b for a, b in zip(group["params"], expected, strict=True))
+
+
+def returns_nan_in_phase(network, step, trainer, *, with_gradients):
+    """Makes a network return NaN from one step on; the trained network is the one with gradients."""
+
+    def hook(module, arguments, output):
+        if trainer.step + 1 >= step and torch.is_grad_enabled() == with_gradients:
+            return output * math.nan
+        return output
+
+    network.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize(("phase", "network"), [("wake", "generative"), ("sleep", "recognition")])
+def test_a_nan_loss_stops_and_names_phase_and_step(phase, network):
+    trainer = make_trainer()
+    returns_nan_in_phase(getattr(trainer.machine, network), 6, trainer, with_gradients=True)
+    epochs = trainer.epochs()
+    assert next(epochs).step == 4
+    with pytest.raises(DivergedError, match=rf"the {phase} loss became nan at step 6 \(epoch 2\)"):
+        next(epochs)
+
+
+def test_weights_that_explode_in_the_last_step_stop_the_run():
+    trainer = make_trainer()
+
+    def explode():
+        if trainer.step == 4:
+            with torch.no_grad():
+                trainer.machine.recognition[0].weight[0, 0] = math.inf
+
+    with pytest.raises(DivergedError, match="the sleep phase made a weight infinite at step 4"):
+        next(trainer.epochs(on_step=explode))
+
+
+def test_the_state_names_every_weight_and_both_optimizers():
+    trainer = make_trainer()
+    list(trainer.epochs())
+    state = trainer.state_dict()
+    for phase, network in (("wake", "generative"), ("sleep", "recognition")):
+        for name, parameter in getattr(trainer.machine, network).named_parameters():
+            assert torch.equal(state.pop(f"machine.{network}.{name}"), parameter)
+            assert state.pop(f"optimizer.{phase}.{name}.exp_avg").shape == parameter.shape
+            assert (state.pop(f"optimizer.{phase}.{name}.exp_avg_sq") >= 0).all()
+            assert state.pop(f"optimizer.{phase}.{name}.step") == 12
+    assert not state
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**63),
+        ("epochs", -1),
+        ("batch_size", 0),
+        ("num_samples", 0),
+        ("wake_learning_rate", 0.0),
+        ("sleep_learning_rate", math.nan),
+        ("learning_rate_decay", 1.5),
+        ("adam_betas", (0.9, 1.0)),
+        ("adam_epsilon", -1e-8),
+    ],
+)
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"TrainConfig: {name} is out of range, got"):
+        TrainConfig(**{name: value})
+
+
+def test_the_digits_are_learnt():
+    """A few epochs take the ELBO past the independent-Bernoulli baseline of 27 nats."""
+    digits = load(DIGITS)
+    torch.manual_seed(0)
+    machine = HelmholtzMachine(ModelConfig(64), digits.train.mean())
+    list(Trainer(machine, digits.train, TrainConfig(epochs=25)).epochs())
+    bounds = log_likelihood_bounds(machine.recognition, machine.generative, digits.binary_test(), 100)
+    assert -bounds.log_likelihood.mean() < 26

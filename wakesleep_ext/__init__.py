@@ -1,0 +1,40 @@
+"""Fused Gaussian and Bernoulli ops for PyTorch, and a Helmholtz machine trained with them by wake-sleep.
+
+The ops are plain functions, documented in :mod:`wakesleep_ext.ops`, that anyone's model may call. Importing this
+package loads them and nothing else; the trainer lives in modules of its own (``models``, ``objectives``,
+``training``, ``evaluation``, ...).
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from wakesleep_ext import _loading, random, reference
+
+_loading.load_kernels()
+
+from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered first
+    bernoulli_log_prob,
+    bernoulli_sample,
+    gaussian_kl,
+    gaussian_log_prob,
+    gaussian_rsample,
+    gaussian_rsample_log_prob,
+    standard_gaussian_log_prob,
+)
+
+try:
+    __version__ = version("wakesleep_ext")
+except PackageNotFoundError:  # a source tree that was built in place
+    __version__ = "0+unknown"
+
+__all__ = [
+    "__version__",
+    "bernoulli_log_prob",
+    "bernoulli_sample",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_rsample",
+    "gaussian_rsample_log_prob",
+    "random",
+    "reference",
+    "standard_gaussian_log_prob",
+]

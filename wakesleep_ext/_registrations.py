@@ -1,0 +1,294 @@
+"""What the operators need on the Python side: shapes without data, and the way through functorch's transforms.
+
+Kernels and first-order gradients are registered in C++. Here stand the fake kernels, by which torch.compile and meta
+tensors learn shapes and dtypes; the batching rules of vmap; and an autograd.Function for each operator, by which
+``torch.func.grad`` and its kin go, since they refuse C++ ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+
+_ops = torch.ops.wakesleep_ext
+
+
+def call(op: Any, *arguments: Any) -> Any:
+    """Calls an operator, by its autograd.Function where a functorch transform is active."""
+    if _are_functorch_transforms_active():
+        return _FUNCTIONS[op].apply(*arguments) if op in _FUNCTIONS else op(*arguments)
+    return op(*arguments)
+
+
+# ---- fake kernels ----------------------------------------------------------------------------------------------------
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _rows(*tensors: Tensor) -> Tensor:
+    """What an op returns one number of per row: the broadcast batch, in the type rows are computed in."""
+    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
+    return tensors[0].new_empty(shape, dtype=_compute_dtype(_promoted(*tensors)))
+
+
+def _events(*tensors: Tensor) -> Tensor:
+    """The broadcast of all arguments, in their common dtype."""
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    return tensors[0].new_empty(shape, dtype=_promoted(*tensors))
+
+
+@torch.library.register_fake("wakesleep_ext::draw_key")
+def _(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    return like.new_empty((2,), dtype=torch.int64)
+
+
+@torch.library.register_fake("wakesleep_ext::gaussian_rsample")
+def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> Tensor:
+    event = _events(mu, logvar)
+    return event.new_empty((*sample_shape, *event.shape))
+
+
+@torch.library.register_fake("wakesleep_ext::gaussian_rsample_log_prob")
+def _(
+    mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    event, row = _events(mu, logvar), _rows(mu, logvar)
+    return event.new_empty((*sample_shape, *event.shape)), row.new_empty((*sample_shape, *row.shape))
+
+
+@torch.library.register_fake("wakesleep_ext::gaussian_rsample_backward")
+def _(
+    grad_z: Tensor | None,
+    grad_log_prob: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    key: Tensor,
+    sample_shape: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return _events(mu, logvar), _events(mu, logvar)
+
+
+@torch.library.register_fake("wakesleep_ext::bernoulli_sample")
+def _(
+    logits: Tensor, key: Tensor, sample_shape: Sequence[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    return logits.new_empty((*sample_shape, *logits.shape), dtype=dtype)
+
+
+@torch.library.register_fake("wakesleep_ext::gaussian_log_prob")
+def _(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
+    return _rows(mu, logvar, z)
+
+
+@torch.library.register_fake("wakesleep_ext::gaussian_log_prob_backward")
+def _(
+    grad: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, with_grad_z: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    parameters = _events(mu, logvar).to(_promoted(mu, logvar, z))
+    value = parameters.new_empty((*grad.shape, z.shape[-1] if with_grad_z else 0))
+    return parameters, torch.empty_like(parameters), value
+
+
+@torch.library.register_fake("wakesleep_ext::standard_gaussian_log_prob")
+def _(z: Tensor) -> Tensor:
+    return _rows(z)
+
+
+@torch.library.register_fake("wakesleep_ext::standard_gaussian_log_prob_backward")
+def _(grad: Tensor, z: Tensor) -> Tensor:
+    return _events(z)
+
+
+@torch.library.register_fake("wakesleep_ext::gaussian_kl")
+def _(mu: Tensor, logvar: Tensor) -> Tensor:
+    return _rows(mu, logvar)
+
+
+@torch.library.register_fake("wakesleep_ext::gaussian_kl_backward")
+def _(grad: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    return _events(mu, logvar), _events(mu, logvar)
+
+
+@torch.library.register_fake("wakesleep_ext::bernoulli_log_prob")
+def _(logits: Tensor, x: Tensor) -> Tensor:
+    row = _rows(logits, x)
+    return row.to(_compute_dtype(logits.dtype))
+
+
+@torch.library.register_fake("wakesleep_ext::bernoulli_log_prob_backward")
+def _(grad: Tensor, logits: Tensor, x: Tensor) -> Tensor:
+    return _events(logits)
+
+
+# ---- vmap ------------------------------------------------------------------------------------------------------------
+
+
+def _batch_leading(op: Any) -> Callable[..., tuple[Tensor, int]]:
+    """Densities broadcast over leading dimensions, so one more of these is all that vmap needs."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+        rank = max(tensor.dim() - (dim is not None) for tensor, dim in zip(tensors, in_dims, strict=True))
+        aligned = []
+        for tensor, dim in zip(tensors, in_dims, strict=True):
+            if dim is not None:
+                tensor = tensor.movedim(dim, 0)
+                padding = (1,) * (rank - (tensor.dim() - 1))
+                tensor = tensor.reshape(tensor.shape[0], *padding, *tensor.shape[1:])
+            aligned.append(tensor)
+        return op(*aligned), 0
+
+    return rule
+
+
+def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
+    """Draws are functions of their key and index: each member of the batch is drawn as it would be alone."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = [
+            op(
+                *(
+                    argument if dim is None else argument.select(dim, index)
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(member) for member in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+@torch.library.register_vmap("wakesleep_ext::draw_key")
+def _(
+    info: Any,
+    in_dims: tuple[int | None],
+    like: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, int | None]:
+    if info.randomness == "error":
+        raise RuntimeError(
+            "vmap: a key was drawn in the randomness='error' mode; pass randomness='different' or "
+            "'same' to vmap, or a key to the op"
+        )
+    if info.randomness == "same":
+        return _ops.draw_key.default(like, generator=generator), None
+    keys = [_ops.draw_key.default(like, generator=generator) for _ in range(info.batch_size)]
+    return torch.stack(keys), 0
+
+
+for _op in (
+    _ops.gaussian_log_prob.default,
+    _ops.standard_gaussian_log_prob.default,
+    _ops.gaussian_kl.default,
+    _ops.bernoulli_log_prob.default,
+):
+    torch.library.register_vmap(_op, _batch_leading(_op))
+
+for _op in (
+    _ops.gaussian_rsample.default,
+    _ops.gaussian_rsample_log_prob.default,
+    _ops.gaussian_rsample_backward.default,
+    _ops.bernoulli_sample.default,
+    _ops.gaussian_log_prob_backward.default,
+    _ops.standard_gaussian_log_prob_backward.default,
+    _ops.gaussian_kl_backward.default,
+    _ops.bernoulli_log_prob_backward.default,
+):
+    torch.library.register_vmap(_op, _one_by_one(_op))
+
+
+# ---- torch.func ------------------------------------------------------------------------------------------------------
+
+
+def _function(
+    op: Any, gradients: Callable[[Sequence[Any], Sequence[Tensor]], tuple[Tensor | None, ...]]
+) -> type[torch.autograd.Function]:
+    """An autograd.Function of an operator; gradients(arguments, gradients of the results) may be differentiated."""
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return op(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*(item for item in inputs if isinstance(item, Tensor)))
+            ctx.others = [item for item in inputs if not isinstance(item, Tensor)]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            found = gradients((*ctx.saved_tensors, *ctx.others), grads)
+            return (*found, *(None,) * (len(ctx.saved_tensors) + len(ctx.others) - len(found)))
+
+    return Function
+
+
+def _sum_like(gradient: Tensor, owner: Tensor) -> Tensor:
+    return gradient.sum_to_size(owner.shape)
+
+
+def _gaussian_rsample(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    mu, logvar, key, sample_shape = arguments
+    grad_z, grad_log_prob = (*grads, None)[:2]
+    found = _ops.gaussian_rsample_backward.default(
+        grad_z, grad_log_prob, mu, logvar, key, sample_shape
+    )
+    return _sum_like(found[0], mu), _sum_like(found[1], logvar)
+
+
+def _gaussian_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    found = _ops.gaussian_log_prob_backward.default(grads[0], *arguments, True)
+    return tuple(map(_sum_like, found, arguments))
+
+
+def _standard_gaussian_log_prob(
+    arguments: Sequence[Any], grads: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    return (_ops.standard_gaussian_log_prob_backward.default(grads[0], *arguments),)
+
+
+def _gaussian_kl(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(
+        map(_sum_like, _ops.gaussian_kl_backward.default(grads[0], *arguments), arguments)
+    )
+
+
+def _bernoulli_log_prob(
+    arguments: Sequence[Any], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    logits, x = arguments
+    grad_logits = _ops.bernoulli_log_prob_backward.default(grads[0], logits, x)
+    grad_x = _sum_like(grads[0].unsqueeze(-1) * logits, x) if x.is_floating_point() else None
+    return grad_logits, grad_x
+
+
+_FUNCTIONS = {
+    op: _function(op, gradients)
+    for op, gradients in {
+        _ops.gaussian_rsample.default: _gaussian_rsample,
+        _ops.gaussian_rsample_log_prob.default: _gaussian_rsample,
+        _ops.gaussian_log_prob.default: _gaussian_log_prob,
+        _ops.standard_gaussian_log_prob.default: _standard_gaussian_log_prob,
+        _ops.gaussian_kl.default: _gaussian_kl,
+        _ops.bernoulli_log_prob.default: _bernoulli_log_prob,
+    }.items()
+}

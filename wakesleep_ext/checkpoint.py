@@ -1,0 +1,115 @@
+"""Checkpoints: tensors and their JSON description in one safetensors file.
+
+One file, so that one rename replaces the whole: whoever reads the path finds the old checkpoint
+or the new one, never a part of either. Nothing in it is code, so loading executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be loaded; the message names the file and the reason."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+
+
+class Checkpoint(NamedTuple):
+    tensors: dict[str, Tensor]
+    """Tensors by name, on the CPU."""
+    description: dict[str, Any]
+    """The JSON object that was saved with them."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's content such that a crash at any moment leaves the old or the new."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or a power failure could still undo the rename
+    finally:
+        os.close(folder)
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Save tensors and a JSON object atomically, with a SHA-256 over both."""
+    import safetensors.torch
+
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(description)
+    metadata = {"description": text, "sha256": _digest(held, text)}
+    write_atomically(path, safetensors.torch.save(held, metadata))
+
+
+def load(path: Path) -> Checkpoint:
+    """Load what :func:`save` has written.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or altered, or no checkpoint.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(path, f"cannot be read: {error}") from error
+    text = metadata.get("description")
+    if text is None or "sha256" not in metadata:
+        raise CheckpointError(path, "is a safetensors file, but not a wakesleep checkpoint")
+    if _digest(tensors, text) != metadata["sha256"]:
+        raise CheckpointError(path, "is damaged: its content does not have the SHA-256 it states")
+    return Checkpoint(tensors, json.loads(text))
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    layout = {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}
+    digest = hashlib.sha256(json.dumps([text, layout]).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
+    """The machine of a training run, on the CPU, and the run's description.
+
+    Raises:
+        CheckpointError: as :func:`load`, or the weights do not fit the model described.
+    """
+    tensors, description = load(path)
+    prefix = "machine."
+    try:
+        config = ModelConfig(**{name: _tuple(v) for name, v in description["model"].items()})
+        with torch.device("meta"):  # weights come from the file: none are drawn or allocated
+            machine = HelmholtzMachine(config)
+        weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        machine.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(path, f"does not hold the model it describes: {error}") from error
+    return machine, description
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,161 @@
+"""The Helmholtz machine: a recognition network q(z|x) and a generative model p(z) p(x|z)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep_ext import ops
+
+Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
+
+_ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+    "sigmoid": nn.Sigmoid,
+}
+
+PIXEL_MEAN_CLIP = 1e-3
+"""Pixel means are clipped to [0.001, 0.999] before their logit is taken."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and activation of both networks.
+
+    Raises:
+        ValueError: a size is not a positive integer, or the activation is unknown.
+    """
+
+    observed: int
+    """Pixels of an image, D."""
+    latent: int = 50
+    """Latent variables, K."""
+    recognition_hidden: tuple[int, ...] = (200, 200)
+    """Hidden widths of the recognition network, from x to z."""
+    generative_hidden: tuple[int, ...] = (200, 200)
+    """Hidden widths of the generative network, from z to x."""
+    activation: Activation = "tanh"
+    """Activation after each hidden layer."""
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "observed": (self.observed,),
+            "latent": (self.latent,),
+            "recognition_hidden": self.recognition_hidden,
+            "generative_hidden": self.generative_hidden,
+        }
+        for name, values in sizes.items():
+            if not all(type(value) is int and value > 0 for value in values):
+                raise ValueError(f"ModelConfig: expected {name} > 0, got {getattr(self, name)}")
+        if self.activation not in get_args(Activation):
+            names = ", ".join(get_args(Activation))
+            raise ValueError(f"ModelConfig: expected activation to be one of {names}, got {self.activation!r}")
+
+
+class MultilayerPerceptron(nn.Sequential):
+    """Linear layers of the given sizes with an activation between them, `[*, first] -> [*, last]`.
+
+    Weights start as Glorot & Bengio (2010) propose, biases at zero, the last one at `output_bias`
+    if it is given. The input may have any dtype,
+    binary pixels as bool or uint8 included: it is cast to that of the weights.
+    """
+
+    def __init__(self, sizes: Sequence[int], activation: Activation, output_bias: Tensor | None = None) -> None:
+        linears = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes)]
+        for linear in linears:
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        if output_bias is not None:
+            with torch.no_grad():
+                linears[-1].bias.copy_(output_bias)
+        layers = [layer for linear in linears for layer in (linear, _ACTIVATIONS[activation]())]
+        super().__init__(*layers[:-1])
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = super().forward(input.to(next(self.parameters()).dtype))
+        return output
+
+
+class Dream(NamedTuple):
+    """A draw from the generative model: z ~ p(z), then x ~ p(x|z)."""
+
+    z: Tensor
+    """Latent variables `[N, K]`."""
+    logits: Tensor
+    """Logits of p(x|z), `[N, D]`; their sigmoid is the mean of each pixel."""
+    x: Tensor
+    """Binary pixels `[N, D]`, 0 or 1 in the dtype of the logits."""
+
+
+@torch.no_grad()
+def dream(
+    generative: nn.Module,
+    num_dreams: int,
+    latent: int,
+    *,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> Dream:
+    """Dream: z ~ N(0, I), x ~ Bernoulli(sigmoid(generative(z))), without gradients.
+
+    Args:
+        generative: maps z `[N, K]` to logits `[N, D]`; its parameters give device and dtype.
+        num_dreams: N.
+        latent: K.
+        keys: one key for z and one for x (`wakesleep_ext.random.draw_key`), drawn if not given.
+    """
+    key_z, key_x = keys if keys is not None else (None, None)
+    zeros = next(generative.parameters()).new_zeros(latent)
+    z = ops.gaussian_rsample(zeros, zeros, (num_dreams,), key=key_z)
+    logits = generative(z)
+    return Dream(z, logits, ops.bernoulli_sample(logits, key=key_x))
+
+
+class HelmholtzMachine(nn.Module):
+    """A recognition and a generative network facing each other (Dayan, Hinton, Neal & Zemel 1995).
+
+    `recognition` maps x `[*, D]` to `[mu | logvar]` packed in one tensor `[*, 2K]`, so that
+    `mu, logvar = recognition(x).chunk(2, -1)` are views: q(z|x) = N(mu, exp(logvar)).
+    `generative` maps z `[*, K]` to logits `[*, D]`: p(z) = N(0, I), p(x|z) = Bernoulli(sigmoid(·)).
+
+    Args:
+        config: sizes and activation.
+        pixel_mean: `[D]`, the training set's mean of each pixel in [0, 1]. The output bias of the
+            generative network starts at its logit, the mean clipped to [0.001, 0.999]; without
+            it, at zero.
+    """
+
+    def __init__(self, config: ModelConfig, pixel_mean: Tensor | None = None) -> None:
+        super().__init__()
+        if pixel_mean is not None and pixel_mean.shape != (config.observed,):
+            raise ValueError(
+                f"HelmholtzMachine: expected pixel_mean to have shape [{config.observed}], got {list(pixel_mean.shape)}"
+            )
+        self.config = config
+        self.recognition = MultilayerPerceptron(
+            (config.observed, *config.recognition_hidden, 2 * config.latent), config.activation
+        )
+        self.generative = MultilayerPerceptron(
+            (config.latent, *config.generative_hidden, config.observed),
+            config.activation,
+            output_bias=None if pixel_mean is None else torch.logit(pixel_mean, eps=PIXEL_MEAN_CLIP),
+        )
+
+    def dream(self, num_dreams: int, *, keys: tuple[Tensor, Tensor] | None = None) -> Dream:
+        """Draw from the generative model; see :func:`dream`."""
+        return dream(self.generative, num_dreams, self.config.latent, keys=keys)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, *, key: Tensor | None = None) -> Tensor:
+        """Mean of p(x'|z) at a z ~ q(z|x): pixels in [0, 1], `[*, D] -> [*, D]`."""
+        mu, logvar = self.recognition(x).chunk(2, -1)
+        return torch.sigmoid(self.generative(ops.gaussian_rsample(mu, logvar, key=key)))

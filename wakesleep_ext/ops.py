@@ -1,0 +1,193 @@
+"""The fused ops: diagonal Gaussians and Bernoulli vectors, sampled and scored in one pass over memory.
+
+Common to all of them:
+
+- **Shapes.** Parameters come first, then the value. The last dimension is the event (K latent, D observed) and is
+  summed over; every leading dimension broadcasts, and nothing is expanded in memory. Views with any leading strides,
+  such as the two halves of a packed ``[mu | logvar]``, are read in place.
+- **Dtypes.** float64, float32, bfloat16 and float16. Arithmetic is float32, and float64 for float64;
+  log-probabilities and divergences are returned in that type, samples in the dtype of the parameters. Arguments of
+  unequal dtypes are promoted.
+- **Gradients.** First order by fused kernels, any order by the formula (``create_graph=True``). Gradients reach every
+  floating argument unless stated otherwise.
+- **Randomness.** A draw is a function of its arguments and a ``key``, int64 ``[seed, offset]`` on their device; see
+  :mod:`wakesleep_ext.random`. Without one, a key is drawn from ``generator`` or, failing that, torch's default.
+- **Errors.** ``ValueError`` for shapes and devices, ``TypeError`` for dtypes, naming the op, the argument, what was
+  expected and what came. Values are not inspected, since that would stop a GPU: NaN gives NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wakesleep_ext import random
+from wakesleep_ext._registrations import call
+
+__all__ = [
+    "bernoulli_log_prob",
+    "bernoulli_sample",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_rsample",
+    "gaussian_rsample_log_prob",
+    "standard_gaussian_log_prob",
+]
+
+_ops = torch.ops.wakesleep_ext
+
+
+def gaussian_rsample(
+    mu: Tensor,
+    logvar: Tensor,
+    sample_shape: Sequence[int] = (),
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Reparameterised samples :math:`z = \mu + e^{\ell/2}\,\epsilon`, :math:`\epsilon \sim N(0, I)`.
+
+    Args:
+        mu: means :math:`\mu`, ``[*B, K]``.
+        logvar: logarithms :math:`\ell` of the variances, ``[*B, K]``.
+        sample_shape: S, how many samples of each Gaussian.
+        key: what the noise is a function of; int64 ``[2]``.
+        generator: where a key is drawn from if none is given.
+
+    Returns:
+        z, ``[*S, *B, K]``, in the dtype of the parameters.
+
+    Gradients: :math:`\partial z/\partial\mu = 1`, :math:`\partial z/\partial\ell = (z-\mu)/2`. Only the key is kept
+    for them; the noise is drawn again.
+
+    Source: Kingma & Welling, "Auto-encoding variational Bayes" (2014), section 2.4.
+    """
+    key = random.draw_key(mu, generator) if key is None else key
+    return call(_ops.gaussian_rsample.default, mu, logvar, key, sample_shape)
+
+
+def gaussian_rsample_log_prob(
+    mu: Tensor,
+    logvar: Tensor,
+    sample_shape: Sequence[int] = (),
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Samples as :func:`gaussian_rsample`, with their log-density, in one pass.
+
+    :math:`\log q(z) = -\tfrac12 \sum_k [\ell_k + \epsilon_k^2 + \log 2\pi]`, from the noise itself rather than from
+    the rounded z.
+
+    Args:
+        mu: means, ``[*B, K]``.
+        logvar: logarithms of the variances, ``[*B, K]``.
+        sample_shape: S, how many samples of each Gaussian.
+        key: what the noise is a function of; int64 ``[2]``.
+        generator: where a key is drawn from if none is given.
+
+    Returns:
+        z, ``[*S, *B, K]``, in the dtype of the parameters, and log q(z), ``[*S, *B]``, in float32 or float64.
+
+    Gradients: of z as for :func:`gaussian_rsample`. Those of log q are the total ones, through the sample:
+    :math:`\partial/\partial\mu = 0`, :math:`\partial/\partial\ell = -\tfrac12`. For the partial ones, z held fixed,
+    pass ``z.detach()`` to :func:`gaussian_log_prob`.
+    """
+    key = random.draw_key(mu, generator) if key is None else key
+    return call(_ops.gaussian_rsample_log_prob.default, mu, logvar, key, sample_shape)
+
+
+def gaussian_log_prob(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
+    r"""Log-density of a diagonal Gaussian,
+    :math:`-\tfrac12 \sum_k [\ell_k + (z_k-\mu_k)^2 e^{-\ell_k} + \log 2\pi]`.
+
+    Args:
+        mu: means :math:`\mu`, ``[*B, K]``.
+        logvar: logarithms :math:`\ell` of the variances, ``[*B, K]``.
+        z: where to evaluate, ``[*S, *B, K]``.
+
+    Returns:
+        ``[*S, *B]``, float32 or float64.
+
+    Gradients, with :math:`d = (z-\mu)e^{-\ell}`: d for mu, :math:`\tfrac12[(z-\mu)d - 1]` for logvar, -d for z.
+    """
+    return call(_ops.gaussian_log_prob.default, mu, logvar, z)
+
+
+def standard_gaussian_log_prob(z: Tensor) -> Tensor:
+    r"""Log-density of N(0, I), :math:`-\tfrac12 \sum_k [z_k^2 + \log 2\pi]`.
+
+    Args:
+        z: where to evaluate, ``[*B, K]``.
+
+    Returns:
+        ``[*B]``, float32 or float64.
+
+    Gradient: -z.
+    """
+    return call(_ops.standard_gaussian_log_prob.default, z)
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    r"""Divergence from the standard Gaussian,
+    :math:`KL(N(\mu, e^\ell)\,\|\,N(0, I)) = \tfrac12 \sum_k [\mu_k^2 + e^{\ell_k} - 1 - \ell_k]`, in nats.
+
+    Args:
+        mu: means :math:`\mu`, ``[*B, K]``.
+        logvar: logarithms :math:`\ell` of the variances, ``[*B, K]``.
+
+    Returns:
+        ``[*B]``, float32 or float64.
+
+    Gradients: mu for mu, :math:`\tfrac12(e^\ell - 1)` for logvar.
+
+    Source: Kingma & Welling, "Auto-encoding variational Bayes" (2014), appendix B.
+    """
+    return call(_ops.gaussian_kl.default, mu, logvar)
+
+
+def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
+    r"""Log-likelihood of independent Bernoulli variables,
+    :math:`\sum_d [x_d a_d - \mathrm{softplus}(a_d)]`.
+
+    Args:
+        logits: log-odds :math:`a = \log p/(1-p)`, ``[*S, *B, D]``. Infinite ones give NaN.
+        x: the observation, ``[*B, D]``; bool, uint8 holding 0 and 1, or floating. Values between 0 and 1 give the
+            cross-entropy.
+
+    Returns:
+        ``[*S, *B]``, float32 or float64, whatever the dtype of the logits.
+
+    Gradients: :math:`x - \mathrm{sigmoid}(a)` for the logits, :math:`a` for a floating x.
+
+    Source: Kingma & Welling, "Auto-encoding variational Bayes" (2014), appendix C.1.
+    """
+    return call(_ops.bernoulli_log_prob.default, logits, x)
+
+
+def bernoulli_sample(
+    logits: Tensor,
+    sample_shape: Sequence[int] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Independent Bernoulli draws: 1 where a uniform is at most :math:`\mathrm{sigmoid}(a)`.
+
+    Args:
+        logits: log-odds :math:`a`, ``[*B, D]``.
+        sample_shape: S, how many draws of each.
+        dtype: of the result: bool, uint8 or floating; that of the logits by default.
+        key: what the draw is a function of; int64 ``[2]``.
+        generator: where a key is drawn from if none is given.
+
+    Returns:
+        Zeros and ones, ``[*S, *B, D]``. NaN logits give 0.
+
+    Gradients: none; the result does not require one.
+    """
+    key = random.draw_key(logits, generator) if key is None else key
+    return call(_ops.bernoulli_sample.default, logits, key, sample_shape, dtype)

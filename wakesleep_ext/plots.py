@@ -1,0 +1,114 @@
+"""The pictures of a run: dreams, reconstructions and learning curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DPI = 150
+_WAKE, _SLEEP, _TEST, _BASELINE = "#c2571a", "#35478c", "#1b7f5c", "#8a8a8a"
+
+
+def samples(path: Path, pixels: Tensor, shape: tuple[int, int]) -> None:
+    """Images in a square grid.
+
+    Args:
+        path: the picture that is written.
+        pixels: `[N, D]` in [0, 1].
+        shape: height and width of an image.
+    """
+    columns = math.ceil(math.sqrt(len(pixels)))
+    _save_mosaic(path, _mosaic(pixels.view(-1, *shape), columns))
+
+
+def reconstructions(path: Path, x: Tensor, pixels: Tensor, shape: tuple[int, int]) -> None:
+    """Pairs of rows: images, and below each what the machine makes of it.
+
+    Args:
+        path: the picture that is written.
+        x: the images, `[N, D]` in [0, 1].
+        pixels: their reconstructions, `[N, D]` in [0, 1].
+        shape: height and width of an image.
+    """
+    columns = min(10, len(x))
+    pairs = [
+        _mosaic(torch.cat((above, below)).view(-1, *shape), columns)
+        for above, below in zip(x.split(columns), pixels.split(columns), strict=True)
+        if len(above) == columns
+    ]
+    gap = torch.ones(shape[0] // 4 + 1, pairs[0].shape[1])
+    rows = [part for pair in pairs for part in (pair, gap)]
+    _save_mosaic(path, torch.cat(rows[:-1]))
+
+
+def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: float) -> None:
+    """Losses and the test ELBO over the epochs.
+
+    Args:
+        path: the picture that is written.
+        epochs: records with `epoch`, `wake_loss`, `sleep_loss` and `test_elbo`, in nats.
+        baseline_nll: test NLL of independent Bernoulli pixels, for comparison.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), dpi=_DPI, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    epoch = [record["epoch"] for record in epochs]
+
+    left.plot(epoch, [record["wake_loss"] for record in epochs], color=_WAKE)
+    _label(left, "Wake: $-\\log p(x\\,|\\,z)$", "nats per image")
+    middle.plot(epoch, [record["sleep_loss"] for record in epochs], color=_SLEEP)
+    _label(middle, "Sleep: $-\\log q(z\\,|\\,x)$", "nats per dream")
+    right.plot(epoch, [-record["test_elbo"] for record in epochs], color=_TEST, label="wake-sleep")
+    right.axhline(baseline_nll, color=_BASELINE, linestyle="--", label="independent pixels")
+    right.legend(frameon=False)
+    _label(right, "Test: $-$ELBO", "nats per image")
+    _save(path, figure)
+
+
+def _label(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mosaic(images: Tensor, columns: int) -> Tensor:
+    """Images `[N, H, W]` in rows of `columns`, on white paper, as `[height, width]`."""
+    count, height, width = images.shape
+    gap = max(1, width // 8)
+    rows = -(-count // columns)
+    paper = torch.ones(rows * (height + gap) + gap, columns * (width + gap) + gap)
+    for i, image in enumerate(images.float().cpu()):
+        top = gap + (i // columns) * (height + gap)
+        left = gap + (i % columns) * (width + gap)
+        paper[top : top + height, left : left + width] = 1 - image
+    return paper
+
+
+def _save_mosaic(path: Path, mosaic: Tensor) -> None:
+    from matplotlib.figure import Figure
+
+    height, width = mosaic.shape
+    scale = max(1, 900 // width)  # a whole number, so that pixels come out equally large
+    figure = Figure(figsize=(width * scale / _DPI, height * scale / _DPI), dpi=_DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.imshow(mosaic.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    _save(path, figure)
+
+
+def _save(path: Path, figure: Figure) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).print_png(path)

@@ -1,0 +1,93 @@
+"""Keys: where the randomness of the sampling ops comes from.
+
+Every draw is a pure function of its arguments and a *key*, an int64 tensor ``[seed, offset]`` on the device of the
+draw. The element of index i in a result takes word ``i % 4`` of block ``i // 4`` of Philox4x32-10 (Salmon et al. 2011)
+under that key, so the same key gives the same draw for any number of threads, at any vector width, on any device and
+in any dtype, up to rounding.
+
+A sampling op called without a key draws one from torch's generator, which it reads exactly once whatever the size of
+the draw; ``torch.manual_seed`` therefore governs it as usual. Pass the same key twice to get the same noise twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw_key", "make_key", "philox_words", "standard_normals", "uniforms"]
+
+
+def draw_key(like: Tensor | torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
+    """Draws a key, int64 ``[2]``, from ``generator`` or the default one of the device.
+
+    Args:
+        like: the device of the key, or any tensor on it.
+        generator: a generator of that device. Inside ``torch.compile`` pass a key instead: torch itself does not
+            trace explicit generators.
+    """
+    if not isinstance(like, Tensor):
+        like = torch.empty(0, device=like)
+    return torch.ops.wakesleep_ext.draw_key.default(like, generator=generator)
+
+
+def make_key(seed: int, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """The key ``[seed, offset]``: any 64-bit seed, and an offset in [0, 2**60) that numbers draws under it."""
+    if not 0 <= offset < 2**60:
+        raise ValueError(f"make_key: expected offset in [0, 2**60), got {offset}")
+    signed_seed = (seed + 2**63) % 2**64 - 2**63
+    return torch.tensor([signed_seed, offset], dtype=torch.int64, device=device)
+
+
+def philox_words(key: Tensor, count: int, stream: int = 0) -> Tensor:
+    """The first ``count`` 32-bit words under a key, int64 ``[count]``, in plain torch."""
+    blocks = torch.arange(-(-count // 4), device=key.device)
+    seed, offset = key.unbind()
+    mask = 0xFFFFFFFF
+    c0, c1 = blocks & mask, blocks >> 32
+    c2 = (offset & mask).expand_as(c0)
+    c3 = (((offset >> 32) & mask) ^ (stream << 28)).expand_as(c0)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack((c0, c1, c2, c3), dim=-1).flatten()[:count]
+
+
+def uniforms(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniforms in (0, 1] of the given shape, as ``bernoulli_sample`` compares with, in plain torch."""
+    high, low = _words(key, shape)
+    if dtype == torch.float64:
+        u = high.double() * 2.0**-32 + (low.double() * 2.0**-64 + 2.0**-65)
+    else:
+        u = high.float() * 2.0**-32 + 2.0**-33
+    return u[: math.prod(shape)].reshape(tuple(shape))
+
+
+def standard_normals(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normals of the given shape, eps of ``gaussian_rsample``, in plain torch: Box & Muller (1958)."""
+    high, low = _words(key, shape)
+    u = uniforms(key, high.shape, dtype)[0::2]
+    turn = high.double() * 2.0**-32
+    if dtype == torch.float64:
+        turn = turn + low.double() * 2.0**-64
+    angle = 2 * math.pi * turn[1::2]
+    radius = (-2 * u.double().log()).sqrt()
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return pairs.flatten()[: math.prod(shape)].to(dtype).reshape(tuple(shape))
+
+
+def _words(key: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    count = -(-math.prod(shape) // 4) * 4  # whole blocks
+    return philox_words(key, count, stream=0), philox_words(key, count, stream=1)
+
+
+def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the 64-bit product of two words, no step of which exceeds 63 bits."""
+    low = constant * (value & 0xFFFF)
+    high = constant * (value >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,0 +1,110 @@
+"""Every op once more in plain torch: the formula as one would write it by hand.
+
+Same signatures as :mod:`wakesleep_ext.ops`, differentiable to any order, on any device and in float64. The tests hold
+the kernels to these, the benchmarks measure against them, and they serve on devices that have no kernels. Half types
+are computed in float32, as in the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wakesleep_ext import random
+
+_LOG_TWO_PI = math.log(2 * math.pi)
+
+
+def gaussian_rsample(
+    mu: Tensor,
+    logvar: Tensor,
+    sample_shape: Sequence[int] = (),
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """z = mu + exp(logvar / 2) eps."""
+    mu, logvar = _promote(mu, logvar)
+    eps = _standard_normals(mu, logvar, sample_shape, key, generator)
+    return (_compute(mu) + (0.5 * _compute(logvar)).exp() * eps).to(mu.dtype)
+
+
+def gaussian_rsample_log_prob(
+    mu: Tensor,
+    logvar: Tensor,
+    sample_shape: Sequence[int] = (),
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(z, log q(z)), log q from eps rather than from the rounded z."""
+    mu, logvar = _promote(mu, logvar)
+    eps = _standard_normals(mu, logvar, sample_shape, key, generator)
+    mu_, logvar_ = torch.broadcast_tensors(_compute(mu), _compute(logvar))
+    z = (mu_ + (0.5 * logvar_).exp() * eps).to(mu.dtype)
+    return z, -0.5 * (logvar_ + eps.square() + _LOG_TWO_PI).sum(-1)
+
+
+def gaussian_log_prob(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
+    """-1/2 sum [logvar + (z - mu)^2 exp(-logvar) + log 2 pi]."""
+    mu, logvar, z = map(_compute, _promote(mu, logvar, z))
+    return -0.5 * (logvar + (z - mu).square() * (-logvar).exp() + _LOG_TWO_PI).sum(-1)
+
+
+def standard_gaussian_log_prob(z: Tensor) -> Tensor:
+    """-1/2 sum [z^2 + log 2 pi]."""
+    return -0.5 * (_compute(z).square() + _LOG_TWO_PI).sum(-1)
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """1/2 sum [mu^2 + exp(logvar) - 1 - logvar]."""
+    mu, logvar = map(_compute, _promote(mu, logvar))
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
+
+
+def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
+    """sum [x logits - softplus(logits)]."""
+    logits = _compute(logits)
+    return (x.to(logits.dtype) * logits - F.softplus(logits)).sum(-1)
+
+
+def bernoulli_sample(
+    logits: Tensor,
+    sample_shape: Sequence[int] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """x = 1 where u <= sigmoid(logits)."""
+    key = random.draw_key(logits, generator) if key is None else key
+    shape = torch.Size(sample_shape) + logits.shape
+    u = random.uniforms(key, shape, _compute(logits).dtype)
+    return (u <= _compute(logits).sigmoid()).to(dtype or logits.dtype)
+
+
+def _standard_normals(
+    mu: Tensor,
+    logvar: Tensor,
+    sample_shape: Sequence[int],
+    key: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    key = random.draw_key(mu, generator) if key is None else key
+    shape = torch.Size(sample_shape) + torch.broadcast_shapes(mu.shape, logvar.shape)
+    return random.standard_normals(key, shape, _compute(mu).dtype)
+
+
+def _promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _compute(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
