@@ -1,1 +1,1 @@
-"""What building the package needs to find out: which torch, which CUDA toolkit, how many jobs. Standard library only."""
+"""What building the package needs to find out: which torch, which CUDA toolkit, how many jobs."""

@@ -94,8 +94,7 @@ def find_toolkit(environment: Mapping[str, str]) -> Toolkit | None:
     nvcc = (
         shutil.which("nvcc", path=os.path.join(home, "bin"))
         if home
-        else shutil.which("nvcc", path=environment.get("PATH"))
-        or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        else shutil.which("nvcc", path=environment.get("PATH")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
     )
     if nvcc is None:
         return None
@@ -114,7 +113,7 @@ def make_plan(environment: Mapping[str, str], torch: Torch | None, toolkit: Tool
     if force_cuda and force_cpu:
         raise BuildError("wakesleep_ext: WAKESLEEP_FORCE_CUDA=1 and WAKESLEEP_FORCE_CPU=1 exclude each other")
     if torch is None:
-        raise BuildError(f"wakesleep_ext: no torch found to build against; install one: pip install '{SUPPORTED_TORCH}'")
+        raise BuildError(f"wakesleep_ext: no torch to build against; install one: pip install '{SUPPORTED_TORCH}'")
     if force_cpu:
         return Plan(torch, None, "WAKESLEEP_FORCE_CPU=1")
     if torch.cuda is None:
@@ -130,7 +129,7 @@ def make_plan(environment: Mapping[str, str], torch: Torch | None, toolkit: Tool
                 f"wakesleep_ext: WAKESLEEP_FORCE_CUDA=1, but no nvcc was found; install the CUDA toolkit "
                 f"{torch.cuda} and put its nvcc on the PATH, or set CUDA_HOME"
             )
-        return Plan(torch, None, f"no nvcc found for the CUDA {torch.cuda} of torch; set CUDA_HOME to have CUDA kernels")
+        return Plan(torch, None, f"torch has CUDA {torch.cuda}, but no nvcc was found; set CUDA_HOME to use one")
     if toolkit.version.split(".")[0] != torch.cuda.split(".")[0]:
         raise BuildError(
             f"wakesleep_ext: nvcc in {toolkit.home} is CUDA {toolkit.version}, torch {torch.version} was built with "

@@ -153,7 +153,7 @@ WAKESLEEP_FUNCTION T log_of_normal(T x) {
 }
 
 // (cos, sin) of `turn` / 2^bits full turns, the integer's whole range being once around the circle. The reduction to
-// an eighth of a turn is integer arithmetic and therefore exact; within 1.5 ulp of the larger component.
+// an eighth of a turn is integer arithmetic and therefore exact; within 2 ulp of the larger component.
 template <typename T>
 WAKESLEEP_FUNCTION Pair<T> cos_sin_of_turn(typename Format<T>::Int turn) {
   using F = Format<T>;

@@ -62,9 +62,7 @@ def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> T
 
 
 @torch.library.register_fake("wakesleep_ext::gaussian_rsample_log_prob")
-def _(
-    mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     event, row = _events(mu, logvar), _rows(mu, logvar)
     return event.new_empty((*sample_shape, *event.shape)), row.new_empty((*sample_shape, *row.shape))
 
@@ -82,9 +80,7 @@ def _(
 
 
 @torch.library.register_fake("wakesleep_ext::bernoulli_sample")
-def _(
-    logits: Tensor, key: Tensor, sample_shape: Sequence[int], dtype: torch.dtype | None = None
-) -> Tensor:
+def _(logits: Tensor, key: Tensor, sample_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     return logits.new_empty((*sample_shape, *logits.shape), dtype=dtype)
 
 
@@ -94,9 +90,7 @@ def _(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("wakesleep_ext::gaussian_log_prob_backward")
-def _(
-    grad: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, with_grad_z: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, with_grad_z: bool) -> tuple[Tensor, Tensor, Tensor]:
     parameters = _events(mu, logvar).to(_promoted(mu, logvar, z))
     value = parameters.new_empty((*grad.shape, z.shape[-1] if with_grad_z else 0))
     return parameters, torch.empty_like(parameters), value
@@ -160,7 +154,7 @@ def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
         results = [
             op(
                 *(
-                    argument if dim is None else argument.select(dim, index)
+                    argument.select(dim, index) if isinstance(dim, int) else argument
                     for argument, dim in zip(arguments, in_dims, strict=True)
                 )
             )
@@ -249,9 +243,7 @@ def _sum_like(gradient: Tensor, owner: Tensor) -> Tensor:
 def _gaussian_rsample(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     mu, logvar, key, sample_shape = arguments
     grad_z, grad_log_prob = (*grads, None)[:2]
-    found = _ops.gaussian_rsample_backward.default(
-        grad_z, grad_log_prob, mu, logvar, key, sample_shape
-    )
+    found = _ops.gaussian_rsample_backward.default(grad_z, grad_log_prob, mu, logvar, key, sample_shape)
     return _sum_like(found[0], mu), _sum_like(found[1], logvar)
 
 
@@ -260,21 +252,15 @@ def _gaussian_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tup
     return tuple(map(_sum_like, found, arguments))
 
 
-def _standard_gaussian_log_prob(
-    arguments: Sequence[Any], grads: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def _standard_gaussian_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (_ops.standard_gaussian_log_prob_backward.default(grads[0], *arguments),)
 
 
 def _gaussian_kl(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(
-        map(_sum_like, _ops.gaussian_kl_backward.default(grads[0], *arguments), arguments)
-    )
+    return tuple(map(_sum_like, _ops.gaussian_kl_backward.default(grads[0], *arguments), arguments))
 
 
-def _bernoulli_log_prob(
-    arguments: Sequence[Any], grads: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
+def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     logits, x = arguments
     grad_logits = _ops.bernoulli_log_prob_backward.default(grads[0], logits, x)
     grad_x = _sum_like(grads[0].unsqueeze(-1) * logits, x) if x.is_floating_point() else None

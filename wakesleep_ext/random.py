@@ -17,7 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["draw_key", "make_key", "philox_words", "standard_normals", "uniforms"]
+__all__ = ["draw_key", "make_key", "philox", "philox_words", "standard_normals", "uniforms"]
+
+_WORD = 0xFFFFFFFF
 
 
 def draw_key(like: Tensor | torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
@@ -41,21 +43,23 @@ def make_key(seed: int, offset: int = 0, device: torch.device | str = "cpu") -> 
     return torch.tensor([signed_seed, offset], dtype=torch.int64, device=device)
 
 
-def philox_words(key: Tensor, count: int, stream: int = 0) -> Tensor:
-    """The first ``count`` 32-bit words under a key, int64 ``[count]``, in plain torch."""
-    blocks = torch.arange(-(-count // 4), device=key.device)
-    seed, offset = key.unbind()
-    mask = 0xFFFFFFFF
-    c0, c1 = blocks & mask, blocks >> 32
-    c2 = (offset & mask).expand_as(c0)
-    c3 = (((offset >> 32) & mask) ^ (stream << 28)).expand_as(c0)
-    k0, k1 = seed & mask, (seed >> 32) & mask
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10 in plain torch: four 32-bit words, held in int64, from a counter of four and a key of two."""
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c0)
         high1, low1 = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return torch.stack((c0, c1, c2, c3), dim=-1).flatten()[:count]
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def philox_words(key: Tensor, count: int, stream: int = 0) -> Tensor:
+    """The first ``count`` 32-bit words under a key, int64 ``[count]``, in plain torch; csrc/philox.h has the layout."""
+    blocks = torch.arange(-(-count // 4), device=key.device)
+    seed, offset = key.unbind()
+    counter = (blocks & _WORD, blocks >> 32, offset & _WORD, ((offset >> 32) & _WORD) ^ (stream << 28))
+    words = philox(*counter, seed & _WORD, (seed >> 32) & _WORD)
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten()[:count]
 
 
 def uniforms(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,104 @@
+"""The arithmetic under the kernels: exp, log, cosine and sine, to the ulp, against extended precision."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+
+SOURCE = """
+#include "elementary.h"
+using namespace wakesleep;
+template <typename T> void all(const T* x, const typename Format<T>::Int* turn, T* e, T* l, T* c, T* s, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    e[i] = wakesleep::exp(x[i]);
+    l[i] = log_of_normal(std::abs(x[i]));
+    const auto direction = cos_sin_of_turn<T>(turn[i]);
+    c[i] = direction.first;
+    s[i] = direction.second;
+  }
+}
+extern "C" void all_float(const float* x, const int32_t* t, float* e, float* l, float* c, float* s, int64_t n) {
+  all<float>(x, t, e, l, c, s, n);
+}
+extern "C" void all_double(const double* x, const int64_t* t, double* e, double* l, double* c, double* s, int64_t n) {
+  all<double>(x, t, e, l, c, s, n);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("elementary")
+    (folder / "elementary.cpp").write_text(SOURCE)
+    include = Path(torch.__file__).parent / "include"
+    compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
+    flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+    output = folder / "elementary.so"
+    subprocess.run(
+        [compiler, *flags, f"-I{CSRC}", f"-I{include}", str(folder / "elementary.cpp"), "-o", str(output)], check=True
+    )
+    return ctypes.CDLL(str(output))
+
+
+def _evaluate(library: ctypes.CDLL, x: Any, turn: Any) -> tuple[Any, ...]:
+    outputs = [np.empty_like(x) for _ in range(4)]
+    function = library.all_float if x.dtype == np.float32 else library.all_double
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, turn, *outputs)]
+    function(*pointers, ctypes.c_int64(x.size))
+    return tuple(outputs)
+
+
+def _ulps(got: Any, exact: Any) -> Any:
+    spacing = np.spacing(np.maximum(np.abs(exact).astype(got.dtype), np.finfo(got.dtype).tiny))
+    return np.abs(got.astype(np.longdouble) - exact) / spacing
+
+
+@pytest.mark.parametrize(
+    ("dtype", "integer"), [(np.float32, np.int32), (np.float64, np.int64)], ids=["float32", "float64"]
+)
+def test_within_two_ulps(library: ctypes.CDLL, dtype: type, integer: type) -> None:
+    generator = np.random.default_rng(1)
+    count = 2_000_000
+    top = 88.0 if dtype == np.float32 else 709.0
+    x = np.concatenate([
+        generator.uniform(-top, top, count), generator.normal(size=count), generator.uniform(0.5, 2, count)
+    ]).astype(dtype)  # fmt: skip
+    info = np.iinfo(integer)
+    turn = generator.integers(info.min, info.max, x.size, dtype=integer, endpoint=True)
+    exponential, logarithm, cosine, sine = _evaluate(library, x, turn)
+    wide = x.astype(np.longdouble)
+    # subnormal results are rounded twice: half an ulp more
+    assert _ulps(exponential, np.exp(wide)).max() < 1.6
+    assert _ulps(logarithm[x != 0], np.log(np.abs(wide[x != 0]))).max() < 1.6
+    bits = 8 * np.dtype(integer).itemsize
+    angle = 2 * np.arccos(np.longdouble(-1)) * (turn.astype(np.longdouble) / np.longdouble(2) ** bits)
+    larger = np.maximum(np.abs(np.cos(angle)), np.abs(np.sin(angle))).astype(dtype)
+    for got, exact in ((cosine, np.cos(angle)), (sine, np.sin(angle))):
+        assert (np.abs(got.astype(np.longdouble) - exact) / np.spacing(larger)).max() < 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ends_of_the_exponential(library: ctypes.CDLL, dtype: type) -> None:
+    x = np.array([np.inf, -np.inf, np.nan, 0, -0.0, 1e4, -1e4, -88, -100, -103.5, -740], dtype=dtype)
+    turn = np.zeros(x.size, dtype=np.int32 if dtype == np.float32 else np.int64)
+    with np.errstate(over="ignore", under="ignore"):
+        expected = np.exp(x)
+    np.testing.assert_allclose(
+        _evaluate(library, x, turn)[0], expected, rtol=1e-6, atol=np.finfo(dtype).smallest_subnormal
+    )
+
+
+def test_quarter_turns(library: ctypes.CDLL) -> None:
+    turn = np.array([0, 2**30, -(2**31), -(2**30)], dtype=np.int32)
+    _, _, cosine, sine = _evaluate(library, np.ones(4, dtype=np.float32), turn)
+    np.testing.assert_array_equal(cosine, [1, 0, -1, 0])
+    np.testing.assert_array_equal(sine, [0, 1, 0, -1])

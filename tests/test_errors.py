@@ -1,0 +1,131 @@
+"""Bad input: one case for each check, held to its message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import wakesleep_ext as ws
+
+f = torch.zeros
+KEY = ws.random.make_key(1)
+
+CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    # shapes
+    (lambda: ws.gaussian_kl(f(()), f(3)), ValueError,
+     r"gaussian_kl: expected mu to have at least one dimension, the event, got a 0-dimensional tensor"),
+    (lambda: ws.standard_gaussian_log_prob(f(())), ValueError,
+     r"standard_gaussian_log_prob: expected z to have at least one dimension"),
+    (lambda: ws.bernoulli_sample(f(())), ValueError,
+     r"bernoulli_sample: expected logits to have at least one dimension"),
+    (lambda: ws.gaussian_kl(f(2, 3), f(2, 4)), ValueError,
+     r"gaussian_kl: expected the last dimension of logvar to be 3, that of mu, got 4"),
+    (lambda: ws.gaussian_rsample(f(2, 3), f(2, 4)), ValueError,
+     r"gaussian_rsample: expected the last dimension of logvar to be 3, that of mu, got 4"),
+    (lambda: ws.gaussian_log_prob(f(3), f(3), f(4)), ValueError,
+     r"gaussian_log_prob: expected the last dimension of z to be 3, that of mu, got 4"),
+    (lambda: ws.bernoulli_log_prob(f(2, 1), f(2, 5)), ValueError,
+     r"bernoulli_log_prob: expected the last dimension of x to be 1, that of logits, got 5"),
+    (lambda: ws.bernoulli_log_prob(f(2, 3, 5), f(4, 5)), ValueError,
+     r"bernoulli_log_prob: expected the leading dimensions of logits and x to broadcast, got \[2, 3\] and \[4\]"),
+    (lambda: ws.gaussian_log_prob(f(2, 5), f(2, 5), f(3, 5)), ValueError,
+     r"gaussian_log_prob: expected the leading dimensions of mu and logvar and z to broadcast, got \[2\] and \[3\]"),
+    (lambda: ws.gaussian_rsample(f(3), f(3), (-1,)), ValueError,
+     r"gaussian_rsample: expected sample_shape to have no negative sizes, got \[-1\]"),
+    # dtypes
+    (lambda: ws.gaussian_kl(f(3, dtype=torch.int64), f(3)), TypeError,
+     r"gaussian_kl: expected mu to be float64, float32, bfloat16 or float16, got Long"),
+    (lambda: ws.gaussian_rsample(f(3), f(3, dtype=torch.bool)), TypeError,
+     r"gaussian_rsample: expected logvar to be float64"),
+    (lambda: ws.gaussian_log_prob(f(3), f(3), f(3, dtype=torch.uint8)), TypeError,
+     r"gaussian_log_prob: expected z to be float64"),
+    (lambda: ws.standard_gaussian_log_prob(f(3, dtype=torch.complex64)), TypeError,
+     r"standard_gaussian_log_prob: expected z to be float64"),
+    (lambda: ws.bernoulli_log_prob(f(3), f(3, dtype=torch.int64)), TypeError,
+     r"bernoulli_log_prob: expected x to be bool, uint8 or floating, got Long"),
+    (lambda: ws.bernoulli_log_prob(f(3, dtype=torch.uint8), f(3)), TypeError,
+     r"bernoulli_log_prob: expected logits to be float64"),
+    (lambda: ws.bernoulli_sample(f(3), dtype=torch.int32), TypeError,
+     r"bernoulli_sample: expected dtype to be bool, uint8 or floating, got Int"),
+    # keys
+    (lambda: ws.bernoulli_sample(f(3), key=f(2)), TypeError, r"bernoulli_sample: expected key to be int64, got Float"),
+    (lambda: ws.gaussian_rsample(f(3), f(3), key=f(3, dtype=torch.int64)), ValueError,
+     r"gaussian_rsample: expected key to have shape \[2\], \(seed, offset\), got \[3\]"),
+    # gradients handed to the operators directly
+    (lambda: torch.ops.wakesleep_ext.bernoulli_log_prob_backward(f(2), f(3, 5), f(3, 5)), ValueError,
+     r"bernoulli_log_prob_backward: expected grad to have shape \[3\], got \[2\]"),
+    (lambda: torch.ops.wakesleep_ext.gaussian_rsample_backward(f(2, 5), None, f(3, 5), f(3, 5), KEY, []), ValueError,
+     r"gaussian_rsample_backward: expected grad_z to have shape \[3, 5\], got \[2, 5\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[message[:60] for _, _, message in CASES])
+def test_message(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_devices_must_agree() -> None:
+    operator = torch.ops.wakesleep_ext.gaussian_kl.default
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises(ValueError, match="gaussian_kl: expected logvar on cpu, the device of mu, got meta"):
+        operator.redispatch(cpu, f(3), f(3, device="meta"))
+
+
+def test_too_many_dimensions_that_do_not_merge() -> None:
+    logits = f(*(2,) * 19, 1).permute(*reversed(range(19)), 19)
+    with pytest.raises(
+        RuntimeError, match="leading dimensions that merge into at most 8; make the arguments contiguous"
+    ):
+        ws.bernoulli_log_prob(logits, f(*(2,) * 19, 1))
+
+
+def test_a_cuda_tensor_without_cuda_kernels() -> None:
+    """The operators of a CPU build say what is missing; no GPU is needed to ask them."""
+    from wakesleep_ext import _build
+
+    if _build.CUDA_VERSION is not None:
+        pytest.skip("built with CUDA")
+    operator = torch.ops.wakesleep_ext.standard_gaussian_log_prob.default
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(NotImplementedError, match=r"built without CUDA.*WAKESLEEP_FORCE_CUDA=1 pip install"):
+        operator.redispatch(cuda, f(3))
+
+
+def _import_error(prologue: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{prologue}\nimport wakesleep_ext"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_a_build_for_another_torch_is_named() -> None:
+    stderr = _import_error("import torch; torch.__version__ = '2.99.0'")
+    assert "ImportError: wakesleep_ext was built for torch 2." in stderr
+    assert "found torch 2.99.0. Rebuild it for this torch: `pip install --force-reinstall" in stderr
+
+
+def test_a_missing_build_is_named() -> None:
+    stderr = _import_error("import sys; sys.modules['wakesleep_ext._build'] = None")
+    assert "ImportError: wakesleep_ext has no compiled kernels" in stderr
+
+
+def test_a_broken_binary_is_named() -> None:
+    stderr = _import_error("import sys; sys.modules['wakesleep_ext._C'] = None")
+    assert "ImportError: the compiled kernels of wakesleep_ext, built for torch" in stderr
+    assert "Rebuild them" in stderr
+
+
+def test_importing_the_ops_is_light() -> None:
+    program = (
+        "import sys, torch; before = set(sys.modules); import wakesleep_ext; new = set(sys.modules) - before;"
+        "heavy = new & {'matplotlib', 'sklearn', 'scipy', 'safetensors', 'tyro', 'tqdm', 'tensorboard', 'pyro'};"
+        "assert not heavy, heavy; assert 'wakesleep_ext.cli' not in new"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,153 @@
+"""Derivatives of every op: first and second order by finite differences, and what torch.library asks of an operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import SMALL, Case, make_key
+
+import wakesleep_ext as ws
+from wakesleep_ext import reference
+
+DIFFERENTIABLE = [case for case in SMALL if case.op != "bernoulli_sample"]
+
+# gradients of broadcast arguments are sums over the rows that they met
+BROADCAST = [
+    Case("gaussian_rsample_log_prob", ((2, 1, 3), (4, 3)), (2,)),
+    Case("gaussian_log_prob", ((4, 3), (3,), (2, 4, 3))),
+    Case("gaussian_log_prob", ((2, 4, 3), (4, 3), (3,))),
+    Case("gaussian_kl", ((3,), (4, 3))),
+    Case("bernoulli_log_prob", ((2, 3), (4, 1, 3))),
+]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE + BROADCAST, ids=str)
+def test_gradcheck(case: Case, device: str) -> None:
+    inputs = case.inputs(torch.float64, device, requires_grad=True)
+    assert torch.autograd.gradcheck(case.function(), inputs)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE + BROADCAST, ids=str)
+def test_gradgradcheck(case: Case, device: str) -> None:
+    inputs = case.inputs(torch.float64, device, requires_grad=True)
+    assert torch.autograd.gradgradcheck(case.function(), inputs)
+
+
+def _arguments(case: Case, dtype: torch.dtype, device: str, requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
+    """The operator behind an op, and what it is called with."""
+    inputs = case.inputs(dtype, device, requires_grad)
+    operator = getattr(torch.ops.wakesleep_ext, case.op).default
+    return operator, (*inputs, make_key(device), list(case.sample_shape)) if case.draws else inputs
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_opcheck(case: Case, dtype: torch.dtype, requires_grad: bool, device: str) -> None:
+    operator, arguments = _arguments(case, dtype, device, requires_grad)
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("case", BROADCAST, ids=str)
+def test_opcheck_broadcast(case: Case, device: str) -> None:
+    operator, arguments = _arguments(case, torch.float32, device, True)
+    torch.library.opcheck(operator, arguments)
+
+
+def test_opcheck_backward_operators(device: str) -> None:
+    mu, logvar = torch.randn(2, 3, 5, device=device)
+    z, grad = torch.randn(2, 3, 5, device=device), torch.randn(2, 3, device=device)
+    o = torch.ops.wakesleep_ext
+    key = make_key(device)
+    for operator, arguments in (
+        (o.gaussian_rsample_backward, (z, grad, mu, logvar, key, [2])),
+        (o.gaussian_rsample_backward, (None, grad, mu, logvar, key, [2])),
+        (o.gaussian_log_prob_backward, (grad, mu, logvar, z, True)),
+        (o.gaussian_log_prob_backward, (grad, mu, logvar, z, False)),
+        (o.standard_gaussian_log_prob_backward, (grad, z)),
+        (o.gaussian_kl_backward, (grad[0], mu, logvar)),
+        (o.bernoulli_log_prob_backward, (grad, z, z)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
+
+
+def test_every_operator_of_the_library_is_checked() -> None:
+    """No operator without a CPU kernel, an Autograd kernel and a fake one."""
+    names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
+    assert len(names) == 13
+    for name in names:
+        for key in ("CPU", "CUDA", "Autograd"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+def test_torch_func(case: Case, device: str) -> None:
+    """grad, vmap of grad, and jacrev, as the reference has them."""
+    inputs = case.inputs(torch.float64, device)
+    which = tuple(range(len(inputs)))
+
+    def total(function: Any) -> Any:
+        def summed(*tensors: torch.Tensor) -> torch.Tensor:
+            result = function(*tensors)
+            return sum(r.sin().sum() for r in (result if isinstance(result, tuple) else (result,)))
+
+        return summed
+
+    ours, theirs = total(case.function()), total(case.function(reference))
+    found = torch.func.grad(ours, which)(*inputs)
+    wanted = torch.func.grad(theirs, which)(*inputs)
+    torch.testing.assert_close(found, wanted)
+
+    batch = tuple(torch.stack([tensor, 2 * tensor]) for tensor in inputs)
+    torch.testing.assert_close(torch.vmap(case.function())(*batch), torch.vmap(case.function(reference))(*batch))
+    found = torch.vmap(torch.func.grad(ours, which))(*batch)
+    wanted = torch.vmap(torch.func.grad(theirs, which))(*batch)
+    torch.testing.assert_close(found, wanted)
+
+    jacobian = torch.func.jacrev(case.function(), which)(*inputs)
+    expected = torch.func.jacrev(case.function(reference), which)(*inputs)
+    torch.testing.assert_close(jacobian, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_forward_mode_is_refused_not_dropped() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.zeros(3), torch.ones(3))
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+            ws.standard_gaussian_log_prob(dual)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_compile(case: Case, dynamic: bool, device: str) -> None:
+    """torch.compile without graph breaks gives the eager values and gradients."""
+    torch.compiler.reset()
+    compiled = torch.compile(case.function(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    inputs = case.inputs(torch.float32, device, requires_grad=True)
+    key = make_key(device)
+    with torch.no_grad():
+        torch.testing.assert_close(case.function(key=key)(*inputs), case.function()(*inputs))
+    found = compiled(*inputs)
+    torch.testing.assert_close(found, case.function()(*inputs))
+    if case.op != "bernoulli_sample":
+        results = found if isinstance(found, tuple) else (found,)
+        got = torch.autograd.grad(sum(r.sum() for r in results), inputs)
+        expected = torch.autograd.grad(sum(r.sum() for r in case(*inputs)), inputs)
+        torch.testing.assert_close(got, expected)
+
+
+def test_compiled_draws_differ(device: str) -> None:
+    """Two draws in one compiled function are not merged, and every call is fresh."""
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def two(mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ws.gaussian_rsample(mu, mu), ws.gaussian_rsample(mu, mu)
+
+    mu = torch.zeros(100, device=device)
+    first, second = two(mu)
+    third, _ = two(mu)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, third)

@@ -1,0 +1,207 @@
+"""Every op against its plain-torch twin in float64: values and first gradients, at every dtype, shape and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import FLOATING, SHAPES, SMALL, Case, as_tuple
+from torch import Tensor
+
+import wakesleep_ext as ws
+from wakesleep_ext import ops, reference
+
+# What float32 arithmetic may cost, whatever the dtype of the inputs: half types are computed in float32, and only
+# samples and gradients are rounded to their dtype.
+ARITHMETIC = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+
+
+def _close(got: Tensor, expected: Tensor, arithmetic: float) -> None:
+    """To the precision of the arithmetic, or of the dtype where that is coarser, on the scale of the largest result."""
+    assert got.shape == expected.shape
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    rounding = 0.0 if got.dtype == torch.float64 else torch.finfo(got.dtype).eps
+    tolerance = max(4 * arithmetic, rounding)
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * scale)
+
+
+def _upstream(results: tuple[Tensor, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
+
+
+def _gradients(
+    results: tuple[Tensor, ...], inputs: tuple[Tensor, ...], upstream: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    return torch.autograd.grad(results, leaves, upstream, allow_unused=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = case.inputs(dtype, device, requires_grad=True)
+    exact_inputs = tuple(
+        i.detach().double().requires_grad_(i.requires_grad) if i.is_floating_point() else i for i in inputs
+    )
+    results, exact = case(*inputs), case.reference(*exact_inputs)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for got, expected in zip(results, exact, strict=True):
+        is_sample = case.draws and got.shape[-1:] == inputs[0].shape[-1:] and got is results[0]
+        assert got.dtype == (dtype if is_sample else compute)
+        if case.op == "bernoulli_sample":
+            assert (got.double() != expected).sum() <= 1e-3 * got.numel()  # where a uniform ties with a rounded p
+        else:
+            _close(got.detach(), expected.detach(), ARITHMETIC[dtype])
+    if case.op == "bernoulli_sample":
+        assert not results[0].requires_grad
+        return
+    upstream = _upstream(results)
+    found = _gradients(results, inputs, upstream)
+    wanted = _gradients(exact, exact_inputs, [tensor.double() for tensor in upstream])
+    for leaf, got, expected in zip((i for i in inputs if i.requires_grad), found, wanted, strict=True):
+        assert got is not None
+        assert got.dtype == leaf.dtype
+        expected = torch.zeros_like(got, dtype=torch.float64) if expected is None else expected
+        _close(got, expected, ARITHMETIC[dtype])
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_a_row_does_not_depend_on_its_batch(case: Case, device: str) -> None:
+    """Bitwise: the first rows of a large batch are what they are alone. Draws are functions of the row's index."""
+    rows, width = 67, 85
+    wide = Case(case.op, tuple((rows, width) for _ in case.shapes))
+    inputs = wide.inputs(torch.float32, device)
+    together = wide(*inputs)
+    alone = wide(*(tensor[:3] for tensor in inputs))
+    for all_rows, first_rows in zip(together, alone, strict=True):
+        assert torch.equal(all_rows[:3], first_rows)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_threads_do_not_matter(case: Case) -> None:
+    wide = Case(case.op, tuple((300, 785) for _ in case.shapes))
+    inputs = wide.inputs(torch.float32, requires_grad=True)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results = wide(*inputs)
+            gradients = () if case.op == "bernoulli_sample" else _gradients(results, inputs, _upstream(results))
+            found.append((*results, *gradients))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_extreme_logits(dtype: torch.dtype, device: str) -> None:
+    logits = torch.tensor([[-1e4], [-104.0], [-20.0], [20.0], [89.0], [104.0], [1e4]], dtype=dtype, device=device)
+    for x in (0.0, 1.0):
+        a = logits.clone().requires_grad_()
+        value = ws.bernoulli_log_prob(a, torch.full_like(logits, x))
+        value.sum().backward()
+        exact = logits.double()
+        expected = x * exact - torch.nn.functional.softplus(exact)
+        # the gradient keeps its relative precision where x - sigmoid(a) would cancel
+        gradient = torch.sigmoid(-exact) if x == 1 else -torch.sigmoid(exact)
+        torch.testing.assert_close(value.double(), expected[:, 0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(a.grad.double(), gradient, rtol=1e-6, atol=1e-38)
+
+
+def test_extreme_logvar(device: str) -> None:
+    logvar = torch.tensor([[-170.0], [-80.0], [80.0], [170.0]], device=device)
+    mu = torch.ones_like(logvar)
+    z = mu + 1e-3 * (0.5 * logvar).exp()
+    expected = reference.gaussian_log_prob(mu.double(), logvar.double(), z.double())
+    torch.testing.assert_close(ws.gaussian_log_prob(mu, logvar, z).double(), expected, rtol=1e-5, atol=1e-5)
+    for sign in (-1, 1):  # beyond the range of the exponential
+        assert torch.isfinite(ws.gaussian_rsample(mu, torch.full_like(mu, sign * 170.0))).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_nan_comes_through(dtype: torch.dtype, device: str) -> None:
+    nan = torch.full((2, 3), torch.nan, dtype=dtype, device=device)
+    one = torch.ones_like(nan)
+    key = ws.random.make_key(1, device=device)
+    for value in (
+        ws.gaussian_rsample(nan, one, key=key),
+        ws.gaussian_rsample(one, nan, key=key),
+        ws.gaussian_rsample_log_prob(one, nan, key=key)[1],
+        ws.gaussian_log_prob(one, nan, one),
+        ws.gaussian_log_prob(one, one, nan),
+        ws.standard_gaussian_log_prob(nan),
+        ws.gaussian_kl(nan, one),
+        ws.gaussian_kl(one, nan),
+        ws.bernoulli_log_prob(nan, one),
+        ws.bernoulli_log_prob(one, nan),
+    ):
+        assert value.isnan().all()
+    assert not ws.bernoulli_sample(nan, key=key).any()
+
+
+def test_mixed_dtypes_are_promoted(device: str) -> None:
+    mu, logvar, z = (t.to(device) for t in torch.randn(3, 4, 6, dtype=torch.float64))
+    half = mu.bfloat16().requires_grad_()
+    value = ws.gaussian_log_prob(half, logvar.float(), z.float())
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, ws.gaussian_log_prob(half.float(), logvar.float(), z.float()))
+    value.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+    assert ws.gaussian_rsample(mu.float(), logvar).dtype == torch.float64
+
+
+def test_sample_dtypes(device: str) -> None:
+    logits = torch.randn(5, 7, device=device)
+    key = ws.random.make_key(3, device=device)
+    expected = ws.bernoulli_sample(logits, (2,), key=key)
+    assert expected.dtype == torch.float32
+    for dtype in (torch.bool, torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        drawn = ws.bernoulli_sample(logits, (2,), dtype=dtype, key=key)
+        assert drawn.dtype == dtype
+        assert torch.equal(drawn.float(), expected)
+
+
+def test_nothing_is_expanded_in_memory() -> None:
+    """A likelihood of x [B, D] under logits [L, B, D] allocates its result and nothing else."""
+    logits, x = torch.randn(50, 20, 784), torch.rand(20, 784)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ws.bernoulli_log_prob(logits, x)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert allocated <= 2 * 50 * 20 * 4
+
+
+def test_public_names_are_documented() -> None:
+    for name in ops.__all__:
+        assert getattr(ws, name) is getattr(ops, name)
+        assert "Returns:" in getattr(ops, name).__doc__
+        assert hasattr(reference, name)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_without_gradients_nothing_is_recorded(case: Case) -> None:
+    inputs = case.inputs(torch.float32, requires_grad=True)
+    with torch.no_grad():
+        assert not any(result.requires_grad for result in case(*inputs))
+    assert not any(result.requires_grad for result in case(*(i.detach() for i in inputs)))
+
+
+def test_gradients_only_where_asked() -> None:
+    mu, logvar, z = torch.randn(3, 4, 5).unbind()
+    mu.requires_grad_()
+    (grad,) = torch.autograd.grad(ws.gaussian_log_prob(mu, logvar, z).sum(), mu)
+    torch.testing.assert_close(grad, (z - mu.detach()) * (-logvar).exp())
+    z_only, log_prob = ws.gaussian_rsample_log_prob(mu, logvar, (3,))
+    (grad,) = torch.autograd.grad(z_only.sum(), mu, retain_graph=True)
+    torch.testing.assert_close(grad, torch.full_like(grad, 3))
+    (grad,) = torch.autograd.grad(log_prob.sum(), mu)
+    assert not grad.any()
+
+
+def test_results_can_be_used_in_place() -> None:
+    """The outputs of an op are its own: writing to them spoils no gradient."""
+    mu = torch.zeros(3, 4, requires_grad=True)
+    (z,) = as_tuple(ws.gaussian_rsample(mu, torch.zeros(3, 4)))
+    z.mul_(2).sum().backward()
+    torch.testing.assert_close(mu.grad, torch.full((3, 4), 2.0))
