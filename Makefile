@@ -5,6 +5,8 @@
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
 PYTHON ?= python3
+RUN ?= runs/digits
+TESTS ?= tests
 PIP := -m pip install --quiet --disable-pip-version-check
 
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
@@ -21,10 +23,10 @@ help:
 	@echo "make clean      removes what was built, not the environments"
 
 train: $(VENV)/.installed
-	$(VENV)/bin/wakesleep train --out runs/digits --overwrite
+	$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TESTS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

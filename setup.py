@@ -42,8 +42,9 @@ def extension_and_commands() -> dict[str, Any]:
     from setuptools.command.build import build
     from torch.utils import cpp_extension
 
-    if plan.toolkit is not None and not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolchain.default_architectures(plan.toolkit))
+    if plan.toolkit is not None:
+        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolchain.default_architectures(plan.toolkit, capabilities))
 
     build_base = ROOT / "build" / f"torch-{plan.torch.version}"  # one for each torch, and so incremental
 

@@ -14,7 +14,7 @@ import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,8 +139,11 @@ def make_plan(environment: Mapping[str, str], torch: Torch | None, toolkit: Tool
     return Plan(torch, toolkit, f"nvcc in {toolkit.home}")
 
 
-def default_architectures(toolkit: Toolkit) -> str:
-    """What to compile for where neither TORCH_CUDA_ARCH_LIST nor a visible GPU says: Ampere and later."""
+def default_architectures(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]] = ()) -> str:
+    """What to compile for where TORCH_CUDA_ARCH_LIST does not say: the GPUs that are here, else Ampere and later."""
+    here = [f"{major}.{minor}" for major, minor in sorted(set(capabilities))]
+    if here:
+        return ";".join(here)
     version = tuple(int(part) for part in toolkit.version.split(".")[:2])
     return "8.0;9.0;10.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX"
 

@@ -4,8 +4,8 @@
 // whatever width the processor has, and, compiled without contraction, returns the same bits at each width. On a GPU
 // exp and log are the device's own; the compiler may fuse multiply-adds there, which moves a result by an ulp or two.
 //
-// The coefficients are minimax fits (Remez exchange, 50 digits); the errors stated were measured against float64 and
-// 50-digit arithmetic by tests/test_elementary.py's grid.
+// The coefficients are minimax fits (Remez exchange, 50 digits); tests/test_elementary.py holds the errors stated
+// against extended precision: exp and log within 1.6 ulp, cosine and sine within 2.
 #pragma once
 
 #include <c10/macros/Macros.h>

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import _build, checkpoint, plots, random
+from wakesleep_ext import info as information
+from wakesleep_ext import selftest as checks
 from wakesleep_ext.data import DIGITS, DataError, load
 from wakesleep_ext.evaluation import independent_bernoulli_nll, log_likelihood_bounds
 from wakesleep_ext.models import Activation, HelmholtzMachine, ModelConfig
@@ -178,6 +180,22 @@ def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", s
     plots.samples(out, _dream_means(machine, count, seed), description["image_shape"])
 
 
+def selftest() -> int:
+    """Check every op against float64 on this machine, values and gradients: pass or fail for each."""
+    failed = False
+    for outcome in checks.outcomes():
+        verdict = "pass" if outcome.passed else "FAIL"
+        dtype = str(outcome.dtype).removeprefix("torch.")
+        print(f"{verdict}  {outcome.op:26} {outcome.device:5} {dtype:9} error {outcome.error:.1e}", flush=True)
+        failed |= not outcome.passed
+    return int(failed)
+
+
+def info() -> int:
+    """Report versions, how the kernels were built, SIMD level and GPUs."""
+    return information.main()
+
+
 def _device(device: Device) -> torch.device:
     found, built = torch.cuda.is_available(), _build.CUDA_VERSION is not None
     if device == "cuda" and not found:
@@ -242,6 +260,9 @@ def _table(result: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+_COMMANDS: tuple[Callable[..., int | None], ...] = (train, evaluate, sample, selftest, info)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     if missing := [name for name in _EXTRA_MODULES if find_spec(name) is None]:
@@ -249,9 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     try:
-        commands: dict[str, Callable[..., Any]] = {"train": train, "evaluate": evaluate, "sample": sample}
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
+        status: int | None = tyro.extras.subcommand_cli_from_dict(
+            {command.__name__: command for command in _COMMANDS},
             prog="wakesleep",
             description="Helmholtz machines trained by the wake-sleep algorithm.",
             args=argv,
@@ -261,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
-    return 0
+    return status or 0
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -1,0 +1,90 @@
+"""Every command and every line of code of the README, run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.source_tree
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+BIN = Path(sys.executable).parent
+
+
+def _run(command: str, folder: Path) -> str:
+    variables = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        shlex.split(command), cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_block_is_run() -> None:
+    assert {language for language, _ in BLOCKS} == {"sh", "python", "text"}
+    first_words = {tuple(command.split()[:2]) for command in COMMANDS}
+    assert first_words == {
+        *(("make", target) for target in ("train", "test")),
+        *(("wakesleep", name) for name in ("train", "evaluate", "sample", "selftest", "info")),
+        ("pip", "install"),
+    }
+
+
+def test_python() -> None:
+    """The blocks are read on, one after the other, as a reader would."""
+    code = "\n".join(block for language, block in BLOCKS if language == "python")
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["elbo"].shape == (128,)  # type: ignore[attr-defined]
+    assert names["encoder"].weight.grad.abs().sum() > 0  # type: ignore[attr-defined]
+
+
+def test_the_example_has_ten_lines() -> None:
+    example = next(block for language, block in BLOCKS if language == "python")
+    assert len(example.splitlines()) <= 10
+
+
+def test_command_line(tmp_path: Path) -> None:
+    for command in COMMANDS:
+        if command.startswith("wakesleep"):
+            _run(command, tmp_path)
+    assert (tmp_path / "dreams.png").stat().st_size > 10_000
+
+
+def _make(arguments: str) -> str:
+    # the environment that runs this test, if `make` made one; it then has nothing to install
+    environment = Path(sys.prefix)
+    if not (environment / ".installed").exists():
+        pytest.skip("this environment was not made by `make`")
+    return _run(f"make VENV={environment} {arguments}", ROOT)
+
+
+def test_make_train(tmp_path: Path) -> None:
+    output = _make(f"{'train' if 'make train' in COMMANDS else ''} RUN={tmp_path / 'digits'}")
+    expected = next(block for language, block in BLOCKS if language == "text")
+    for line, stated in zip(output.splitlines()[-6:-2], expected.splitlines(), strict=True):
+        assert re.sub(r"[\d.]+", "", line) == re.sub(r"[\d.]+", "", stated)
+    nats = [float(line.split()[-1]) for line in output.splitlines()[-5:-2]]
+    assert nats[2] < nats[0] - 4
+    assert (tmp_path / "digits" / "samples.png").exists()
+
+
+def test_make_test() -> None:
+    """`make test` itself, on one file; the suite is running it already."""
+    assert "make test" in COMMANDS
+    assert "passed" in _make("test TESTS=tests/test_models.py")
+
+
+def test_pip_install_is_tested() -> None:
+    """`pip install` is run by test_packaging.py, from the source distribution."""
+    assert "pip install ." in COMMANDS
+    assert "'pip', 'install'" in (ROOT / "tests/test_packaging.py").read_text().replace('"', "'")

@@ -1,0 +1,115 @@
+"""What is installed and how it was built: `wakesleep info`.
+
+It must answer where nothing else does. So it imports nothing of the package at the start, is run as a file of its own
+by the command line, and reports whatever fails in the place of what it would have found.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+
+def info() -> dict[str, str]:
+    """Versions, build, processor and GPUs, as text by name; what cannot be found out says why. Never raises."""
+    return {name: _answer(question) for name, question in _QUESTIONS.items()}
+
+
+def main() -> int:
+    """Print the facts, one a line; 0 if the kernels load, 1 if not."""
+    facts = info()
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print(f"{name:{width}}  {fact}")
+    return 0 if facts["kernels"] == _LOADED else 1
+
+
+def gpu_support(capability: tuple[int, int], architectures: str) -> str:
+    """Whether kernels compiled for `architectures` run on a GPU, and what to do if not.
+
+    Args:
+        capability: of the GPU, (9, 0) for sm_90.
+        architectures: as in `TORCH_CUDA_ARCH_LIST`: "8.0;9.0+PTX".
+    """
+    wanted = f"{capability[0]}.{capability[1]}"
+    for entry in architectures.replace(" ", ";").split(";"):
+        number, _, ptx = entry.partition("+")
+        major, minor = (int(part.rstrip("af")) for part in number.split("."))
+        if major == capability[0] and minor <= capability[1]:
+            return "supported"
+        if ptx and (major, minor) <= capability:
+            return "supported by compiling PTX at first use"
+    return (
+        f"not supported: the kernels were compiled for {architectures}. Reinstall them for this GPU: "
+        f'TORCH_CUDA_ARCH_LIST="{wanted}" pip install --force-reinstall --no-deps --no-cache-dir wakesleep_ext'
+    )
+
+
+_LOADED = "loaded"
+
+
+def _answer(question: Callable[[], object]) -> str:
+    try:
+        return str(question())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _import(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _torch() -> str:
+    torch = _import("torch")
+    return f"{torch.__version__} (CUDA {torch.version.cuda})" if torch.version.cuda else f"{torch.__version__} (CPU)"
+
+
+def _kernels() -> str:
+    _import("wakesleep_ext")
+    return _LOADED
+
+
+def _build() -> str:
+    config = _import("wakesleep_ext._C").build_config()
+    cuda = "no CUDA"
+    if config["cuda"]:
+        cuda = f"CUDA {config['cuda']} for {_import('wakesleep_ext._build').CUDA_ARCHITECTURES}"
+    return f"for torch {config['torch']}, {cuda}, compiler {config['compiler']}"
+
+
+def _simd() -> str:
+    capability = _import("torch").backends.cpu.get_cpu_capability()
+    chosen = os.environ.get("ATEN_CPU_CAPABILITY")
+    return f"{capability} (ATEN_CPU_CAPABILITY={chosen})" if chosen else str(capability)
+
+
+def _gpus() -> str:
+    cuda = _import("torch").cuda
+    if not cuda.is_available():
+        return "none"
+    architectures = _import("wakesleep_ext._build").CUDA_ARCHITECTURES
+    found = []
+    for index in range(cuda.device_count()):
+        support = (
+            gpu_support(cuda.get_device_capability(index), architectures) if architectures else "built without CUDA"
+        )
+        found.append(f"{cuda.get_device_name(index)}, {support}")
+    return "; ".join(found)
+
+
+_QUESTIONS: dict[str, Callable[[], object]] = {
+    "wakesleep_ext": lambda: version("wakesleep_ext"),
+    "python": lambda: f"{platform.python_version()} ({sys.executable})",
+    "torch": _torch,
+    "kernels": _kernels,
+    "built": _build,
+    "processor": platform.machine,
+    "SIMD": _simd,
+    "threads": lambda: _import("torch").get_num_threads(),
+    "GPUs": _gpus,
+}

@@ -1,0 +1,91 @@
+"""Whether the compiled ops are right on this very machine: `wakesleep selftest`.
+
+Every op, values and gradients, at every dtype and on every device, against its formula in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wakesleep_ext import _build, ops, random, reference
+
+_SAMPLES, _BATCH, _EVENT = 3, 5, 131  # an odd width: whole vectors and a ragged end
+_KEY = random.make_key(7)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "gaussian_rsample": ("mu", "logvar"),
+    "gaussian_rsample_log_prob": ("mu", "logvar"),
+    "gaussian_log_prob": ("mu", "logvar", "z"),
+    "standard_gaussian_log_prob": ("z",),
+    "gaussian_kl": ("mu", "logvar"),
+    "bernoulli_log_prob": ("logits", "x"),
+    "bernoulli_sample": ("logits",),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an op compares with float64."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    error: float
+    """Largest deviation of a result or a gradient, relative to the largest; of a pixel drawn otherwise, |u - p|."""
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # false for NaN
+
+
+def outcomes(devices: Sequence[str] | None = None) -> Iterator[Outcome]:
+    """Check every op on the CPU and, where the kernels and torch have CUDA, on the GPU."""
+    if devices is None:
+        devices = ["cpu", "cuda"] if _build.CUDA_VERSION and torch.cuda.is_available() else ["cpu"]
+    for op in _ARGUMENTS:
+        for device in devices:
+            for dtype in _DTYPES:
+                yield check(op, device, dtype)
+
+
+def check(op: str, device: str, dtype: torch.dtype) -> Outcome:
+    """Compare an op with its twin in :mod:`wakesleep_ext.reference`, which gets the same inputs in float64."""
+    inputs = [_input(name).to(device, dtype).requires_grad_() for name in _ARGUMENTS[op]]
+    exact_inputs = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
+    found = _results_and_gradients(getattr(ops, op), inputs, "sample" in op)
+    exact = _results_and_gradients(getattr(reference, op), exact_inputs, "sample" in op)
+    deviations = [(a - b).abs() for a, b in zip(found, exact, strict=True)]
+    if op == "bernoulli_sample":
+        # a pixel may be another where its uniform lies between the probability and its rounding
+        uniforms = random.uniforms(_KEY, exact[0].shape, torch.float64)
+        deviations[0] *= (uniforms - exact_inputs[0].detach().sigmoid()).abs()
+    errors = [(d.max() / b.abs().max().clamp_min(1)).item() for d, b in zip(deviations, exact, strict=True)]
+    arithmetic = 1e-13 if dtype == torch.float64 else 4e-6  # sums over the event, in float32 for half types too
+    return Outcome(op, device, dtype, max(errors), max(arithmetic, torch.finfo(dtype).eps))
+
+
+def _input(name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    leading = (_SAMPLES, _BATCH) if name in ("z", "logits") else (_BATCH,)
+    value = torch.randn(*leading, _EVENT, generator=generator, dtype=torch.float64)
+    return (value > 0).double() if name == "x" else value
+
+
+def _results_and_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor], draws: bool
+) -> list[Tensor]:
+    key = _KEY.to(inputs[0].device)
+    results = function(*inputs, (_SAMPLES,), key=key) if draws else function(*inputs)
+    results = (results,) if isinstance(results, Tensor) else results
+    gradients: Sequence[Tensor] = ()
+    if results[0].requires_grad:
+        # an upstream gradient that differs from row to row, and is the same at every precision
+        upstream = [torch.linspace(-1, 1, r.numel()).view(r.shape).to(r) for r in results]
+        gradients = torch.autograd.grad(results, inputs, upstream)
+    return [tensor.detach().cpu().double() for tensor in (*results, *gradients)]
