@@ -21,7 +21,8 @@ BIN = Path(sys.executable).parent
 
 
 def _run(command: str, folder: Path) -> str:
-    variables = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    variables["PATH"] = f"{BIN}:{os.environ['PATH']}"
     done = subprocess.run(
         shlex.split(command), cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False
     )
@@ -69,12 +70,13 @@ def _make(arguments: str) -> str:
 
 
 def test_make_train(tmp_path: Path) -> None:
-    output = _make(f"{'train' if 'make train' in COMMANDS else ''} RUN={tmp_path / 'digits'}")
-    expected = next(block for language, block in BLOCKS if language == "text")
-    for line, stated in zip(output.splitlines()[-6:-2], expected.splitlines(), strict=True):
-        assert re.sub(r"[\d.]+", "", line) == re.sub(r"[\d.]+", "", stated)
-    nats = [float(line.split()[-1]) for line in output.splitlines()[-5:-2]]
-    assert nats[2] < nats[0] - 4
+    assert "make train" in COMMANDS
+    output = _make(f"train RUN={tmp_path / 'digits'}")
+    stated = next(block for language, block in BLOCKS if language == "text")
+    number = r"\d+\.\d+"
+    assert re.sub(number, "#", stated) in re.sub(number, "#", output)
+    _, baseline, _, nll = (line.split()[-1] for line in output[output.index("  nats per image") :].splitlines()[:4])
+    assert float(nll) < float(baseline) - 4
     assert (tmp_path / "digits" / "samples.png").exists()
 
 
