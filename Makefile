@@ -12,15 +12,16 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 SHELL := /bin/bash
 
-.PHONY: help train test lint format cuda-check clean
+.PHONY: help train test lint format cuda-check sass-report clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make lint       ruff, mypy, clang-format"
-	@echo "make format     rewrites the sources as ruff and clang-format would have them"
-	@echo "make cuda-check compiles the CUDA kernels against a CUDA build of torch; needs nvcc, no GPU"
-	@echo "make clean      removes what was built, not the environments"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make format      rewrites the sources as ruff and clang-format would have them"
+	@echo "make cuda-check  compiles the CUDA kernels against a CUDA build of torch; needs nvcc, no GPU"
+	@echo "make sass-report prints registers, spills and loads of every kernel; needs nvcc, no GPU"
+	@echo "make clean       removes what was built, not the environments"
 
 train: $(VENV)/.installed
 	$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
@@ -40,14 +41,15 @@ format: $(VENV)/.installed
 	$(VENV)/bin/clang-format -i $(shell find csrc -type f)
 
 # The tests run against the installed wheel: from their own folder, so that the source tree is not on the path.
-cuda-check: $(CUDA_VENV)/.environment
-	WAKESLEEP_FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" $(CUDA_VENV)/bin/python $(PIP) \
-		--no-build-isolation --no-deps --force-reinstall .
+cuda-check: $(CUDA_VENV)/.installed
 	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/cuda_check.py
 	cd tests && ../$(CUDA_VENV)/bin/pytest -c ../pyproject.toml --rootdir . -m "not source_tree" .
 
+sass-report: $(CUDA_VENV)/.installed
+	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/sass_report.py
+
 clean:
-	rm -rf build dist *.egg-info wakesleep_ext/_C*.so wakesleep_ext/_build.py $(VENV)/.installed
+	rm -rf build dist *.egg-info wakesleep_ext/_C*.so wakesleep_ext/_build.py $(VENV)/.installed $(CUDA_VENV)/.installed
 
 $(VENV)/.environment: constraints.txt pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -63,4 +65,9 @@ $(CUDA_VENV)/.environment: constraints.txt pyproject.toml
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python $(PIP) -c <(sed '/^torch==/d' constraints.txt) torch==2.14.1 setuptools wheel ninja pybind11 \
 		hypothesis matplotlib numpy pytest safetensors scikit-learn scipy tqdm tyro
+	touch $@
+
+$(CUDA_VENV)/.installed: $(CUDA_VENV)/.environment $(SOURCES)
+	WAKESLEEP_FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" $(CUDA_VENV)/bin/python $(PIP) \
+		--no-build-isolation --no-deps --force-reinstall .
 	touch $@

@@ -66,14 +66,14 @@ WAKESLEEP_FUNCTION T bernoulli_grad_logits(T a, T x) {
   const T e = exp(-std::abs(a));
   const T plain = a >= T(0) ? x - T(1) : x;
   const T scaled = a >= T(0) ? x : x - T(1);
-  return (plain + scaled * e) / (T(1) + e);
+  return divide(plain + scaled * e, T(1) + e);
 }
 
 // s(a) = 1 / (1 + e^-a), the exponential never overflowing.
 template <typename T>
 WAKESLEEP_FUNCTION T sigmoid(T a) {
   const T e = exp(-std::abs(a));
-  return (a >= T(0) ? T(1) : e) / (T(1) + e);
+  return divide(a >= T(0) ? T(1) : e, T(1) + e);
 }
 
 }  // namespace wakesleep

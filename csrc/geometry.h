@@ -158,41 +158,59 @@ WAKESLEEP_FUNCTION InnerPiece<operands> inner_piece(const RowGroups<operands>& r
   return {rows.outer(index % rows.outer.rows), first, first + (rest < kPieceRows ? rest : kPieceRows)};
 }
 
-// Where a gradient that is summed over inner rows is written: itself, or a slice of partial sums for each piece.
+// body(offset) for every inner row of the piece; `summed` is false where there is but one.
+template <bool summed, int operands, typename Body>
+WAKESLEEP_FUNCTION void for_inner_rows(const RowGroups<operands>& rows, const InnerPiece<operands>& piece,
+                                       const Body& body) {
+  if constexpr (summed) {
+    for (int64_t inner = piece.first; inner < piece.last; ++inner) {
+      body(piece.offset + rows.inner(inner));
+    }
+  } else {
+    body(piece.offset);
+  }
+}
+
+// Where a gradient is written: itself, or, where it is summed over inner rows, partial sums of every piece in the type
+// that they are computed in.
 class GradientSum {
  public:
   GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)
-      : dtype_(like.scalar_type()), pieces_(inner_pieces(inner_rows)) {
-    const auto options = like.options();
-    written = pieces_ == 1 ? at::empty(shape, options)
-                           : at::empty(concat({pieces_}, shape), options.dtype(at::toOpMathType(dtype_)));
+      : summed(inner_rows != 1), dtype_(like.scalar_type()) {
+    written = summed
+                  ? at::empty(concat({inner_pieces(inner_rows)}, shape), like.options().dtype(at::toOpMathType(dtype_)))
+                  : at::empty(shape, like.options());
   }
 
-  at::Tensor total() const { return pieces_ == 1 ? written : at::sum(written, 0).to(dtype_); }
+  at::Tensor total() const {
+    if (!summed) {
+      return written;
+    }
+    return (written.size(0) == 1 ? written.squeeze(0) : at::sum(written, 0)).to(dtype_);
+  }
 
-  at::Tensor written;  // [*shape] in the dtype of `like`, or [pieces, *shape] in the type it is computed in
+  const bool summed;
+  at::Tensor written;  // [*shape], or [pieces, *shape]
 
  private:
   at::ScalarType dtype_;
-  int64_t pieces_;
 };
 
-// body(pointers to what is written): in scalar_t, or, where pieces are added, in the type it is computed in.
+// body(pointers to what is written, whether it is summed).
 template <typename scalar_t, size_t count, typename Body>
 void dispatch_sums(const std::array<const GradientSum*, count>& sums, const Body& body) {
-  const auto call = [&](auto type) {
+  const auto call = [&](auto type, auto summed) {
     using written_t = typename decltype(type)::type;
     std::array<written_t*, count> to;
     for (size_t i = 0; i < count; ++i) {
       to[i] = sums[i]->written.template mutable_data_ptr<written_t>();
     }
-    body(to);
+    body(to, summed);
   };
-  if (sums[0]->written.scalar_type() == c10::CppTypeToScalarType<scalar_t>::value) {
-    return call(Type<scalar_t>{});
-  }
-  if constexpr (!std::is_same_v<scalar_t, at::opmath_type<scalar_t>>) {
-    call(Type<at::opmath_type<scalar_t>>{});
+  if (sums[0]->summed) {
+    call(Type<at::opmath_type<scalar_t>>{}, std::true_type{});
+  } else {
+    call(Type<scalar_t>{}, std::false_type{});
   }
 }
 

@@ -59,18 +59,17 @@ at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
     const auto* logits_data = call.logits.const_data_ptr<logit_t>();
     const auto* x_data = call.x.const_data_ptr<x_t>();
     const auto* grad_data = call.grad.const_data_ptr<compute_t>();
-    dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to) {
+    dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to, auto summed) {
       for_inner_pieces(call.rows, call.D, [&](const auto& piece, int64_t index, int64_t column, int64_t columns) {
         compute_t total[kTile] = {};
-        for (int64_t inner = piece.first; inner < piece.last; ++inner) {
-          const auto offset = piece.offset + call.rows.inner(inner);
+        for_inner_rows<summed>(call.rows, piece, [&](const auto& offset) {
           const auto* a = logits_data + offset.of[0] + column;
           const auto* v = x_data + offset.of[1] + column;
           const compute_t upstream = grad_data[offset.of[2]];
           for_lanes<compute_t>(0, columns, [&](int64_t d, int) {
             total[d] += upstream * bernoulli_grad_logits(static_cast<compute_t>(a[d]), static_cast<compute_t>(v[d]));
           });
-        }
+        });
         store(total, columns, to[0] + index * call.D + column);
       });
     });

@@ -52,11 +52,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
     const auto* z_data = call.z.const_data_ptr<scalar_t>();
     const auto* grad_data = call.grad.const_data_ptr<compute_t>();
     auto* grad_z_data = call.grad_z.mutable_data_ptr<scalar_t>();
-    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to) {
+    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto summed) {
       for_inner_pieces(call.rows, call.K, [&](const auto& piece, int64_t index, int64_t column, int64_t columns) {
         compute_t total_mu[kTile] = {}, total_logvar[kTile] = {}, row_mu[kTile];
-        for (int64_t inner = piece.first; inner < piece.last; ++inner) {
-          const auto offset = piece.offset + call.rows.inner(inner);
+        for_inner_rows<summed>(call.rows, piece, [&](const auto& offset) {
           const auto* m = mu_data + offset.of[0] + column;
           const auto* l = logvar_data + offset.of[1] + column;
           const auto* v = z_data + offset.of[2] + column;
@@ -73,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
             for_lanes<compute_t>(0, columns,
                                  [&](int64_t k, int) { grad_z_row[k] = static_cast<scalar_t>(-row_mu[k]); });
           }
-        }
+        });
         store(total_mu, columns, to[0] + index * call.K + column);
         store(total_logvar, columns, to[1] + index * call.K + column);
       });

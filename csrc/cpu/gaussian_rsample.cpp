@@ -83,7 +83,7 @@ std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
         call.grad_log_prob.defined() ? call.grad_log_prob.const_data_ptr<compute_t>() : nullptr;
     const PhiloxKey key_words = read_key(call.key);
     const int64_t B = call.rows.rows, K = call.K;
-    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to) {
+    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto) {
       for_row_tiles(inner_pieces(call.samples), B, K, [&](int64_t piece, int64_t first_row, int64_t rows) {
         DrawTile<StandardNormals, compute_t> tile;
         const int64_t first_sample = piece * kPieceRows;

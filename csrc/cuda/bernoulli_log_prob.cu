@@ -9,7 +9,7 @@ namespace wakesleep::cuda {
 namespace {
 
 template <typename logit_t, typename x_t>
-struct LogProb {
+struct BernoulliLogProbRows {
   using compute_t = at::opmath_type<logit_t>;
   const logit_t* __restrict__ logits;
   const x_t* __restrict__ x;
@@ -55,15 +55,17 @@ at::Tensor bernoulli_log_prob(const at::Tensor& logits,  // [*S, *B, D]
     using logit_t = typename decltype(logit_type)::type;
     using x_t = typename decltype(x_type)::type;
     launch_rows(call.rows.rows, call.D,
-                LogProb<logit_t, x_t>{call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
-                                      call.log_prob.mutable_data_ptr<at::opmath_type<logit_t>>(), call.rows, call.D});
+                BernoulliLogProbRows<logit_t, x_t>{call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
+                                                   call.log_prob.mutable_data_ptr<at::opmath_type<logit_t>>(),
+                                                   call.rows, call.D});
   });
   return call.log_prob;
 }
 
-template <typename logit_t, typename x_t, typename grad_t>
-struct LogProbBackward {
+template <typename logit_t, typename x_t, bool summed>
+struct BernoulliLogProbBackwardRows {
   using compute_t = at::opmath_type<logit_t>;
+  using grad_t = std::conditional_t<summed, compute_t, logit_t>;
   const logit_t* __restrict__ logits;
   const x_t* __restrict__ x;
   const compute_t* __restrict__ grad;
@@ -78,8 +80,7 @@ struct LogProbBackward {
     const int past = past_boundary<kPacket<logit_t>>(logits + piece.offset.of[0]);
     for_spans<kPacket<logit_t>>(team, D, past, [&](auto span) {
       Packet<compute_t, span.size> total = {};
-      for (int64_t inner = piece.first; inner < piece.last; ++inner) {
-        const auto offset = piece.offset + rows.inner(inner);
+      for_inner_rows<summed>(rows, piece, [&](const auto& offset) {
         const auto a = load<compute_t>(span, logits + offset.of[0]);
         const auto v = load<compute_t>(span, x + offset.of[1]);
         const compute_t upstream = grad[offset.of[2]];
@@ -87,7 +88,7 @@ struct LogProbBackward {
         for (int i = 0; i < span.size; ++i) {
           total.value[i] += upstream * bernoulli_grad_logits(a.value[i], v.value[i]);
         }
-      }
+      });
       store(span, total, out);
     });
   }
@@ -101,10 +102,9 @@ at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
   call.dispatch(call.op, [&](auto logit_type, auto x_type) {
     using logit_t = typename decltype(logit_type)::type;
     using x_t = typename decltype(x_type)::type;
-    dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to) {
-      using grad_t = std::remove_pointer_t<std::decay_t<decltype(to[0])>>;
+    dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to, auto summed) {
       launch_rows(inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.D,
-                  LogProbBackward<logit_t, x_t, grad_t>{
+                  BernoulliLogProbBackwardRows<logit_t, x_t, summed>{
                       call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
                       call.grad.const_data_ptr<at::opmath_type<logit_t>>(), to[0], call.rows, call.D});
     });

@@ -9,7 +9,7 @@ namespace wakesleep::cuda {
 namespace {
 
 template <typename logit_t, typename x_t>
-struct Sample {
+struct BernoulliSampleRows {
   using compute_t = at::opmath_type<logit_t>;
   const logit_t* __restrict__ logits;
   const int64_t* __restrict__ key;
@@ -22,9 +22,9 @@ struct Sample {
     const logit_t* a = logits + rows(row % rows.rows).of[0];
     const int64_t first = row * D;
     const PhiloxKey key_words = read_key(key);
-    for_spans<kPhiloxWords>(team, D, first % kPhiloxWords, [&](auto span) {
+    for_spans<kDrawPacket<logit_t>>(team, D, first % kDrawPacket<logit_t>, [&](auto span) {
       auto values = load<compute_t>(span, a);
-      const auto u = draw_block<Uniforms, compute_t>(key_words, (first + span.column) / kPhiloxWords);
+      const auto u = draw<Uniforms, compute_t, span.size>(key_words, first + span.column);
 #pragma unroll
       for (int i = 0; i < span.size; ++i) {
         values.value[i] = u.value[i] <= sigmoid(values.value[i]) ? 1 : 0;
@@ -42,9 +42,10 @@ at::Tensor bernoulli_sample(const at::Tensor& logits,  // [*B, D]
   call.dispatch([&](auto logit_type, auto x_type) {
     using logit_t = typename decltype(logit_type)::type;
     using x_t = typename decltype(x_type)::type;
-    launch_rows(call.samples * call.rows.rows, call.D,
-                Sample<logit_t, x_t>{call.logits.const_data_ptr<logit_t>(), call.key.const_data_ptr<int64_t>(),
-                                     call.x.mutable_data_ptr<x_t>(), call.rows, call.D});
+    launch_rows(
+        call.samples * call.rows.rows, call.D,
+        BernoulliSampleRows<logit_t, x_t>{call.logits.const_data_ptr<logit_t>(), call.key.const_data_ptr<int64_t>(),
+                                          call.x.mutable_data_ptr<x_t>(), call.rows, call.D});
   });
   return call.result();
 }

@@ -9,7 +9,7 @@ namespace wakesleep::cuda {
 namespace {
 
 template <typename scalar_t>
-struct Kl {
+struct GaussianKlRows {
   using compute_t = at::opmath_type<scalar_t>;
   const scalar_t* __restrict__ mu;
   const scalar_t* __restrict__ logvar;
@@ -45,14 +45,14 @@ at::Tensor gaussian_kl(const at::Tensor& mu,        // [*B, K]
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     launch_rows(call.rows.rows, call.K,
-                Kl<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
-                             call.kl.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
+                GaussianKlRows<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+                                         call.kl.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
   });
   return call.kl;
 }
 
 template <typename scalar_t>
-struct KlBackward {
+struct GaussianKlBackwardRows {
   using compute_t = at::opmath_type<scalar_t>;
   const scalar_t* __restrict__ mu;
   const scalar_t* __restrict__ logvar;
@@ -90,10 +90,10 @@ std::tuple<at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad, 
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     launch_rows(call.rows.rows, call.K,
-                KlBackward<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
-                                     call.grad.const_data_ptr<at::opmath_type<scalar_t>>(),
-                                     call.grad_mu.mutable_data_ptr<scalar_t>(),
-                                     call.grad_logvar.mutable_data_ptr<scalar_t>(), call.rows, call.K});
+                GaussianKlBackwardRows<scalar_t>{
+                    call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+                    call.grad.const_data_ptr<at::opmath_type<scalar_t>>(), call.grad_mu.mutable_data_ptr<scalar_t>(),
+                    call.grad_logvar.mutable_data_ptr<scalar_t>(), call.rows, call.K});
   });
   return {call.grad_mu, call.grad_logvar};
 }

@@ -10,7 +10,7 @@ namespace wakesleep::cuda {
 namespace {
 
 template <typename scalar_t>
-struct LogProb {
+struct GaussianLogProbRows {
   using compute_t = at::opmath_type<scalar_t>;
   const scalar_t* __restrict__ mu;
   const scalar_t* __restrict__ logvar;
@@ -50,17 +50,19 @@ at::Tensor gaussian_log_prob(const at::Tensor& mu,      // [*B, K]
   const GaussianLogProb call(mu, logvar, z);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows(call.rows.rows, call.K,
-                LogProb<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
-                                  call.z.const_data_ptr<scalar_t>(),
-                                  call.log_prob.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
+    launch_rows(
+        call.rows.rows, call.K,
+        GaussianLogProbRows<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+                                      call.z.const_data_ptr<scalar_t>(),
+                                      call.log_prob.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
   });
   return call.log_prob;
 }
 
-template <typename scalar_t, typename grad_t>
-struct LogProbBackward {
+template <typename scalar_t, bool summed>
+struct GaussianLogProbBackwardRows {
   using compute_t = at::opmath_type<scalar_t>;
+  using grad_t = std::conditional_t<summed, compute_t, scalar_t>;
   const scalar_t* __restrict__ mu;
   const scalar_t* __restrict__ logvar;
   const scalar_t* __restrict__ z;
@@ -79,8 +81,7 @@ struct LogProbBackward {
       const auto m = load<compute_t>(span, mu + piece.offset.of[0]);
       const auto l = load<compute_t>(span, logvar + piece.offset.of[1]);
       Packet<compute_t, span.size> total_mu = {}, total_logvar = {};
-      for (int64_t inner = piece.first; inner < piece.last; ++inner) {
-        const auto offset = piece.offset + rows.inner(inner);
+      for_inner_rows<summed>(rows, piece, [&](const auto& offset) {
         auto v = load<compute_t>(span, z + offset.of[2]);
         const compute_t upstream = grad[offset.of[3]];
 #pragma unroll
@@ -93,7 +94,7 @@ struct LogProbBackward {
         if (grad_z != nullptr) {
           store(span, v, grad_z + offset.of[4]);
         }
-      }
+      });
       store(span, total_mu, grad_mu + index * K);
       store(span, total_logvar, grad_logvar + index * K);
     });
@@ -109,10 +110,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
   const GaussianLogProbBackward call(grad, mu, logvar, z, with_grad_z);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to) {
-      using grad_t = std::remove_pointer_t<std::decay_t<decltype(to[0])>>;
+    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto summed) {
       launch_rows(inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
-                  LogProbBackward<scalar_t, grad_t>{
+                  GaussianLogProbBackwardRows<scalar_t, summed>{
                       call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
                       call.z.const_data_ptr<scalar_t>(), call.grad.const_data_ptr<at::opmath_type<scalar_t>>(), to[0],
                       to[1], with_grad_z ? call.grad_z.mutable_data_ptr<scalar_t>() : nullptr, call.rows, call.K});

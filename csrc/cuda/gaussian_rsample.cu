@@ -10,7 +10,7 @@ namespace wakesleep::cuda {
 namespace {
 
 template <typename scalar_t, bool with_log_prob>
-struct Rsample {
+struct GaussianRsampleRows {
   using compute_t = at::opmath_type<scalar_t>;
   const scalar_t* __restrict__ mu;
   const scalar_t* __restrict__ logvar;
@@ -26,10 +26,10 @@ struct Rsample {
     const int64_t first = row * K;
     const PhiloxKey key_words = read_key(key);
     compute_t sum = 0;
-    for_spans<kPhiloxWords>(team, K, first % kPhiloxWords, [&](auto span) {
+    for_spans<kDrawPacket<scalar_t>>(team, K, first % kDrawPacket<scalar_t>, [&](auto span) {
       auto m = load<compute_t>(span, mu + offset.of[0]);
       const auto l = load<compute_t>(span, logvar + offset.of[1]);
-      const auto eps = draw_block<StandardNormals, compute_t>(key_words, (first + span.column) / kPhiloxWords);
+      const auto eps = draw<StandardNormals, compute_t, span.size>(key_words, first + span.column);
 #pragma unroll
       for (int i = 0; i < span.size; ++i) {
         m.value[i] += gaussian_sigma(l.value[i]) * eps.value[i];
@@ -52,7 +52,7 @@ void draw_rows(const GaussianRsample& call) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = at::opmath_type<scalar_t>;
     launch_rows(call.samples * call.rows.rows, call.K,
-                Rsample<scalar_t, with_log_prob>{
+                GaussianRsampleRows<scalar_t, with_log_prob>{
                     call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
                     call.key.const_data_ptr<int64_t>(), call.z.mutable_data_ptr<scalar_t>(),
                     with_log_prob ? call.log_prob.mutable_data_ptr<compute_t>() : nullptr, call.rows, call.K});
@@ -80,9 +80,10 @@ std::tuple<at::Tensor, at::Tensor> gaussian_rsample_log_prob(const at::Tensor& m
 }
 
 // grad_mu = sum_s grad_z; grad_logvar = 1/2 sum_s (grad_z sigma eps - grad_log_prob).
-template <typename scalar_t, typename grad_t>
-struct RsampleBackward {
+template <typename scalar_t, bool summed>
+struct GaussianRsampleBackwardRows {
   using compute_t = at::opmath_type<scalar_t>;
+  using grad_t = std::conditional_t<summed, compute_t, scalar_t>;
   const scalar_t* __restrict__ grad_z;          // null where no gradient came
   const compute_t* __restrict__ grad_log_prob;  // null where no gradient came
   const scalar_t* __restrict__ logvar;
@@ -96,21 +97,22 @@ struct RsampleBackward {
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t index) const {
     const int64_t B = rows.rows, row = index % B;
-    const int64_t first_sample = index / B * kPieceRows;
-    const int64_t last_sample = min(samples, first_sample + kPieceRows);
+    const int64_t first_sample = summed ? index / B * kPieceRows : 0;
+    const int64_t last_sample = summed ? min(samples, first_sample + kPieceRows) : 1;
     const scalar_t* l_row = logvar + rows(row).of[0];
     const PhiloxKey key_words = read_key(key);
     compute_t total_log_prob = 0;
     for (int64_t sample = first_sample; grad_log_prob != nullptr && sample < last_sample; ++sample) {
       total_log_prob += grad_log_prob[sample * B + row];
     }
-    const int past = (first_sample * B + row) * K % kPhiloxWords;
-    for_spans<kPhiloxWords>(team, K, past, [&](auto span) {
+    const int past = (first_sample * B + row) * K % kDrawPacket<scalar_t>;
+    for_spans<kDrawPacket<scalar_t>>(team, K, past, [&](auto span) {
       Packet<compute_t, span.size> total_z = {}, total_z_eps = {};
       for (int64_t sample = first_sample; grad_z != nullptr && sample < last_sample; ++sample) {
         const int64_t first = (sample * B + row) * K;
         const auto upstream = load<compute_t>(span, grad_z + first);
-        const auto eps = draw_across<StandardNormals, compute_t>(key_words, first + span.column);
+        // a later sample's row may begin within a block
+        const auto eps = draw<StandardNormals, compute_t, span.size, summed>(key_words, first + span.column);
 #pragma unroll
         for (int i = 0; i < span.size; ++i) {
           total_z.value[i] += upstream.value[i];
@@ -140,10 +142,9 @@ std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = at::opmath_type<scalar_t>;
-    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to) {
-      using grad_t = std::remove_pointer_t<std::decay_t<decltype(to[0])>>;
+    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto summed) {
       launch_rows(inner_pieces(call.samples) * call.rows.rows, call.K,
-                  RsampleBackward<scalar_t, grad_t>{
+                  GaussianRsampleBackwardRows<scalar_t, summed>{
                       call.grad_z.defined() ? call.grad_z.const_data_ptr<scalar_t>() : nullptr,
                       call.grad_log_prob.defined() ? call.grad_log_prob.const_data_ptr<compute_t>() : nullptr,
                       call.logvar.const_data_ptr<scalar_t>(), call.key.const_data_ptr<int64_t>(), to[0], to[1],

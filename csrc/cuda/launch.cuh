@@ -11,6 +11,16 @@ namespace wakesleep::cuda {
 
 constexpr int kBlockThreads = 256;
 
+inline void check_launch() {
+  if (cudaPeekAtLastError() == cudaErrorNoKernelImageForDevice) {
+    (void)cudaGetLastError();
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "wakesleep_ext: none of the compiled kernels runs on this GPU; `wakesleep info` ",
+                                "tells which GPUs they were compiled for and how to reinstall them");
+  }
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 // Runs kernel(arguments...) on `blocks` blocks of `threads`. Kernels stride over their work by the grid, so that a grid
 // at the hardware's limit is still right.
 template <typename... Parameters, typename... Arguments>
@@ -20,7 +30,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Ar
   }
   const auto grid = static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
   kernel<<<grid, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 }  // namespace wakesleep::cuda

@@ -8,6 +8,9 @@
 
 #include <ATen/OpMathType.h>
 
+#include <array>
+
+#include "../dispatch.h"
 #include "../geometry.h"
 #include "../philox.h"
 #include "launch.cuh"
@@ -51,8 +54,10 @@ struct Team {
   }
 };
 
+// Two blocks at least fit on a multiprocessor, up to 128 registers. Left to itself, the compiler spills a few of them
+// for the sake of one block more.
 template <int threads, typename RowBody>
-__global__ void __launch_bounds__(kBlockThreads) row_kernel(const RowBody body, int64_t rows) {
+__global__ void __launch_bounds__(kBlockThreads, 2) row_kernel(const RowBody body, int64_t rows) {
   for (int64_t row = Team<threads>::first(); row < rows; row += Team<threads>::count()) {
     body(Team<threads>{}, row);
   }
@@ -74,9 +79,9 @@ void launch_rows(int64_t rows, int64_t width, const RowBody& body) {
   }
 }
 
-// n consecutive elements, moved at once.
+// n consecutive elements.
 template <typename T, int n>
-struct alignas(sizeof(T) * n) Packet {
+struct Packet {
   T value[n];
 };
 
@@ -99,13 +104,32 @@ __device__ bool on_boundary(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (sizeof(T) * n) == 0;
 }
 
+// What a packet is moved as, once or several times. Explicitly so: were it moved element by element, the compiler would
+// find the aligned path no different from the unaligned one, and merge them.
+template <size_t bytes>
+struct WideWord : Type<uint4> {};
+template <>
+struct WideWord<2> : Type<unsigned short> {};
+template <>
+struct WideWord<4> : Type<unsigned> {};
+template <>
+struct WideWord<8> : Type<uint2> {};
+
+template <typename T, int n>
+using WideWords = std::array<typename WideWord<sizeof(T) * n>::type, sizeof(T) * n <= 16 ? 1 : sizeof(T) * n / 16>;
+
 // The elements of `row` that the span holds; zeros for others.
 template <typename compute_t, int n, bool ragged, typename T>
 __device__ Packet<compute_t, n> load(Span<n, ragged> span, const T* row) {
   const T* from = row + span.column;
   Packet<compute_t, n> values;
   if (!ragged && on_boundary<n>(from)) {
-    const auto packet = *reinterpret_cast<const Packet<T, n>*>(from);
+    WideWords<T, n> words;
+#pragma unroll
+    for (size_t w = 0; w < words.size(); ++w) {
+      words[w] = __ldg(reinterpret_cast<typename WideWords<T, n>::const_pointer>(from) + w);
+    }
+    const auto packet = bit_cast<Packet<T, n>>(words);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       values.value[i] = static_cast<compute_t>(packet.value[i]);
@@ -128,7 +152,11 @@ __device__ void store(Span<n, ragged> span, const Packet<compute_t, n>& values, 
     for (int i = 0; i < n; ++i) {
       packet.value[i] = static_cast<T>(values.value[i]);
     }
-    *reinterpret_cast<Packet<T, n>*>(to) = packet;
+    const auto words = bit_cast<WideWords<T, n>>(packet);
+#pragma unroll
+    for (size_t w = 0; w < words.size(); ++w) {
+      __stwb(reinterpret_cast<typename WideWords<T, n>::pointer>(to) + w, words[w]);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -164,28 +192,39 @@ inline __device__ PhiloxKey read_key(const int64_t* key) {
   return {static_cast<uint64_t>(key[0]), static_cast<uint64_t>(key[1])};
 }
 
-// The draws of a block.
-template <typename Distribution, typename T>
-__device__ Draws<T> draw_block(PhiloxKey key, int64_t block) {
-  return Distribution::template draw<T>(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32));
-}
+// Elements of T that are drawn and moved at once: whole blocks of draws, and 16 bytes at least.
+template <typename T>
+constexpr int kDrawPacket = kPacket<T> > kPhiloxWords ? kPacket<T> : kPhiloxWords;
 
-// The draws for the elements first .. first + 3, which may lie across two blocks.
-template <typename Distribution, typename T>
-__device__ Draws<T> draw_across(PhiloxKey key, int64_t first) {
+// The draws for the elements first .. first + n - 1; `first` begins a block unless `across` allows it to lie within.
+template <typename Distribution, typename T, int n, bool across = false>
+__device__ Packet<T, n> draw(PhiloxKey key, int64_t first) {
+  static_assert(n % kPhiloxWords == 0);
+  const auto draw_block = [&](int64_t block) {
+    return Distribution::template draw<T>(key, uint32_t(block), uint32_t(block >> 32));
+  };
   const int64_t block = first / kPhiloxWords;
-  const int past = static_cast<int>(first - block * kPhiloxWords);
-  Draws<T> draws = draw_block<Distribution, T>(key, block);
-  if (past > 0) {
-    const Draws<T> next = draw_block<Distribution, T>(key, block + 1);
+  Packet<T, n> draws;
+#pragma unroll
+  for (int i = 0; i < n; i += kPhiloxWords) {
+    const Draws<T> drawn = draw_block(block + i / kPhiloxWords);
+#pragma unroll
+    for (int w = 0; w < kPhiloxWords; ++w) {
+      draws.value[i + w] = drawn.value[w];
+    }
+  }
+  const int past = static_cast<int>(first % kPhiloxWords);
+  if (across && past > 0) {
+    const Draws<T> next = draw_block(block + n / kPhiloxWords);
     // by constant indices, lest the draws go to local memory
 #pragma unroll
     for (int shift = 0; shift < kPhiloxWords - 1; ++shift) {
       if (shift < past) {
-        draws.value[0] = draws.value[1];
-        draws.value[1] = draws.value[2];
-        draws.value[2] = draws.value[3];
-        draws.value[3] = next.value[shift];
+#pragma unroll
+        for (int i = 0; i < n - 1; ++i) {
+          draws.value[i] = draws.value[i + 1];
+        }
+        draws.value[n - 1] = next.value[shift];
       }
     }
   }

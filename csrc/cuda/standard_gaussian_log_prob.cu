@@ -9,7 +9,7 @@ namespace wakesleep::cuda {
 namespace {
 
 template <typename scalar_t>
-struct LogProb {
+struct StandardGaussianLogProbRows {
   using compute_t = at::opmath_type<scalar_t>;
   const scalar_t* __restrict__ z;
   compute_t* __restrict__ log_prob;
@@ -40,14 +40,15 @@ at::Tensor standard_gaussian_log_prob(const at::Tensor& z) {  // [*B, K]
   dispatch_floating(call.op, call.z.scalar_type(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     launch_rows(call.rows.rows, call.K,
-                LogProb<scalar_t>{call.z.const_data_ptr<scalar_t>(),
-                                  call.log_prob.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
+                StandardGaussianLogProbRows<scalar_t>{call.z.const_data_ptr<scalar_t>(),
+                                                      call.log_prob.mutable_data_ptr<at::opmath_type<scalar_t>>(),
+                                                      call.rows, call.K});
   });
   return call.log_prob;
 }
 
 template <typename scalar_t>
-struct LogProbBackward {
+struct StandardGaussianLogProbBackwardRows {
   using compute_t = at::opmath_type<scalar_t>;
   const scalar_t* __restrict__ z;
   const compute_t* __restrict__ grad;
@@ -78,9 +79,9 @@ at::Tensor standard_gaussian_log_prob_backward(const at::Tensor& grad,  // [*B]
   dispatch_floating(call.op, call.z.scalar_type(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     launch_rows(call.rows.rows, call.K,
-                LogProbBackward<scalar_t>{call.z.const_data_ptr<scalar_t>(),
-                                          call.grad.const_data_ptr<at::opmath_type<scalar_t>>(),
-                                          call.grad_z.mutable_data_ptr<scalar_t>(), call.rows, call.K});
+                StandardGaussianLogProbBackwardRows<scalar_t>{
+                    call.z.const_data_ptr<scalar_t>(), call.grad.const_data_ptr<at::opmath_type<scalar_t>>(),
+                    call.grad_z.mutable_data_ptr<scalar_t>(), call.rows, call.K});
   });
   return call.grad_z;
 }

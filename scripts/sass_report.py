@@ -1,0 +1,218 @@
+"""What the compiler made of every kernel: registers, spills, shared memory, loads, and work per element.
+
+Reads the machine code of a CUDA build, by default of the installed package; needs cuobjdump, of the CUDA toolkit or of
+the triton package, and no GPU. Exits with 1 if a kernel spills, or a row kernel does not load 16 bytes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BYTES = {"double": 8, "float": 4, "c10::Half": 2, "c10::BFloat16": 2, "unsigned char": 1}
+WIDE = 16
+BLOCK_THREADS = 256  # csrc/cuda/launch.cuh
+REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
+
+# the operands that a row kernel reads along the row, as indices of its template arguments
+OPERANDS = {
+    "BernoulliLogProbRows": (0, 1),
+    "BernoulliLogProbBackwardRows": (0, 1),
+    "BernoulliSampleRows": (0,),
+    "GaussianKlRows": (0, 0),
+    "GaussianKlBackwardRows": (0, 0),
+    "GaussianLogProbRows": (0, 0, 0),
+    "GaussianLogProbBackwardRows": (0, 0, 0),
+    "GaussianRsampleRows": (0, 0),
+    "GaussianRsampleBackwardRows": (0,),  # its loop over samples reads the gradient of z alone
+    "StandardGaussianLogProbRows": (0,),
+    "StandardGaussianLogProbBackwardRows": (0,),
+}
+
+
+@dataclass
+class Instruction:
+    address: int
+    opcode: str  # with its modifiers: LDG.E.128.CONSTANT
+    target: int | None = None  # of a branch
+
+
+@dataclass
+class Kernel:
+    """A kernel compiled for one architecture."""
+
+    architecture: str
+    name: str
+    threads: int | None = None  # per row; None if it is no row kernel
+    arguments: tuple[str, ...] = ()
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    instructions: list[Instruction] = field(default_factory=list)
+
+    def count(self, pattern: str, where: list[Instruction] | None = None) -> int:
+        return sum(bool(re.match(pattern, i.opcode)) for i in (self.instructions if where is None else where))
+
+    @property
+    def spills(self) -> int:
+        """Moves between registers and local memory."""
+        return self.count(r"STL|LDL")
+
+    @property
+    def occupancy(self) -> float:
+        """Threads that fit on a multiprocessor of compute capability 8.0 to 10.0, of those it can hold."""
+        per_thread = -(-self.registers // 8) * 8
+        blocks = min(THREADS_PER_SM // BLOCK_THREADS, REGISTERS_PER_SM // (per_thread * BLOCK_THREADS))
+        return blocks * BLOCK_THREADS / THREADS_PER_SM
+
+    @property
+    def main_loop(self) -> list[Instruction]:
+        """The innermost loop with most wide loads."""
+        loops = [(i.target, i.address) for i in self.instructions if i.target is not None and i.target <= i.address]
+        bodies = [[i for i in self.instructions if first <= i.address <= last] for first, last in loops]
+        loading = [body for body in bodies if self.count(r"LDG.*\.128", body)]
+        innermost = [
+            body
+            for body in loading
+            if not any(other is not body and _inside(other, body) for other in loading)
+        ]  # fmt: skip
+        return max(innermost, key=lambda body: self.count(r"LDG.*\.128", body), default=[])
+
+    @property
+    def elements(self) -> float:
+        """Elements that a pass through the main loop covers, by its wide loads."""
+        sizes = [BYTES[self.arguments[index]] for index in OPERANDS[self.name]]
+        wide = sum(size for size in sizes if size >= sizes[0])  # a narrower operand comes in narrower loads
+        return self.count(r"LDG.*\.128", self.main_loop) * WIDE / wide
+
+
+def _inside(inner: list[Instruction], outer: list[Instruction]) -> bool:
+    within = outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address
+    return within and len(inner) < len(outer)
+
+
+def disassembler() -> str | None:
+    """cuobjdump: of the toolkit on the PATH, or of triton."""
+    found = shutil.which("cuobjdump")
+    if found is None and (triton := importlib.util.find_spec("triton")) and triton.origin:
+        bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+def read_kernels(binary: Path) -> list[Kernel]:
+    """The kernels in a library, an object file or a cubin."""
+    tool = disassembler()
+    if tool is None:
+        raise FileNotFoundError("no cuobjdump: put that of a CUDA toolkit on the PATH, or install triton")
+    kernels: dict[tuple[str, str], Kernel] = {}
+    architecture = symbol = ""
+    for line in _lines(tool, "-res-usage", str(binary)):
+        if match := re.match(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r" Function (\S+):", line):
+            symbol = match[1]
+        elif match := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            registers, stack, shared = map(int, match.groups())
+            kernels[architecture, symbol] = Kernel(
+                architecture, symbol, registers=registers, stack=stack, shared=shared
+            )
+    kernel = None
+    for line in _lines(tool, "-sass", str(binary)):
+        if match := re.match(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s+Function : (\S+)", line):
+            kernel = kernels[architecture, match[1]]
+        elif kernel and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*);", line)):
+            target = re.search(r"(0x[0-9a-f]+)\s*$", match[3]) if match[2].startswith("BRA") else None
+            kernel.instructions.append(Instruction(int(match[1], 16), match[2], int(target[1], 16) if target else None))
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(symbol for _, symbol in kernels), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for kernel, name in zip(kernels.values(), names, strict=True):
+        if match := re.search(r"row_kernel<(\d+), .*?(\w+)<(.*?)> ?>\(", name):
+            kernel.threads, kernel.name = int(match[1]), match[2]
+            kernel.arguments = tuple(argument.strip() for argument in match[3].split(","))
+        else:
+            kernel.name = re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1]
+    return sorted(kernels.values(), key=lambda k: (k.architecture, k.name, k.arguments, k.threads or 0))
+
+
+def _lines(*command: str) -> Iterator[str]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def faults(kernels: list[Kernel]) -> list[str]:
+    """What no kernel may do."""
+    found = []
+    for kernel in kernels:
+        where = f"{kernel.architecture} {title(kernel)}"
+        if kernel.spills or kernel.stack:
+            found.append(f"{where}: spills, {kernel.spills} moves to or from {kernel.stack} bytes of local memory")
+        if kernel.threads is not None and not kernel.count(r"LDG.*\.128", kernel.main_loop):
+            found.append(f"{where}: no {8 * WIDE}-bit load in its main loop")
+    return found
+
+
+def title(kernel: Kernel) -> str:
+    arguments = ", ".join(
+        argument.removeprefix("c10::").replace("unsigned char", "uint8") for argument in kernel.arguments
+    )
+    return f"{kernel.name}<{arguments}> / {kernel.threads}" if kernel.threads else kernel.name
+
+
+def table(kernels: list[Kernel]) -> str:
+    """One line a kernel; per element: instructions and special functions (MUFU) of the main loop."""
+    lines = [
+        f"{'':7}{'kernel / threads per row':66}{'regs':>5}{'occ.':>6}{'spills':>7}{'shared':>7}"
+        f"{'LDG128':>7}{'STG128':>7}{'elem.':>7}{'instr.':>8}{'MUFU':>6}"
+    ]
+    for kernel in kernels:
+        line = (
+            f"{kernel.architecture:7}{title(kernel):66}{kernel.registers:5}{kernel.occupancy:6.0%}"
+            f"{kernel.spills:7}{kernel.shared:7}"
+        )
+        if kernel.threads:
+            loop, elements = kernel.main_loop, kernel.elements
+            wide_loads, wide_stores = kernel.count(r"LDG.*\.128", loop), kernel.count(r"STG.*\.128")
+            line += f"{wide_loads:7}{wide_stores:7}{elements:7.0f}"
+            if elements:
+                line += f"{len(loop) / elements:8.1f}{kernel.count('MUFU', loop) / elements:6.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def installed_binary() -> Path:
+    """The compiled module of the package, found without importing it."""
+    package = importlib.util.find_spec("wakesleep_ext")
+    if package is None or package.origin is None:
+        raise FileNotFoundError("wakesleep_ext is not installed")
+    return next(Path(package.origin).parent.glob("_C*.so"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("binary", nargs="?", type=Path, help="a library, object file or cubin")
+    arguments = parser.parse_args()
+    kernels = read_kernels(arguments.binary or installed_binary())
+    if not kernels:
+        parser.error("no CUDA kernels in it: a CPU build?")
+    print(table(kernels))
+    for fault in (found := faults(kernels)):
+        print(fault, file=sys.stderr)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What the compiler made of the CUDA kernels, on every architecture they were compiled for; needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from wakesleep_ext import _build
+
+if _build.CUDA_VERSION is None:
+    pytest.skip("built without CUDA", allow_module_level=True)
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+sass_report = _load(Path(__file__).resolve().parent.parent / "scripts/sass_report.py")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list:
+    if sass_report.disassembler() is None:
+        pytest.skip("no cuobjdump, neither on the PATH nor in the triton package")
+    return sass_report.read_kernels(sass_report.installed_binary())
+
+
+def test_nothing_spills_and_rows_are_read_16_bytes_at_a_time(kernels: list) -> None:
+    assert sass_report.faults(kernels) == []
+
+
+def test_every_kernel_is_there_for_every_architecture(kernels: list) -> None:
+    compiled: dict[str, set[str]] = {}
+    for kernel in kernels:
+        compiled.setdefault(kernel.architecture, set()).add(kernel.name)
+    wanted = {f"sm_{entry.split('+')[0].replace('.', '')}" for entry in _build.CUDA_ARCHITECTURES.split(";")}
+    assert set(compiled) == wanted
+    for names in compiled.values():
+        assert names == {*sass_report.OPERANDS, "write_key"}
+
+
+def test_gradients_are_written_16_bytes_at_a_time(kernels: list) -> None:
+    writing = [kernel for kernel in kernels if kernel.name.endswith("BackwardRows")]
+    assert writing
+    assert all(kernel.count(r"STG.*\.128") for kernel in writing)
+
+
+def test_no_float_atomics(kernels: list) -> None:
+    assert not any(kernel.count(r"(REDG?|ATOM[GS]?)\b") for kernel in kernels)
