@@ -12,7 +12,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 SHELL := /bin/bash
 
-.PHONY: help train test lint format cuda-check sass-report clean
+.PHONY: help train test lint format cuda-check cuda-on-cpu-asan sass-report clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      rewrites the sources as ruff and clang-format would have them"
 	@echo "make cuda-check  compiles the CUDA kernels against a CUDA build of torch; needs nvcc, no GPU"
+	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
 	@echo "make sass-report prints registers, spills and loads of every kernel; needs nvcc, no GPU"
 	@echo "make clean       removes what was built, not the environments"
 
@@ -39,6 +40,13 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(shell find csrc -type f)
+
+# Addresses and undefined behaviour checked in every kernel, as the tests run it on the CPU. The libraries are preloaded
+# because it is Python that loads the instrumented one; leaks are the interpreter's.
+cuda-on-cpu-asan: $(VENV)/.installed
+	WAKESLEEP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(VENV)/bin/python -m pytest --capture=sys tests/cuda_on_cpu
 
 # The tests run against the installed wheel: from their own folder, so that the source tree is not on the path.
 cuda-check: $(CUDA_VENV)/.installed

@@ -132,14 +132,15 @@ SMALL = (
     Case("bernoulli_sample", ((3, 5),), (2,)),
 )
 
-# every op at the shapes that break kernels: one element, odd widths, rows wider than a tile, empty batches and events,
-# broadcasting to every side, many samples, and tensors that are laid out otherwise
+# every op at the shapes that break kernels: one element, odd widths, rows wider than a tile or worth a whole block of
+# threads, empty batches and events, broadcasting to every side, many samples, and tensors that are laid out otherwise
 _PAIRS = (
     ((1,), (1,)),
     ((7,), (7,)),
     ((4, 64), (4, 64)),
     ((3, 785), (3, 785)),
     ((2, 3000), (2, 3000)),
+    ((3, 3333), (3, 3333)),
     ((0, 5), (0, 5)),
     ((3, 0), (3, 0)),
     ((2, 1, 9), (4, 9)),
@@ -152,6 +153,7 @@ _TRIPLES = (
     ((4, 64), (4, 64), (4, 64)),
     ((3, 785), (3, 785), (2, 3, 785)),
     ((2, 2050), (2, 2050), (2, 2050)),
+    ((3, 3333), (3, 3333), (3, 3333)),
     ((0, 5), (0, 5), (3, 0, 5)),
     ((3, 0), (3, 0), (3, 0)),
     ((9,), (9,), (150, 9)),  # many rows for one of the parameters

@@ -36,15 +36,14 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], wo
 def test_uniforms_of_the_kernels_are_philox(device: str) -> None:
     """The words of the kernels, bit for bit: a Bernoulli draw is 1 exactly where the uniform is at most p."""
     key = make_key(device)
-    u = random.uniforms(key, (1001,))
+    u = random.uniforms(key, (1001,), torch.float64)
     assert u.min() > 0
     assert u.max() <= 1
-    # p beside each uniform, in float64, where the logit resolves it
-    below, above = torch.logit(u.double() * (1 - 1e-6)), torch.logit((u.double() * (1 + 1e-6)).clamp(max=1 - 1e-12))
-    draw = random.uniforms(key, (1001,), torch.float64)
-    assert (draw - u.double()).abs().max() < 2**-24
+    # a probability on either side of each uniform, near enough to tell all 32 bits of its word and some of the next
+    below, above = torch.logit(u * (1 - 1e-12)), torch.logit(u * (1 + 1e-12))
     assert not ws.bernoulli_sample(below, key=key).any()
     assert ws.bernoulli_sample(above, key=key).all()
+    assert (random.uniforms(key, (1001,)).double() - u).abs().max() < 2**-24
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -11,14 +11,14 @@ namespace wakesleep::cuda {
 
 constexpr int kBlockThreads = 256;
 
-inline void check_launch() {
-  if (cudaPeekAtLastError() == cudaErrorNoKernelImageForDevice) {
+inline void check_launch(cudaError_t error) {
+  if (error == cudaErrorNoKernelImageForDevice) {
     (void)cudaGetLastError();
     TORCH_CHECK_NOT_IMPLEMENTED(false,
                                 "wakesleep_ext: none of the compiled kernels runs on this GPU; `wakesleep info` ",
                                 "tells which GPUs they were compiled for and how to reinstall them");
   }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  C10_CUDA_CHECK(error);
 }
 
 // Runs kernel(arguments...) on `blocks` blocks of `threads`. Kernels stride over their work by the grid, so that a grid
@@ -28,9 +28,11 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Ar
   if (blocks == 0) {
     return;
   }
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
-  kernel<<<grid, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
-  check_launch();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = {static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()))};
+  config.blockDim = {static_cast<unsigned>(threads)};
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  check_launch(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 }  // namespace wakesleep::cuda

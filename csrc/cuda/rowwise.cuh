@@ -121,15 +121,15 @@ using WideWords = std::array<typename WideWord<sizeof(T) * n>::type, sizeof(T) *
 // The elements of `row` that the span holds; zeros for others.
 template <typename compute_t, int n, bool ragged, typename T>
 __device__ Packet<compute_t, n> load(Span<n, ragged> span, const T* row) {
-  const T* from = row + span.column;
   Packet<compute_t, n> values;
-  if (!ragged && on_boundary<n>(from)) {
+  if (!ragged && on_boundary<n>(row + span.column)) {
+    const auto* from = reinterpret_cast<typename WideWords<T, n>::const_pointer>(row + span.column);
     WideWords<T, n> words;
 #pragma unroll
     for (size_t w = 0; w < words.size(); ++w) {
-      words[w] = __ldg(reinterpret_cast<typename WideWords<T, n>::const_pointer>(from) + w);
+      words[w] = __ldg(from + w);
     }
-    const auto packet = bit_cast<Packet<T, n>>(words);
+    const auto packet = wakesleep::bit_cast<Packet<T, n>>(words);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       values.value[i] = static_cast<compute_t>(packet.value[i]);
@@ -137,7 +137,7 @@ __device__ Packet<compute_t, n> load(Span<n, ragged> span, const T* row) {
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      values.value[i] = span.holds(i) ? static_cast<compute_t>(from[i]) : compute_t(0);
+      values.value[i] = span.holds(i) ? static_cast<compute_t>(row[span.column + i]) : compute_t(0);
     }
   }
   return values;
@@ -145,23 +145,23 @@ __device__ Packet<compute_t, n> load(Span<n, ragged> span, const T* row) {
 
 template <typename T, int n, bool ragged, typename compute_t>
 __device__ void store(Span<n, ragged> span, const Packet<compute_t, n>& values, T* row) {
-  T* to = row + span.column;
-  if (!ragged && on_boundary<n>(to)) {
+  if (!ragged && on_boundary<n>(row + span.column)) {
+    auto* to = reinterpret_cast<typename WideWords<T, n>::pointer>(row + span.column);
     Packet<T, n> packet;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       packet.value[i] = static_cast<T>(values.value[i]);
     }
-    const auto words = bit_cast<WideWords<T, n>>(packet);
+    const auto words = wakesleep::bit_cast<WideWords<T, n>>(packet);
 #pragma unroll
     for (size_t w = 0; w < words.size(); ++w) {
-      __stwb(reinterpret_cast<typename WideWords<T, n>::pointer>(to) + w, words[w]);
+      __stwb(to + w, words[w]);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       if (span.holds(i)) {
-        to[i] = static_cast<T>(values.value[i]);
+        row[span.column + i] = static_cast<T>(values.value[i]);
       }
     }
   }

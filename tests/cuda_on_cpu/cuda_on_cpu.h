@@ -1,0 +1,127 @@
+// As much of CUDA as the kernels of csrc/cuda use, in C++: they compile unchanged, and run on the CPU.
+//
+// A launch runs its blocks one after the other, each with shared memory of its own. Every thread of a block is a fiber,
+// which runs until it has to wait for others: at a barrier, a shuffle or a vote. Which of the runnable fibers goes on is
+// up to the schedule: the first, so that each runs as far ahead of the later ones as the barriers allow, or any, from a
+// seed. Threads that wait for what never comes, lanes that speak for others, and addresses that a GPU would fault on are
+// errors.
+#pragma once
+
+#include <torch/library.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+// The ops register on CPU tensors, under a name of their own.
+#undef TORCH_LIBRARY_IMPL
+#define TORCH_LIBRARY_IMPL(library, key, m) _TORCH_LIBRARY_IMPL(wakesleep_cuda_on_cpu, CPU, m, C10_UID)
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static thread_local  // a block runs on a thread of the host, new to it
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+
+void run(dim3 grid, dim3 block, const std::function<void()>& thread);
+
+// Waits for every thread of the block.
+void barrier();
+
+// What the lanes of a warp show each other, those of `members` only.
+using Shown = std::array<uint64_t, 32>;
+Shown exchange(unsigned members, uint64_t value);
+
+inline int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+template <typename T>
+T shown_by(int source, unsigned members, T value) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  TORCH_CHECK(source >= 0 && source < 32 && (members >> source & 1) != 0, "a shuffle reads lane ", source,
+              ", which is not among its members");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(members, bits)[source];
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+template <typename T>
+T* aligned(T* pointer) {
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0, "misaligned address: ", sizeof(T), " bytes at ",
+              pointer);
+  return pointer;
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() { cuda_on_cpu::barrier(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned members, T value, int distance) {
+  return cuda_on_cpu::shown_by(cuda_on_cpu::lane() ^ distance, members, value);
+}
+
+template <typename T>
+T __shfl_sync(unsigned members, T value, int source) {
+  return cuda_on_cpu::shown_by(source, members, value);
+}
+
+inline unsigned __ballot_sync(unsigned members, bool predicate) {
+  const auto shown = cuda_on_cpu::exchange(members, predicate);
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    votes |= static_cast<unsigned>((members >> lane & 1) != 0 && shown[lane] != 0) << lane;
+  }
+  return votes;
+}
+
+inline bool __any_sync(unsigned members, bool predicate) { return __ballot_sync(members, predicate) != 0; }
+
+inline bool __all_sync(unsigned members, bool predicate) { return __ballot_sync(members, predicate) == members; }
+
+template <typename T>
+T __ldg(const T* pointer) {
+  return *cuda_on_cpu::aligned(pointer);
+}
+
+template <typename T>
+void __stwb(T* pointer, T value) {
+  *cuda_on_cpu::aligned(pointer) = value;
+}
+
+using std::min;
+
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
+using cudaStream_t = void*;
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  cuda_on_cpu::run(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}

@@ -1,0 +1,92 @@
+"""Compiles the CUDA kernels as C++ and puts them in the place of the CPU kernels.
+
+``WAKESLEEP_SANITIZE=1`` compiles them with the address and undefined-behaviour sanitizers, whose run-time libraries
+have to be preloaded: ``make cuda-on-cpu-asan`` does that.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import ninja
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+_library = torch.library.Library("wakesleep_cuda_on_cpu", "FRAGMENT")
+SANITIZE = os.environ.get("WAKESLEEP_SANITIZE") == "1"
+
+
+def operators() -> list[str]:
+    """The names of all operators in the package's schema table."""
+    schemas = torch._C._jit_get_all_schemas()
+    return [schema.name.split("::")[1] for schema in schemas if schema.name.startswith("wakesleep_ext::")]
+
+
+@cache
+def load() -> None:
+    """Builds the library, if need be, and registers ``wakesleep_cuda_on_cpu``, the kernels on CPU tensors."""
+    build = ROOT / "build" / ("cuda_on_cpu-sanitized" if SANITIZE else "cuda_on_cpu")
+    build.mkdir(parents=True, exist_ok=True)
+    sources = [HERE / "cuda_on_cpu.cpp"]
+    for kernels in (*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "emulator_cases.cu"):
+        source = build / f"{kernels.stem}.cpp"  # under a name that is compiled as C++
+        text = f'#include "{HERE / "cuda_on_cpu.h"}"\n#include "{kernels}"\n'
+        if not source.exists() or source.read_text() != text:
+            source.write_text(text)
+        sources.append(source)
+    # As on a GPU, multiplications and additions are contracted: what is said of errors holds either way.
+    flags = ["-O1", "-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
+    linked = []
+    if SANITIZE:
+        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        flags += [*sanitizers, "-g1", "-fno-omit-frame-pointer"]
+        linked += sanitizers
+    os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{os.environ['PATH']}"
+    cpp_extension.load(
+        name="wakesleep_cuda_on_cpu",
+        sources=[str(source) for source in sources],
+        extra_include_paths=[str(HERE / "include")],
+        extra_cflags=flags,
+        extra_ldflags=linked,
+        build_directory=str(build),
+        is_python_module=False,
+    )
+    for name in operators():
+        schema = str(getattr(torch.ops.wakesleep_ext, name).default._schema)
+        _library.define(schema.removeprefix("wakesleep_ext::"))
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+@contextmanager
+def cuda_kernels() -> Iterator[None]:
+    """Within it, the package's operators on CPU tensors run the CUDA kernels."""
+    load()
+    library = torch.library.Library("wakesleep_ext", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that they override others is the purpose
+            for name in operators():
+                kernel = getattr(torch.ops.wakesleep_cuda_on_cpu, name).default
+                library.impl(name, kernel, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def schedule(*, shuffled: bool = False, max_blocks: int = 0) -> None:
+    """Which runnable thread goes on, the first or any, and how many blocks there are at most (0: as many as asked)."""
+    load()
+    torch.ops.cuda_on_cpu.schedule(shuffled, max_blocks)
+
+
+def launches() -> int:
+    """How many kernels were launched so far."""
+    return int(torch.ops.cuda_on_cpu.launches())

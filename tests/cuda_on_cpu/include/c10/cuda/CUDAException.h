@@ -1,0 +1,3 @@
+#pragma once
+
+#define C10_CUDA_CHECK(call) TORCH_CHECK((call) == cudaSuccess)

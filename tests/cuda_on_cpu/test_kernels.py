@@ -1,0 +1,77 @@
+"""The CUDA kernels under every test that takes a device, and beside the CPU kernels."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import test_errors
+import test_exact_answers
+import test_gradients
+import test_ops
+import test_random
+import torch
+from cases import FLOATING, SHAPES, SMALL, Case, make_key
+from emulation import cuda_kernels, launches, operators
+
+import wakesleep_ext as ws
+
+pytestmark = pytest.mark.source_tree
+
+for _module in (test_ops, test_gradients, test_random, test_errors, test_exact_answers):
+    for _name, _test in list(vars(_module).items()):
+        if _name.startswith("test_") and "device" in inspect.signature(_test).parameters:
+            globals()[_name] = _test
+
+
+def test_every_operator_has_a_cuda_kernel(device: str) -> None:
+    for name in operators():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"wakesleep_cuda_on_cpu::{name}", "CPU"), name
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_one_launch_forward_and_one_backward(case: Case, device: str) -> None:
+    wide = Case(case.op, tuple((40, 85) for _ in case.shapes))
+    inputs = wide.inputs(torch.float32, requires_grad=True)
+    key = make_key()
+    before = launches()
+    results = wide.function(key=key)(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    assert launches() == before + 1
+    if results[0].requires_grad:
+        torch.autograd.grad(sum(result.sum() for result in results), inputs)
+        assert launches() == before + 2
+
+
+# Contraction moves the polynomials by an ulp, and the two normals of a pair by that of the larger of them.
+NORMAL_ULP = 4
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", [case for case in SHAPES if case.draws], ids=str)
+def test_draws_are_those_of_the_cpu(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    on_cpu = case(*inputs)[0].double()
+    with cuda_kernels():
+        on_cuda = case(*inputs)[0].double()
+    unequal = on_cuda != on_cpu
+    if case.op == "bernoulli_sample":
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        u = ws.random.uniforms(make_key(), on_cpu.shape, compute).double()
+        p = torch.sigmoid(inputs[0].double()).expand_as(u)
+        assert ((u - p).abs() <= 4 * torch.finfo(compute).eps * p)[unequal].all()
+    else:
+        mu, logvar = (tensor.double() for tensor in inputs)
+        scale = (mu.abs() + (0.5 * logvar).exp() * 7).expand_as(on_cpu)  # of the terms that make up z
+        assert ((on_cuda - on_cpu).abs() <= NORMAL_ULP * torch.finfo(dtype).eps * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_normals_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    zeros = torch.zeros(100_000, dtype=dtype)
+    on_cpu = ws.gaussian_rsample(zeros, zeros, key=make_key())
+    with cuda_kernels():
+        on_cuda = ws.gaussian_rsample(zeros, zeros, key=make_key())
+    pairs = torch.stack([on_cpu, on_cuda]).view(2, -1, 2)
+    larger = pairs[0].norm(dim=-1, keepdim=True)
+    assert ((pairs[1] - pairs[0]).abs() <= NORMAL_ULP * torch.finfo(dtype).eps * larger).all()
