@@ -12,7 +12,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 SHELL := /bin/bash
 
-.PHONY: help train test lint format cuda-check cuda-on-cpu-asan sass-report clean
+.PHONY: help train test lint format cuda-check cuda-on-cpu-asan sass-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make cuda-check  compiles the CUDA kernels against a CUDA build of torch; needs nvcc, no GPU"
 	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
 	@echo "make sass-report prints registers, spills and loads of every kernel; needs nvcc, no GPU"
+	@echo "make gpu-check   builds, tests, sanitizes and measures on a GPU; OUT names the folder for the results"
 	@echo "make clean       removes what was built, not the environments"
 
 train: $(VENV)/.installed
@@ -55,6 +56,10 @@ cuda-check: $(CUDA_VENV)/.installed
 
 sass-report: $(CUDA_VENV)/.installed
 	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/sass_report.py
+
+# With the torch that $(PYTHON) has: on a machine with a GPU nothing need be fetched.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py
 
 clean:
 	rm -rf build dist *.egg-info wakesleep_ext/_C*.so wakesleep_ext/_build.py $(VENV)/.installed $(CUDA_VENV)/.installed

@@ -53,7 +53,7 @@ struct BernoulliTerm {
   WAKESLEEP_FUNCTION BernoulliTerm(T a, T x) {
     const T magnitude = std::abs(a);
     linear = x * a - T(0.5) * (a + magnitude);
-    factor = T(1) + exp(-magnitude);
+    factor = one_plus_exp(-magnitude);
   }
 };
 

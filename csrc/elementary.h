@@ -123,6 +123,19 @@ WAKESLEEP_FUNCTION T exp(T x) {
 #endif
 }
 
+// 1 + e^x for x <= 0. What rounding the sum costs is more than a GPU's own power of two errs by.
+template <typename T>
+WAKESLEEP_FUNCTION T one_plus_exp(T x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, float>) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634074f));
+    return 1.0f + power;
+  }
+#endif
+  return T(1) + exp(x);
+}
+
 // a / b for b in [1, 2].
 template <typename T>
 WAKESLEEP_FUNCTION T divide(T a, T b) {

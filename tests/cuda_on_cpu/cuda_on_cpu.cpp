@@ -85,6 +85,10 @@ class Block {
     random_.seed(blockIdx.x);
     runnable_.clear();
     exchanges_.assign((size_.x + 31) / 32, {});
+    warp_priority_.clear();
+    for (unsigned warp = 0; warp < (size_.x + 31) / 32; ++warp) {
+      warp_priority_.push_back(shuffled ? random_() >> 32 << 32 : uint64_t{warp} << 32);
+    }
     at_barrier_.clear();
     for (Fiber& fiber : fibers_) {
       fiber.finished = false;
@@ -159,7 +163,11 @@ class Block {
     block.running_->switch_to(block.host_, true);
   }
 
-  void wake(Fiber& fiber) { runnable_.emplace(shuffled ? random_() : fiber.index.x, &fiber); }
+  // A warp is ahead of another for as long as the block runs, lest a race between the two go unseen.
+  void wake(Fiber& fiber) {
+    const uint64_t priority = warp_priority_[fiber.index.x / 32];
+    runnable_.emplace(priority | (shuffled ? random_() >> 32 : fiber.index.x), &fiber);
+  }
 
   void wait(const char* where) {
     Fiber& self = *running_;
@@ -176,6 +184,7 @@ class Block {
   std::vector<std::map<unsigned, std::shared_ptr<Exchange>>> exchanges_;  // of each warp, by members
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr error_;
+  std::vector<uint64_t> warp_priority_;
   std::mt19937_64 random_;
 };
 

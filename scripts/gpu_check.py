@@ -1,0 +1,194 @@
+"""Builds the package on a machine with a GPU, tests it there, sanitizes it and measures it: `make gpu-check`.
+
+Needs no network: only the torch, nvcc and pytest that are there. Writes `gpu-check.json`, a `gpu-check.log` of
+everything that was printed, and `benchmark.json` into the folder that the environment variable OUT names. Exits with 0
+if every step passed, with 1 if one failed, and with 2, after one line, where it cannot begin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 9 * 60.0  # seconds, for all of it
+
+DEVICE_TESTS = ("test_cuda.py", "test_ops.py", "test_gradients.py", "test_random.py", "test_exact_answers.py")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and how long it may take."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    cwd: Path = ROOT
+    environment: dict[str, str] = field(default_factory=dict)
+    required: bool = False
+    """Without it nothing that follows makes sense."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    status: str  # passed, failed, timed out, or skipped
+    seconds: float
+    command: str
+    last_lines: list[str]
+
+
+def steps(python: str, site: Path, out: Path, capability: str) -> list[Step]:
+    """What is done, in this order; the package is installed into `site`."""
+    installed = {"PYTHONPATH": str(site)}
+    tests = ROOT / "tests"
+    pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-c", str(ROOT / "pyproject.toml"))
+    # the allocator of CUDA itself, so that every tensor has bounds that a sanitizer knows
+    sanitized = {**installed, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
+    small_pass = (python, str(ROOT / "scripts" / "gpu_small_pass.py"))
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps")
+    return [
+        Step(
+            "build",
+            (*pip, "--target", str(site), str(ROOT)),
+            240,
+            environment={"WAKESLEEP_FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability},
+            required=True,
+        ),
+        Step("every operator has a CUDA kernel", (python, str(ROOT / "scripts/cuda_check.py")), 60, tests, installed),
+        Step(
+            "tests on the device",
+            (*pytest, "--rootdir", str(tests), "-k", "cuda", *(str(tests / name) for name in DEVICE_TESTS)),
+            180,
+            tests,
+            installed,
+        ),
+        *(
+            Step(
+                f"compute-sanitizer {tool}",
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small_pass),
+                60,
+                tests,
+                sanitized,
+            )
+            for tool in ("memcheck", "racecheck", "initcheck")
+        ),
+        Step(
+            "benchmark",
+            (python, "-m", "wakesleep_ext.benchmark", "--device", "cuda", "--json", str(out / "benchmark.json")),
+            240,
+            tests,
+            installed,
+        ),
+    ]
+
+
+def run(step: Step, log: TextIO, seconds: float) -> Outcome:
+    """Runs a step for at most so many seconds; what it prints goes to the log and to the terminal."""
+    command = " ".join(step.command)
+    if seconds <= 0 or shutil.which(step.command[0]) is None:
+        reason = "no time was left" if seconds <= 0 else f"{step.command[0]}: not found"
+        return Outcome(step.name, "skipped", 0.0, command, [reason])
+    print(f"== {step.name}\n{command}", file=log, flush=True)
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        try:
+            code: int | None = subprocess.run(
+                step.command,
+                cwd=step.cwd,
+                env={**os.environ, **step.environment},
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        printed.seek(0)
+        text = printed.read()
+    log.write(text)
+    status = {0: "passed", None: "timed out"}.get(code, "failed")
+    return Outcome(step.name, status, round(time.monotonic() - start, 1), command, text.splitlines()[-12:])
+
+
+def run_all(plan: list[Step], log: TextIO, budget: float) -> list[Outcome]:
+    """All steps within the budget; those after a required one that failed are skipped."""
+    deadline = time.monotonic() + budget
+    outcomes: list[Outcome] = []
+    broken = ""
+    for step in plan:
+        if broken:
+            outcome = Outcome(step.name, "skipped", 0.0, " ".join(step.command), [f"{broken} failed"])
+        else:
+            outcome = run(step, log, min(step.seconds, deadline - time.monotonic()))
+        if step.required and outcome.status != "passed":
+            broken = step.name
+        print(f"{outcome.name:34} {outcome.status:10} {outcome.seconds:6.1f} s", flush=True)
+        if outcome.status != "passed":
+            print("\n".join(f"    {line}" for line in outcome.last_lines), flush=True)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def machine() -> dict[str, str]:
+    """The GPU and the versions, for the record."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": str(properties.multi_processor_count),
+        "memory_gib": f"{properties.total_memory / 2**30:.1f}",
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": sys.version.split()[0],
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def write(path: Path, record: object) -> None:
+    """All of it or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(path)
+
+
+def obstacle() -> str | None:
+    """Why the check cannot begin here."""
+    if not os.environ.get("OUT"):
+        return "OUT is not set: it names the folder that the results are written to"
+    try:
+        import torch
+    except ImportError:
+        return f"{sys.executable} has no torch"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU on this machine"
+    return None
+
+
+def main() -> int:
+    if reason := obstacle():
+        print(f"gpu-check: {reason}", file=sys.stderr)
+        return 2
+    out = Path(os.environ["OUT"]).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    with tempfile.TemporaryDirectory() as site, (out / "gpu-check.log").open("w") as log:
+        plan = steps(sys.executable, Path(site), out, about["compute_capability"])
+        outcomes = run_all(plan, log, BUDGET)
+    write(out / "gpu-check.json", {"machine": about, "steps": [asdict(outcome) for outcome in outcomes]})
+    return int(any(outcome.status != "passed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Every op once forward and once backward, at the shapes of the tests: little enough to run under a sanitizer.
+
+Run from the folder of the tests, whose table it walks.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path.cwd()))
+
+from cases import SHAPES
+
+
+def main() -> None:
+    for case in SHAPES:
+        if 70 in case.sample_shape:  # more of the same
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            results = case(*case.inputs(dtype, "cuda", requires_grad=True))
+            if results[0].requires_grad:
+                torch.autograd.backward([result.sum() for result in results])
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""`make gpu-check`: what of it needs no GPU. Its plan, its record of what passed and what did not, and its refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+gpu_check = pytest.importorskip("gpu_check")
+
+pytestmark = pytest.mark.source_tree
+
+
+def _step(name: str, code: str, seconds: float = 60, required: bool = False) -> gpu_check.Step:
+    return gpu_check.Step(name, (sys.executable, "-c", code), seconds, required=required)
+
+
+def _refused(**environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/gpu_check.py")],
+        env={**{k: v for k, v in os.environ.items() if k != "OUT"}, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_one_clear_line_where_it_cannot_begin(tmp_path: Path) -> None:
+    assert _refused() == "gpu-check: OUT is not set: it names the folder that the results are written to\n"
+    refusal = _refused(OUT=str(tmp_path / "results"))
+    assert refusal == f"gpu-check: torch {torch.__version__} finds no GPU on this machine\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_passes_and_what_does_not_is_recorded(tmp_path: Path) -> None:
+    log = io.StringIO()
+    plan = [
+        _step("good", "print('fine')"),
+        _step("bad", "print('broken'); raise SystemExit(3)"),
+        _step("slow", "print('begun', flush=True); import time; time.sleep(60)", 2),
+        gpu_check.Step("absent", ("no-such-tool",), 60),
+    ]
+    outcomes = gpu_check.run_all(plan, log, 60)
+    assert [(outcome.name, outcome.status) for outcome in outcomes] == [
+        ("good", "passed"),
+        ("bad", "failed"),
+        ("slow", "timed out"),
+        ("absent", "skipped"),
+    ]
+    assert outcomes[1].last_lines == ["broken"]
+    assert outcomes[2].last_lines == ["begun"]
+    assert outcomes[3].last_lines == ["no-such-tool: not found"]
+    assert "fine" in log.getvalue()
+    path = tmp_path / "record.json"
+    gpu_check.write(path, [asdict(outcome) for outcome in outcomes])
+    record = json.loads(path.read_text())
+    assert [set(entry) for entry in record] == [{"name", "status", "seconds", "command", "last_lines"}] * 4
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_follows_a_failed_build_or_a_spent_budget() -> None:
+    broken = [_step("build", "raise SystemExit(1)", required=True), _step("tests", "")]
+    assert gpu_check.run_all(broken, io.StringIO(), 60)[1].last_lines == ["build failed"]
+    late = gpu_check.run_all([_step("tests", "")], io.StringIO(), 0)
+    assert (late[0].status, late[0].last_lines) == ("skipped", ["no time was left"])
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    """Its parts exist, it fits its nine minutes where all goes as expected, and it asks no network."""
+    plan = gpu_check.steps(sys.executable, tmp_path, tmp_path, "9.0")
+    names = [step.name for step in plan]
+    assert names[0] == "build"
+    assert names[-1] == "benchmark"
+    assert "compute-sanitizer racecheck" in names
+    assert "--no-index" in plan[0].command
+    for step in plan:
+        assert step.cwd.is_dir()
+        for part in step.command:
+            assert not part.startswith(str(ROOT)) or Path(part).exists(), part
+    assert gpu_check.BUDGET == 9 * 60
+
+
+def test_the_build_step_builds(tmp_path: Path) -> None:
+    """As on a machine with a GPU, but for the GPU: an installation that imports, in a folder of its own."""
+    step = gpu_check.steps(sys.executable, tmp_path / "site", tmp_path, "9.0")[0]
+    environment = {**step.environment, "WAKESLEEP_FORCE_CUDA": "", "WAKESLEEP_FORCE_CPU": "1"}
+    outcome = gpu_check.run(
+        gpu_check.Step(step.name, step.command, 600, step.cwd, environment), io.StringIO(), seconds=600
+    )
+    assert outcome.status == "passed", outcome.last_lines
+    found = subprocess.run(
+        [sys.executable, "-c", "import wakesleep_ext; print(wakesleep_ext.__file__)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.startswith(str(tmp_path / "site"))
