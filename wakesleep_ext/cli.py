@@ -1,4 +1,4 @@
-"""The command line: `wakesleep train | evaluate | sample | info | selftest`."""
+"""The command line: `wakesleep train | evaluate | sample | bench | selftest | info`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wakesleep_ext import _build, checkpoint, plots, random
+from wakesleep_ext import checkpoint, plots, random
 from wakesleep_ext import info as information
 from wakesleep_ext import selftest as checks
+from wakesleep_ext.benchmark import bench
 from wakesleep_ext.data import DIGITS, DataError, load
 from wakesleep_ext.evaluation import independent_bernoulli_nll, log_likelihood_bounds
 from wakesleep_ext.models import Activation, HelmholtzMachine, ModelConfig
 from wakesleep_ext.training import DivergedError, TrainConfig, Trainer
-
-Device = Literal["auto", "cpu", "cuda"]
+from wakesleep_ext.usage import Device, UsageError, find_device
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
@@ -32,10 +32,6 @@ METRICS = "metrics.jsonl"
 _RUN_FILES = (CHECKPOINT, CONFIG, METRICS, "samples.png", "reconstructions.png", "curves.png")
 _SECONDS_BETWEEN_SAVES = 10.0
 _EXTRA_MODULES = ("matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "tyro")
-
-
-class UsageError(ValueError):
-    """A command cannot be carried out as it was given."""
 
 
 def train(
@@ -67,7 +63,7 @@ def train(
     """
     from tqdm import tqdm
 
-    where = _device(device)
+    where = find_device(device)
     dataset = load(data)
     out = out or Path("runs") / dataset.name
     observed = dataset.train.grey.shape[1]
@@ -196,17 +192,6 @@ def info() -> int:
     return information.main()
 
 
-def _device(device: Device) -> torch.device:
-    found, built = torch.cuda.is_available(), _build.CUDA_VERSION is not None
-    if device == "cuda" and not found:
-        raise UsageError("expected a GPU for --device cuda, torch finds none")
-    if device == "cuda" and not built:
-        raise UsageError("--device cuda: wakesleep_ext was built without CUDA")
-    if device == "auto" and found and not built:
-        print("wakesleep: a GPU is here, but wakesleep_ext was built without CUDA", file=sys.stderr)
-    return torch.device("cuda" if device != "cpu" and found and built else "cpu")
-
-
 def _claim(out: Path, overwrite: bool) -> None:
     """Make the run folder, and see that it holds no other run."""
     out.mkdir(parents=True, exist_ok=True)
@@ -221,7 +206,7 @@ def _claim(out: Path, overwrite: bool) -> None:
 
 def _load(run: Path, device: Device) -> tuple[HelmholtzMachine, dict[str, Any]]:
     machine, description = checkpoint.load_machine(run / CHECKPOINT)
-    return machine.to(_device(device)), description
+    return machine.to(find_device(device)), description
 
 
 def _dream_means(machine: HelmholtzMachine, count: int, seed: int = 0) -> Tensor:
@@ -260,7 +245,7 @@ def _table(result: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-_COMMANDS: tuple[Callable[..., int | None], ...] = (train, evaluate, sample, selftest, info)
+_COMMANDS: tuple[Callable[..., int | None], ...] = (train, evaluate, sample, bench, selftest, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

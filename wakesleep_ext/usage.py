@@ -1,0 +1,32 @@
+"""What the commands share: where they compute, and what they call a mistake in how they were called."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+import torch
+
+from wakesleep_ext import _build
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class UsageError(ValueError):
+    """A command cannot be carried out as it was given."""
+
+
+def find_device(device: Device) -> torch.device:
+    """The device of that name; `auto` is the GPU if there is one that the kernels were built for.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    found, built = torch.cuda.is_available(), _build.CUDA_VERSION is not None
+    if device == "cuda" and not found:
+        raise UsageError("expected a GPU for --device cuda, torch finds none")
+    if device == "cuda" and not built:
+        raise UsageError("--device cuda: wakesleep_ext was built without CUDA")
+    if device == "auto" and found and not built:
+        print("wakesleep: a GPU is here, but wakesleep_ext was built without CUDA", file=sys.stderr)
+    return torch.device("cuda" if device != "cpu" and found and built else "cpu")
