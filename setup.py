@@ -16,10 +16,11 @@ from build_support import toolchain  # noqa: E402
 
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
-# No contraction: every instruction set then returns the same bits (csrc/cpu/vec.h). No jump threading: it turns
-# selects into branches, and loops that vectorise into loops that do not.
+# No contraction: every instruction set then returns the same bits (csrc/cpu/vec.h). No jump threading and no partial
+# redundancy elimination: they turn selects into branches, and loops that vectorise into loops that do not.
 CXX_FLAGS = [
-    *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-thread-jumps"),
+    *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-fno-thread-jumps", "-fno-tree-pre"),
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"),
 ]
 # at::parallel_for is a header and needs OpenMP to be compiled in. It is not linked: the runtime, and with it the pool

@@ -63,7 +63,7 @@ constexpr int kFactorsPerLog = 96;
 // d/da log p(x; a) = x - s(a), as one quotient without cancellation for binary x.
 template <typename T>
 WAKESLEEP_FUNCTION T bernoulli_grad_logits(T a, T x) {
-  const T e = exp(-std::abs(a));
+  const T e = exp_of_nonpositive(-std::abs(a));
   const T plain = a >= T(0) ? x - T(1) : x;
   const T scaled = a >= T(0) ? x : x - T(1);
   return divide(plain + scaled * e, T(1) + e);
@@ -72,7 +72,7 @@ WAKESLEEP_FUNCTION T bernoulli_grad_logits(T a, T x) {
 // s(a) = 1 / (1 + e^-a), the exponential never overflowing.
 template <typename T>
 WAKESLEEP_FUNCTION T sigmoid(T a) {
-  const T e = exp(-std::abs(a));
+  const T e = exp_of_nonpositive(-std::abs(a));
   return divide(a >= T(0) ? T(1) : e, T(1) + e);
 }
 

@@ -58,6 +58,7 @@ struct Format<float> {
   static constexpr float ln2_low = -0x1.bd0106p-13f;
   static constexpr float exp_min = -105.0f;  // below: 0; above: inf
   static constexpr float exp_max = 89.0f;
+  static constexpr float exp_normal_min = -87.3365f;  // below: subnormal
   // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2
   static WAKESLEEP_FUNCTION float exp_tail(float t) {
     return polynomial(t, 0.49999993513758911768f, 0.16666520867326533839f, 0.041668380515715725163f,
@@ -83,6 +84,7 @@ struct Format<double> {
   static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double exp_min = -746.0;
   static constexpr double exp_max = 710.0;
+  static constexpr double exp_normal_min = -708.396;
   static WAKESLEEP_FUNCTION double exp_tail(double t) {
     return polynomial(t, 0.5000000000000000041, 0.16666666666666682946, 0.041666666666666113839,
                       0.0083333333333172930219, 0.0013888888889111273968, 0.00019841269895903711203,
@@ -100,6 +102,27 @@ struct Format<double> {
   }
 };
 
+template <typename T>
+WAKESLEEP_FUNCTION T power_of_two(typename Format<T>::Int exponent) {
+  return bit_cast<T>((exponent + Format<T>::exponent_bias) << Format<T>::mantissa_bits);
+}
+
+// e^x = value 2^exponent, the value within [0.7, 1.42].
+template <typename T>
+struct SplitExp {
+  T value;
+  typename Format<T>::Int exponent;
+
+  WAKESLEEP_FUNCTION explicit SplitExp(T x) {
+    using F = Format<T>;
+    const T shifted = x * T(1.4426950408889634074) + F::round_shift;
+    const T n = shifted - F::round_shift;
+    const T r = (x - n * F::ln2_high) - n * F::ln2_low;
+    value = F::exp_tail(r) * (r * r) + r + T(1);
+    exponent = bit_cast<typename F::Int>(shifted) - bit_cast<typename F::Int>(F::round_shift);
+  }
+};
+
 // e^x, within 1.5 ulp; 0, inf and NaN as IEEE has them, subnormal results included.
 template <typename T>
 WAKESLEEP_FUNCTION T exp(T x) {
@@ -107,19 +130,23 @@ WAKESLEEP_FUNCTION T exp(T x) {
   return ::exp(x);
 #else
   using F = Format<T>;
-  using Int = typename F::Int;
   x = x < F::exp_min ? F::exp_min : x;
   x = x > F::exp_max ? F::exp_max : x;
-  const T shifted = x * T(1.4426950408889634074) + F::round_shift;
-  const T n = shifted - F::round_shift;
-  const T r = (x - n * F::ln2_high) - n * F::ln2_low;
-  const T p = F::exp_tail(r) * (r * r) + r + T(1);
+  const SplitExp<T> split(x);
   // 2^n in two factors, each a normal number, so that results may be subnormal
-  const Int exponent = bit_cast<Int>(shifted) - bit_cast<Int>(F::round_shift);
-  const Int half = exponent >> 1;
-  const T scale = bit_cast<T>((half + F::exponent_bias) << F::mantissa_bits);
-  const T rest = bit_cast<T>((exponent - half + F::exponent_bias) << F::mantissa_bits);
-  return p * scale * rest;
+  const auto half = split.exponent >> 1;
+  return split.value * power_of_two<T>(half) * power_of_two<T>(split.exponent - half);
+#endif
+}
+
+// e^x for x <= 0, as exp, but for subnormal results, which are 0.
+template <typename T>
+WAKESLEEP_FUNCTION T exp_of_nonpositive(T x) {
+#ifdef __CUDA_ARCH__
+  return ::exp(x);
+#else
+  const SplitExp<T> split(x);
+  return x < Format<T>::exp_normal_min ? T(0) : split.value * power_of_two<T>(split.exponent);
 #endif
 }
 
@@ -133,7 +160,7 @@ WAKESLEEP_FUNCTION T one_plus_exp(T x) {
     return 1.0f + power;
   }
 #endif
-  return T(1) + exp(x);
+  return T(1) + exp_of_nonpositive(x);
 }
 
 // a / b for b in [1, 2].

@@ -8,22 +8,30 @@
 namespace wakesleep::cpu {
 namespace {
 
+// Of at most a tile of pixels, by lanes.
+template <typename compute_t>
+C10_ALWAYS_INLINE Lanes<compute_t> tile_log_prob(const compute_t* logits, const compute_t* x, int64_t count) {
+  constexpr int width = Lanes<compute_t>::width;
+  static_assert(kTile / width <= kFactorsPerLog || sizeof(compute_t) > sizeof(float));
+  Lanes<compute_t> log_prob(0), product(1);
+  for_lanes<compute_t>(0, count, [&](int64_t d, int l) {
+    const BernoulliTerm<compute_t> term(logits[d], x[d]);
+    log_prob.lane[l] += term.linear;
+    product.lane[l] *= term.factor;
+  });
+  for_lanes<compute_t>(0, width, [&](int64_t, int l) { log_prob.lane[l] -= log_of_normal(product.lane[l]); });
+  return log_prob;
+}
+
 template <typename compute_t, typename logit_t, typename x_t>
 C10_ALWAYS_INLINE compute_t row_log_prob(const logit_t* logits,  // [D]
                                          const x_t* x,           // [D]
                                          int64_t D) {
-  constexpr int64_t kPiece = kFactorsPerLog * Lanes<compute_t>::width;
-  Lanes<compute_t> log_prob(0), product(1);
-  for (int64_t begin = 0; begin < D; begin += kPiece) {
-    for_lanes<compute_t>(begin, std::min(D, begin + kPiece), [&](int64_t d, int l) {
-      const BernoulliTerm<compute_t> term(static_cast<compute_t>(logits[d]), static_cast<compute_t>(x[d]));
-      log_prob.lane[l] += term.linear;
-      product.lane[l] *= term.factor;
-    });
-    for_lanes<compute_t>(0, Lanes<compute_t>::width, [&](int64_t, int l) {
-      log_prob.lane[l] -= log_of_normal(product.lane[l]);
-      product.lane[l] = 1;
-    });
+  Lanes<compute_t> log_prob(0);
+  for (int64_t column = 0; column < D; column += kTile) {
+    const int64_t columns = std::min(kTile, D - column);
+    Tile<compute_t> logits_tile, x_tile;
+    log_prob += tile_log_prob(logits_tile.read(logits + column, columns), x_tile.read(x + column, columns), columns);
   }
   return log_prob.sum();
 }
@@ -61,16 +69,23 @@ at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
     const auto* grad_data = call.grad.const_data_ptr<compute_t>();
     dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to, auto summed) {
       for_inner_pieces(call.rows, call.D, [&](const auto& piece, int64_t index, int64_t column, int64_t columns) {
-        compute_t total[kTile] = {};
+        auto* out = to[0] + index * call.D + column;
+        Tile<compute_t> result_tile;
+        compute_t* result = result_tile.place_for(out);
+        if constexpr (summed) {
+          std::fill_n(result, columns, compute_t(0));
+        }
         for_inner_rows<summed>(call.rows, piece, [&](const auto& offset) {
-          const auto* a = logits_data + offset.of[0] + column;
-          const auto* v = x_data + offset.of[1] + column;
+          Tile<compute_t> logits_tile, x_tile;
+          const compute_t* a = logits_tile.read(logits_data + offset.of[0] + column, columns);
+          const compute_t* v = x_tile.read(x_data + offset.of[1] + column, columns);
           const compute_t upstream = grad_data[offset.of[2]];
           for_lanes<compute_t>(0, columns, [&](int64_t d, int) {
-            total[d] += upstream * bernoulli_grad_logits(static_cast<compute_t>(a[d]), static_cast<compute_t>(v[d]));
+            const compute_t gradient = upstream * bernoulli_grad_logits(a[d], v[d]);
+            result[d] = summed ? result[d] + gradient : gradient;
           });
         });
-        store(total, columns, to[0] + index * call.D + column);
+        result_tile.store(out, columns);
       });
     });
   });

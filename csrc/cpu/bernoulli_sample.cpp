@@ -21,17 +21,17 @@ at::Tensor bernoulli_sample(const at::Tensor& logits,  // [*B, D]
     const PhiloxKey key_words = read_key(call.key);
     for_row_tiles(1, call.samples * call.rows.rows, call.D, [&](int64_t, int64_t first_row, int64_t rows) {
       DrawTile<Uniforms, compute_t> tile;
-      for (int64_t column = 0; column < call.D; column += kTile) {
-        const int64_t columns = std::min(kTile, call.D - column);
+      for_tiles(call.D, [&](int64_t column, int64_t columns) {
         const compute_t* u = tile.fill(key_words, first_row * call.D + column, rows * columns);
         for (int64_t row = first_row; row < first_row + rows; ++row, u += columns) {
-          const auto* a = logits_data + call.rows(row % call.rows.rows).of[0] + column;
-          auto* x = x_data + row * call.D + column;
-          for_lanes<compute_t>(0, columns, [&](int64_t d, int) {
-            x[d] = static_cast<x_t>(u[d] <= sigmoid(static_cast<compute_t>(a[d])) ? 1.0f : 0.0f);
-          });
+          Tile<compute_t> logits_tile, x_tile;
+          const compute_t* a = logits_tile.read(logits_data + call.rows(row % call.rows.rows).of[0] + column, columns);
+          auto* out = x_data + row * call.D + column;
+          compute_t* x = x_tile.place_for(out);
+          for_lanes<compute_t>(0, columns, [&](int64_t d, int) { x[d] = u[d] <= sigmoid(a[d]) ? 1 : 0; });
+          x_tile.store(out, columns);
         }
-      }
+      });
     });
   });
   return call.result();

@@ -20,11 +20,9 @@ at::Tensor gaussian_kl(const at::Tensor& mu,        // [*B, K]
     vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const auto offset = call.rows(row);
-        const auto* m = mu_data + offset.of[0];
-        const auto* l = logvar_data + offset.of[1];
-        kl[row] = compute_t(0.5) * sum_over_row<compute_t>(call.K, [&](int64_t k) {
-                    return twice_gaussian_kl(static_cast<compute_t>(m[k]), static_cast<compute_t>(l[k]));
-                  });
+        kl[row] = compute_t(0.5) * sum_over_row<compute_t>(
+                                       call.K, [](compute_t m, compute_t l) { return twice_gaussian_kl(m, l); },
+                                       mu_data + offset.of[0], logvar_data + offset.of[1]);
       }
     });
   });
@@ -46,13 +44,19 @@ std::tuple<at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad, 
     vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const auto offset = call.rows(row);
-        const auto* m = mu_data + offset.of[0];
-        const auto* l = logvar_data + offset.of[1];
         const compute_t upstream = grad_data[offset.of[2]];
-        for_lanes<compute_t>(0, call.K, [&](int64_t k, int) {
-          grad_mu[row * call.K + k] = static_cast<scalar_t>(upstream * static_cast<compute_t>(m[k]));
-          grad_logvar[row * call.K + k] =
-              static_cast<scalar_t>(upstream * gaussian_kl_grad_logvar(static_cast<compute_t>(l[k])));
+        for_tiles(call.K, [&](int64_t column, int64_t columns) {
+          Tile<compute_t> mu_tile, logvar_tile, mu_result, logvar_result;
+          const compute_t* m = mu_tile.read(mu_data + offset.of[0] + column, columns);
+          const compute_t* l = logvar_tile.read(logvar_data + offset.of[1] + column, columns);
+          auto *mu_out = grad_mu + row * call.K + column, *logvar_out = grad_logvar + row * call.K + column;
+          compute_t *row_mu = mu_result.place_for(mu_out), *row_logvar = logvar_result.place_for(logvar_out);
+          for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
+            row_mu[k] = upstream * m[k];
+            row_logvar[k] = upstream * gaussian_kl_grad_logvar(l[k]);
+          });
+          mu_result.store(mu_out, columns);
+          logvar_result.store(logvar_out, columns);
         });
       }
     });

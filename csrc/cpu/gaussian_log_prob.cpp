@@ -23,14 +23,13 @@ at::Tensor gaussian_log_prob(const at::Tensor& mu,      // [*B, K]
     vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const auto offset = call.rows(row);
-        const auto* m = mu_data + offset.of[0];
-        const auto* l = logvar_data + offset.of[1];
-        const auto* v = z_data + offset.of[2];
-        const compute_t sum = sum_over_row<compute_t>(call.K, [&](int64_t k) {
-          const auto logvar_k = static_cast<compute_t>(l[k]);
-          const GaussianTerm<compute_t> term(static_cast<compute_t>(m[k]), logvar_k, static_cast<compute_t>(v[k]));
-          return logvar_k + term.standardized * term.standardized;
-        });
+        const compute_t sum = sum_over_row<compute_t>(
+            call.K,
+            [](compute_t m, compute_t l, compute_t v) {
+              const compute_t t = GaussianTerm<compute_t>(m, l, v).standardized;
+              return l + t * t;
+            },
+            mu_data + offset.of[0], logvar_data + offset.of[1], z_data + offset.of[2]);
         log_prob[row] = gaussian_log_prob_of_sum(sum, call.K);
       }
     });
@@ -54,27 +53,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
     auto* grad_z_data = call.grad_z.mutable_data_ptr<scalar_t>();
     dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto summed) {
       for_inner_pieces(call.rows, call.K, [&](const auto& piece, int64_t index, int64_t column, int64_t columns) {
-        compute_t total_mu[kTile] = {}, total_logvar[kTile] = {}, row_mu[kTile];
+        auto *mu_out = to[0] + index * call.K + column, *logvar_out = to[1] + index * call.K + column;
+        Tile<compute_t> mu_result, logvar_result;
+        compute_t *grad_mu = mu_result.place_for(mu_out), *grad_logvar = logvar_result.place_for(logvar_out);
+        if constexpr (summed) {
+          std::fill_n(grad_mu, columns, compute_t(0));
+          std::fill_n(grad_logvar, columns, compute_t(0));
+        }
         for_inner_rows<summed>(call.rows, piece, [&](const auto& offset) {
-          const auto* m = mu_data + offset.of[0] + column;
-          const auto* l = logvar_data + offset.of[1] + column;
-          const auto* v = z_data + offset.of[2] + column;
+          Tile<compute_t> mu_tile, logvar_tile, z_tile, z_result;
+          const compute_t* m = mu_tile.read(mu_data + offset.of[0] + column, columns);
+          const compute_t* l = logvar_tile.read(logvar_data + offset.of[1] + column, columns);
+          const compute_t* v = z_tile.read(z_data + offset.of[2] + column, columns);
           const compute_t upstream = grad_data[offset.of[3]];
-          for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
-            const GaussianTerm<compute_t> term(static_cast<compute_t>(m[k]), static_cast<compute_t>(l[k]),
-                                               static_cast<compute_t>(v[k]));
-            row_mu[k] = upstream * term.grad_mu();
-            total_mu[k] += row_mu[k];
-            total_logvar[k] += upstream * term.grad_logvar();
-          });
+          const auto add = [&](auto* total, compute_t gradient) { *total = summed ? *total + gradient : gradient; };
           if (with_grad_z) {
-            auto* grad_z_row = grad_z_data + offset.of[4] + column;
-            for_lanes<compute_t>(0, columns,
-                                 [&](int64_t k, int) { grad_z_row[k] = static_cast<scalar_t>(-row_mu[k]); });
+            auto* z_out = grad_z_data + offset.of[4] + column;
+            compute_t* grad_z = z_result.place_for(z_out);
+            for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
+              const GaussianTerm<compute_t> term(m[k], l[k], v[k]);
+              const compute_t row_mu = upstream * term.grad_mu();
+              add(grad_mu + k, row_mu);
+              add(grad_logvar + k, upstream * term.grad_logvar());
+              grad_z[k] = -row_mu;
+            });
+            z_result.store(z_out, columns);
+          } else {
+            for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
+              const GaussianTerm<compute_t> term(m[k], l[k], v[k]);
+              add(grad_mu + k, upstream * term.grad_mu());
+              add(grad_logvar + k, upstream * term.grad_logvar());
+            });
           }
         });
-        store(total_mu, columns, to[0] + index * call.K + column);
-        store(total_logvar, columns, to[1] + index * call.K + column);
+        mu_result.store(mu_out, columns);
+        logvar_result.store(logvar_out, columns);
       });
     });
   });

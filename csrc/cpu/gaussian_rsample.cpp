@@ -27,17 +27,19 @@ void draw(const GaussianRsample& call) {
         const compute_t* eps = tile.fill(key, first_row * call.K + column, rows * columns);
         for (int64_t row = first_row; row < first_row + rows; ++row, eps += columns) {
           const auto offset = call.rows(row % call.rows.rows);
-          const auto* m = mu_data + offset.of[0] + column;
-          const auto* l = logvar_data + offset.of[1] + column;
-          auto* z = z_data + row * call.K + column;
+          Tile<compute_t> mu_tile, logvar_tile, z_tile;
+          const compute_t* m = mu_tile.read(mu_data + offset.of[0] + column, columns);
+          const compute_t* l = logvar_tile.read(logvar_data + offset.of[1] + column, columns);
+          auto* out = z_data + row * call.K + column;
+          compute_t* z = z_tile.place_for(out);
           if (column == 0) {
             sum.fill(0);
           }
           for_lanes<compute_t>(0, columns, [&](int64_t k, int lane) {
-            const auto logvar = static_cast<compute_t>(l[k]);
-            z[k] = static_cast<scalar_t>(static_cast<compute_t>(m[k]) + gaussian_sigma(logvar) * eps[k]);
-            sum.lane[lane] += logvar + eps[k] * eps[k];
+            z[k] = m[k] + gaussian_sigma(l[k]) * eps[k];
+            sum.lane[lane] += l[k] + eps[k] * eps[k];
           });
+          z_tile.store(out, columns);
           if (with_log_prob && column + columns == call.K) {
             log_prob[row] = gaussian_log_prob_of_sum(sum.sum(), call.K);
           }
@@ -95,11 +97,11 @@ std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
             for (int64_t sample = first_sample; sample < last_sample; ++sample) {
               const int64_t first = (sample * B + first_row) * K + column;
               const compute_t* eps = tile.fill(key_words, first, rows * columns);
-              const auto* upstream = grad_z_data + first;
+              Tile<compute_t> grad_tile;
+              const compute_t* upstream = grad_tile.read(grad_z_data + first, rows * columns);
               for_lanes<compute_t>(0, rows * columns, [&](int64_t i, int) {
-                const auto g = static_cast<compute_t>(upstream[i]);
-                total_z[i] += g;
-                total_z_eps[i] += g * eps[i];
+                total_z[i] += upstream[i];
+                total_z_eps[i] += upstream[i] * eps[i];
               });
             }
           }
@@ -108,14 +110,16 @@ std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
             for (int64_t sample = first_sample; grad_log_prob_data != nullptr && sample < last_sample; ++sample) {
               total_log_prob += grad_log_prob_data[sample * B + row];
             }
-            const auto* l = logvar_data + call.rows(row).of[0] + column;
-            const int64_t in_tile = (row - first_row) * columns;
-            const int64_t out = (piece * B + row) * K + column;
+            Tile<compute_t> logvar_tile, mu_result, logvar_result;
+            const compute_t* l = logvar_tile.read(logvar_data + call.rows(row).of[0] + column, columns);
+            const int64_t in_tile = (row - first_row) * columns, out = (piece * B + row) * K + column;
+            compute_t *grad_mu = mu_result.place_for(to[0] + out), *grad_logvar = logvar_result.place_for(to[1] + out);
             for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
-              const compute_t sigma = gaussian_sigma(static_cast<compute_t>(l[k]));
-              to[0][out + k] = total_z[in_tile + k];
-              to[1][out + k] = compute_t(0.5) * (sigma * total_z_eps[in_tile + k] - total_log_prob);
+              grad_mu[k] = total_z[in_tile + k];
+              grad_logvar[k] = compute_t(0.5) * (gaussian_sigma(l[k]) * total_z_eps[in_tile + k] - total_log_prob);
             });
+            mu_result.store(to[0] + out, columns);
+            logvar_result.store(to[1] + out, columns);
           }
         }
       });

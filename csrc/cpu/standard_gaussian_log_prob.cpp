@@ -17,11 +17,8 @@ at::Tensor standard_gaussian_log_prob(const at::Tensor& z) {  // [*B, K]
     auto* log_prob = call.log_prob.mutable_data_ptr<compute_t>();
     vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const auto* v = z_data + call.rows(row).of[0];
-        const compute_t sum = sum_over_row<compute_t>(call.K, [&](int64_t k) {
-          const auto z_k = static_cast<compute_t>(v[k]);
-          return z_k * z_k;
-        });
+        const compute_t sum =
+            sum_over_row<compute_t>(call.K, [](compute_t v) { return v * v; }, z_data + call.rows(row).of[0]);
         log_prob[row] = gaussian_log_prob_of_sum(sum, call.K);
       }
     });
@@ -41,10 +38,14 @@ at::Tensor standard_gaussian_log_prob_backward(const at::Tensor& grad,  // [*B]
     vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const auto offset = call.rows(row);
-        const auto* v = z_data + offset.of[0];
         const compute_t upstream = grad_data[offset.of[1]];
-        for_lanes<compute_t>(0, call.K, [&](int64_t k, int) {
-          grad_z[row * call.K + k] = static_cast<scalar_t>(-upstream * static_cast<compute_t>(v[k]));
+        for_tiles(call.K, [&](int64_t column, int64_t columns) {
+          Tile<compute_t> z_tile, result_tile;
+          const compute_t* v = z_tile.read(z_data + offset.of[0] + column, columns);
+          auto* out = grad_z + row * call.K + column;
+          compute_t* result = result_tile.place_for(out);
+          for_lanes<compute_t>(0, columns, [&](int64_t k, int) { result[k] = -upstream * v[k]; });
+          result_tile.store(out, columns);
         });
       }
     });

@@ -90,6 +90,13 @@ struct Lanes {
     }
   }
 
+  C10_ALWAYS_INLINE void operator+=(const Lanes& other) {
+#pragma omp simd
+    for (int l = 0; l < width; ++l) {
+      lane[l] += other.lane[l];
+    }
+  }
+
   C10_ALWAYS_INLINE T sum() const {  // pairwise
     T partial[width];
     for (int l = 0; l < width; ++l) {
@@ -120,35 +127,90 @@ C10_ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
-// The sum of term(i) over a row of `width`.
-template <typename compute_t, typename Term>
-C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term) {
-  Lanes<compute_t> sum(0);
-  for_lanes<compute_t>(0, width, [&](int64_t i, int l) { sum.lane[l] += term(i); });
-  return sum.sum();
+// Rows go by tiles of at most this many elements, which stay in the first-level cache.
+constexpr int64_t kTile = 1024;
+
+// Elements in the type they are computed in: they themselves, where they lie, if that is the type they are stored in,
+// and a copy in the tile if not. A loop over one type takes the whole width of a vector; in a loop that mixes in
+// narrower ones, the compiler takes as many elements at once as it can widen, a quarter or less.
+template <typename compute_t>
+class Tile {
+ public:
+  template <typename scalar_t>
+  C10_ALWAYS_INLINE const compute_t* read(const scalar_t* from, int64_t count) {
+    if constexpr (std::is_same_v<scalar_t, compute_t>) {
+      return from;
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        value_[i] = static_cast<compute_t>(from[i]);
+      }
+      return value_;
+    }
+  }
+
+  // Where to compute what goes to `to`; store() takes it there.
+  template <typename scalar_t>
+  C10_ALWAYS_INLINE compute_t* place_for(scalar_t* to) {
+    if constexpr (std::is_same_v<scalar_t, compute_t>) {
+      return to;
+    } else {
+      return value_;
+    }
+  }
+
+  template <typename scalar_t>
+  C10_ALWAYS_INLINE void store(scalar_t* to, int64_t count) const {
+    if constexpr (!std::is_same_v<scalar_t, compute_t>) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        to[i] = static_cast<scalar_t>(value_[i]);
+      }
+    }
+  }
+
+ private:
+  alignas(64) compute_t value_[kTile];
+};
+
+// body(column, columns) for the tiles of a row.
+template <typename Body>
+C10_ALWAYS_INLINE void for_tiles(int64_t width, const Body& body) {
+  for (int64_t column = 0; column < width; column += kTile) {
+    body(column, std::min(kTile, width - column));
+  }
 }
 
-// Draws and sums of gradients go by tiles of at most this many elements, which stay in the first-level cache.
-constexpr int64_t kTile = 1024;
+// The sums of term(operands at i ...) over each lane.
+template <typename compute_t, typename Term, typename... Operands>
+C10_ALWAYS_INLINE Lanes<compute_t> lane_sums(int64_t count, const Term& term, const Operands*... operand) {
+  Lanes<compute_t> sum(0);
+  for_lanes<compute_t>(0, count, [&](int64_t i, int l) { sum.lane[l] += term(operand[i]...); });
+  return sum;
+}
+
+// The sum over a row of term(operands at i ...), the operands in compute_t.
+template <typename compute_t, typename Term, typename... Operands>
+C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term, const Operands*... row) {
+  Lanes<compute_t> sum(0);
+  for (int64_t column = 0; column < width; column += kTile) {
+    const int64_t columns = std::min(kTile, width - column);
+    sum += lane_sums<compute_t>(columns, term, Tile<compute_t>().read(row + column, columns)...);
+  }
+  return sum.sum();
+}
 
 // body(piece, its index, column, columns) for every piece of a sum over inner rows, a tile of columns at a time.
 template <int operands, typename Body>
 void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body& body) {
   const int64_t count = inner_pieces(rows.inner.rows) * rows.outer.rows;
-  vectorized_parallel_for(count, grain_rows(width * std::min(rows.inner.rows, kPieceRows)),
-                          [&](int64_t begin, int64_t end) {
-                            for (int64_t index = begin; index < end; ++index) {
-                              const auto piece = inner_piece(rows, index);
-                              for (int64_t column = 0; column < width; column += kTile) {
-                                body(piece, index, column, std::min(kTile, width - column));
-                              }
-                            }
-                          });
-}
-
-template <typename compute_t, typename scalar_t>
-C10_ALWAYS_INLINE void store(const compute_t* from, int64_t count, scalar_t* to) {
-  for_lanes<compute_t>(0, count, [&](int64_t i, int) { to[i] = static_cast<scalar_t>(from[i]); });
+  vectorized_parallel_for(
+      count, grain_rows(width * std::min(rows.inner.rows, kPieceRows)), [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+          const auto piece = inner_piece(rows, index);
+          for_tiles(width, [&](int64_t column, int64_t columns) { body(piece, index, column, columns); });
+        }
+      });
 }
 
 // body(layer, first row, rows) over tiles of whole rows, several narrow ones or one wide one, in each of `layers`.
