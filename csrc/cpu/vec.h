@@ -97,17 +97,25 @@ struct Lanes {
     }
   }
 
-  C10_ALWAYS_INLINE T sum() const {  // pairwise
-    T partial[width];
-    for (int l = 0; l < width; ++l) {
-      partial[l] = lane[l];
+  C10_ALWAYS_INLINE T sum() const { return pairwise_sum<width>(lane); }
+
+ private:
+  // In halves, each half one addition of vectors.
+  template <int count>
+  static C10_ALWAYS_INLINE T pairwise_sum(const T* value) {
+    if constexpr (count == 2) {
+      return value[0] + value[1];
+    } else {
+      typedef T Half __attribute__((vector_size(sizeof(T) * count / 2)));  // `using` would drop the attribute
+      static_assert(sizeof(Half) == sizeof(T) * count / 2);
+      Half low, high;
+      std::memcpy(&low, value, sizeof(Half));
+      std::memcpy(&high, value + count / 2, sizeof(Half));
+      low += high;
+      T half[count / 2];
+      std::memcpy(half, &low, sizeof(Half));
+      return pairwise_sum<count / 2>(half);
     }
-    for (int half = width / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) {
-        partial[l] += partial[l + half];
-      }
-    }
-    return partial[0];
   }
 };
 
