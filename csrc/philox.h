@@ -27,29 +27,34 @@ struct PhiloxKey {
   uint64_t offset;
 };
 
-WAKESLEEP_FUNCTION PhiloxBlock philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+// The counter of the block of elements 4*block .. 4*block+3.
+WAKESLEEP_FUNCTION PhiloxBlock philox_counter(PhiloxKey key, uint32_t stream, uint32_t block_low, uint32_t block_high) {
+  return {{block_low, block_high, uint32_t(key.offset), uint32_t(key.offset >> 32) ^ (stream << 28)}};
+}
+
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxMultipliers[2] = {0xD2511F53, 0xCD9E8D57};
+constexpr uint32_t kPhiloxKeySteps[2] = {0x9E3779B9, 0xBB67AE85};
+
+WAKESLEEP_FUNCTION PhiloxBlock philox(PhiloxBlock counter, uint64_t seed) {
+  uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #ifdef __CUDACC__
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t(0xD2511F53) * c0;
-    const uint64_t product1 = uint64_t(0xCD9E8D57) * c2;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = uint64_t(kPhiloxMultipliers[0]) * c0;
+    const uint64_t product1 = uint64_t(kPhiloxMultipliers[1]) * c2;
     c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
     c1 = uint32_t(product1);
     c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
     c3 = uint32_t(product0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
+    k0 += kPhiloxKeySteps[0];
+    k1 += kPhiloxKeySteps[1];
   }
   return {{c0, c1, c2, c3}};
-}
-
-// The four words of elements 4*block .. 4*block+3.
-WAKESLEEP_FUNCTION PhiloxBlock philox_words(PhiloxKey key, uint32_t stream, uint32_t block_low, uint32_t block_high) {
-  return philox(block_low, block_high, uint32_t(key.offset), uint32_t(key.offset >> 32) ^ (stream << 28),
-                uint32_t(key.seed), uint32_t(key.seed >> 32));
 }
 
 // The words of a block at the precision of T: for float64 also the lower halves, which float32 leaves undrawn.
@@ -60,10 +65,13 @@ struct Words {
 };
 
 template <typename T>
+constexpr bool kDrawsLowWords = sizeof(T) > sizeof(float);
+
+template <typename T>
 WAKESLEEP_FUNCTION Words<T> draw_words(PhiloxKey key, uint32_t block_low, uint32_t block_high) {
-  Words<T> words = {philox_words(key, 0, block_low, block_high), {}};
-  if constexpr (sizeof(T) > sizeof(float)) {
-    words.low = philox_words(key, 1, block_low, block_high);
+  Words<T> words = {philox(philox_counter(key, 0, block_low, block_high), key.seed), {}};
+  if constexpr (kDrawsLowWords<T>) {
+    words.low = philox(philox_counter(key, 1, block_low, block_high), key.seed);
   }
   return words;
 }
@@ -71,7 +79,7 @@ WAKESLEEP_FUNCTION Words<T> draw_words(PhiloxKey key, uint32_t block_low, uint32
 // A uniform in (0, 1] from word w: (n + 1/2) / 2^bits, rounded, n being the integer of all its bits.
 template <typename T>
 WAKESLEEP_FUNCTION T uniform(const Words<T>& words, int w) {
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (!kDrawsLowWords<T>) {
     return float(words.high.word[w]) * 0x1p-32f + 0x1p-33f;
   } else {
     return double(words.high.word[w]) * 0x1p-32 + (double(words.low.word[w]) * 0x1p-64 + 0x1p-65);
@@ -81,7 +89,7 @@ WAKESLEEP_FUNCTION T uniform(const Words<T>& words, int w) {
 // Word w as a fraction of a full turn.
 template <typename T>
 WAKESLEEP_FUNCTION typename Format<T>::Int turn(const Words<T>& words, int w) {
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (!kDrawsLowWords<T>) {
     return int32_t(words.high.word[w]);
   } else {
     return int64_t((uint64_t(words.high.word[w]) << 32) | words.low.word[w]);
@@ -104,8 +112,7 @@ struct Draws {
 
 struct StandardNormals {
   template <typename T>
-  static WAKESLEEP_FUNCTION Draws<T> draw(PhiloxKey key, uint32_t block_low, uint32_t block_high) {
-    const Words<T> words = draw_words<T>(key, block_low, block_high);
+  static WAKESLEEP_FUNCTION Draws<T> from(const Words<T>& words) {
     const Pair<T> a = normals(words, 0);
     const Pair<T> b = normals(words, 2);
     return {{a.first, a.second, b.first, b.second}};
@@ -114,8 +121,7 @@ struct StandardNormals {
 
 struct Uniforms {
   template <typename T>
-  static WAKESLEEP_FUNCTION Draws<T> draw(PhiloxKey key, uint32_t block_low, uint32_t block_high) {
-    const Words<T> words = draw_words<T>(key, block_low, block_high);
+  static WAKESLEEP_FUNCTION Draws<T> from(const Words<T>& words) {
     return {{uniform(words, 0), uniform(words, 1), uniform(words, 2), uniform(words, 3)}};
   }
 };

@@ -3,7 +3,7 @@
 
 #include "../bernoulli.h"
 #include "../densities.h"
-#include "vec.h"
+#include "draw.h"
 
 namespace wakesleep::cpu {
 namespace {

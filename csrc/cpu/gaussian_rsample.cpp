@@ -4,7 +4,7 @@
 
 #include "../densities.h"
 #include "../gaussian.h"
-#include "vec.h"
+#include "draw.h"
 
 namespace wakesleep::cpu {
 namespace {

@@ -16,7 +16,6 @@
 #include <string_view>
 
 #include "../geometry.h"
-#include "../philox.h"
 
 namespace wakesleep::cpu {
 
@@ -34,16 +33,18 @@ inline InstructionSet instruction_set() {
 }
 
 #if defined(__x86_64__)
+#define WAKESLEEP_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512"
+#define WAKESLEEP_AVX2 "avx2,f16c"
 #define WAKESLEEP_COMPILED_FOR(features) __attribute__((target(features), flatten, noinline))
 
 template <typename Body>
-WAKESLEEP_COMPILED_FOR("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512")
+WAKESLEEP_COMPILED_FOR(WAKESLEEP_AVX512)
 void run_avx512(const Body& body, int64_t begin, int64_t end) {
   body(begin, end);
 }
 
 template <typename Body>
-WAKESLEEP_COMPILED_FOR("avx2,f16c")
+WAKESLEEP_COMPILED_FOR(WAKESLEEP_AVX2)
 void run_avx2(const Body& body, int64_t begin, int64_t end) {
   body(begin, end);
 }
@@ -232,44 +233,6 @@ void for_row_tiles(int64_t layers, int64_t rows, int64_t width, const Body& body
       body(index / tiles, row, std::min(rows_at_once, rows - row));
     }
   });
-}
-
-// The draws of `Distribution` for a tile of elements, wherever these lie in their blocks. Whole vectors of blocks are
-// drawn, so there is room for one on top.
-template <typename Distribution, typename T>
-class DrawTile {
- public:
-  // Returns the draws for elements first .. first + count, at most kTile of them.
-  C10_ALWAYS_INLINE const T* fill(PhiloxKey key, int64_t first, int64_t count) {
-    const uint64_t first_block = static_cast<uint64_t>(first) / kPhiloxWords;
-    const int64_t blocks = (first % kPhiloxWords + count + kPhiloxWords - 1) / kPhiloxWords;
-    for (int64_t done = 0; done < blocks; done += kBlocksAtOnce) {
-      const uint32_t low = static_cast<uint32_t>(first_block + done);
-      const uint32_t high = static_cast<uint32_t>((first_block + done) >> 32);
-      T* out = value_ + done * kPhiloxWords;
-#pragma omp simd
-      for (int l = 0; l < kBlocksAtOnce; ++l) {
-        const uint32_t block_low = low + static_cast<uint32_t>(l);
-        const Draws<T> draws =
-            Distribution::template draw<T>(key, block_low, high + static_cast<uint32_t>(block_low < low));
-        out[l * kPhiloxWords] = draws.value[0];
-        out[l * kPhiloxWords + 1] = draws.value[1];
-        out[l * kPhiloxWords + 2] = draws.value[2];
-        out[l * kPhiloxWords + 3] = draws.value[3];
-      }
-    }
-    return value_ + first % kPhiloxWords;
-  }
-
- private:
-  static constexpr int kBlocksAtOnce = 16;
-  alignas(64) T value_[kTile + (kBlocksAtOnce + 1) * kPhiloxWords];
-};
-
-inline PhiloxKey read_key(const at::Tensor& key) {
-  const auto* words = key.const_data_ptr<int64_t>();
-  const int64_t stride = key.stride(0);
-  return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[stride])};
 }
 
 }  // namespace wakesleep::cpu

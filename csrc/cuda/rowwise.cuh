@@ -201,7 +201,7 @@ template <typename Distribution, typename T, int n, bool across = false>
 __device__ Packet<T, n> draw(PhiloxKey key, int64_t first) {
   static_assert(n % kPhiloxWords == 0);
   const auto draw_block = [&](int64_t block) {
-    return Distribution::template draw<T>(key, uint32_t(block), uint32_t(block >> 32));
+    return Distribution::from(draw_words<T>(key, uint32_t(block), uint32_t(block >> 32)));
   };
   const int64_t block = first / kPhiloxWords;
   Packet<T, n> draws;
