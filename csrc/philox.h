@@ -33,8 +33,8 @@ WAKESLEEP_FUNCTION PhiloxBlock philox_counter(PhiloxKey key, uint32_t stream, ui
 }
 
 constexpr int kPhiloxRounds = 10;
-constexpr uint32_t kPhiloxMultipliers[2] = {0xD2511F53, 0xCD9E8D57};
-constexpr uint32_t kPhiloxKeySteps[2] = {0x9E3779B9, 0xBB67AE85};
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9, kPhiloxKeyStep1 = 0xBB67AE85;
 
 WAKESLEEP_FUNCTION PhiloxBlock philox(PhiloxBlock counter, uint64_t seed) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
@@ -45,14 +45,14 @@ WAKESLEEP_FUNCTION PhiloxBlock philox(PhiloxBlock counter, uint64_t seed) {
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = uint64_t(kPhiloxMultipliers[0]) * c0;
-    const uint64_t product1 = uint64_t(kPhiloxMultipliers[1]) * c2;
+    const uint64_t product0 = uint64_t(kPhiloxMultiplier0) * c0;
+    const uint64_t product1 = uint64_t(kPhiloxMultiplier1) * c2;
     c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
     c1 = uint32_t(product1);
     c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
     c3 = uint32_t(product0);
-    k0 += kPhiloxKeySteps[0];
-    k1 += kPhiloxKeySteps[1];
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
   }
   return {{c0, c1, c2, c3}};
 }

@@ -68,7 +68,7 @@ struct PhiloxAvx512 {
   __attribute__((target(WAKESLEEP_AVX512))) static inline void run(Blocks& blocks, uint64_t seed) {
     __m512i c0 = _mm512_load_si512(blocks.word[0]), c1 = _mm512_load_si512(blocks.word[1]);
     __m512i c2 = _mm512_load_si512(blocks.word[2]), c3 = _mm512_load_si512(blocks.word[3]);
-    const __m512i m0 = _mm512_set1_epi64(kPhiloxMultipliers[0]), m1 = _mm512_set1_epi64(kPhiloxMultipliers[1]);
+    const __m512i m0 = _mm512_set1_epi64(kPhiloxMultiplier0), m1 = _mm512_set1_epi64(kPhiloxMultiplier1);
     auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
       const Product p0 = multiply(c0, m0), p1 = multiply(c2, m1);
@@ -76,8 +76,8 @@ struct PhiloxAvx512 {
       c2 = _mm512_xor_si512(_mm512_xor_si512(p0.high, c3), _mm512_set1_epi32(static_cast<int>(k1)));
       c1 = p1.low;
       c3 = p0.low;
-      k0 += kPhiloxKeySteps[0];
-      k1 += kPhiloxKeySteps[1];
+      k0 += kPhiloxKeyStep0;
+      k1 += kPhiloxKeyStep1;
     }
     _mm512_store_si512(blocks.word[0], c0);
     _mm512_store_si512(blocks.word[1], c1);
@@ -100,7 +100,7 @@ struct PhiloxAvx2 {
 
   // Two vectors at a time, so that one multiplies while the other waits.
   __attribute__((target(WAKESLEEP_AVX2))) static inline void run(Blocks& blocks, uint64_t seed) {
-    const __m256i m0 = _mm256_set1_epi64x(kPhiloxMultipliers[0]), m1 = _mm256_set1_epi64x(kPhiloxMultipliers[1]);
+    const __m256i m0 = _mm256_set1_epi64x(kPhiloxMultiplier0), m1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
     __m256i c[kPhiloxWords][2];
     for (int word = 0; word < kPhiloxWords; ++word) {
       c[word][0] = _mm256_load_si256(reinterpret_cast<const __m256i*>(blocks.word[word]));
@@ -116,8 +116,8 @@ struct PhiloxAvx2 {
         c[1][half] = p1.low;
         c[3][half] = p0.low;
       }
-      k0 += kPhiloxKeySteps[0];
-      k1 += kPhiloxKeySteps[1];
+      k0 += kPhiloxKeyStep0;
+      k1 += kPhiloxKeyStep1;
     }
     for (int word = 0; word < kPhiloxWords; ++word) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(blocks.word[word]), c[word][0]);
