@@ -54,10 +54,11 @@ def steps(python: str, site: Path, out: Path, capability: str) -> list[Step]:
     # the allocator of CUDA itself, so that every tensor has bounds that a sanitizer knows
     sanitized = {**installed, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     small_pass = (python, str(ROOT / "scripts" / "gpu_small_pass.py"))
-    # called as a function: the command line's own packages may not be there
+    # called as functions: the command line's own packages may not be there
     bench = (
-        "from pathlib import Path; from wakesleep_ext.benchmark import bench; "
-        f"raise SystemExit(bench('cuda', quick=True, json=Path({str(out / 'benchmark.json')!r})))"
+        "import sys; from pathlib import Path; from wakesleep_ext.benchmark import Plan, bench, run, write; "
+        f"path = Path({str(out / 'benchmark.json')!r}); write(path, run(Plan(device='cuda', quick=True))); "
+        "sys.exit(bench(Plan(), show=path))"
     )
     pip = (python, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps")
     return [

@@ -5,135 +5,148 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-from wakesleep_ext import checkpoint
-from wakesleep_ext.benchmark import report
-from wakesleep_ext.benchmark.measure import Copy, Measurement, bandwidth_bound, keep_freed_memory, measure, on_threads
-from wakesleep_ext.benchmark.suite import CANDIDATES, OPS, Candidate, Case, suite
+from wakesleep_ext.benchmark import goals as wanted
+from wakesleep_ext.benchmark import op_suite, report, result
+from wakesleep_ext.benchmark.measure import Case, keep_freed_memory, on_threads, take
 from wakesleep_ext.usage import Device, UsageError, find_device
 
-_SECONDS_PER_CASE = 1.5
+_SUITES: dict[str, Callable[[str, bool], Sequence[Case[Any]]]] = {"ops": op_suite.cases}
+"""The cases for a kind of device, few or all."""
+
+_SECONDS_PER_CASE = 1.0
 _QUICK_SECONDS_PER_CASE = 0.5
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, where, and beside whom."""
+
+    suite: Literal["ops"] = "ops"
+    """What to measure."""
+    op: str = "*"
+    """Which of it: a name, or a pattern such as "gaussian_*"."""
+    device: Device = "auto"
+    """Where to compute; auto takes the GPU if there is one."""
+    threads: int | None = None
+    """CPU threads, the same for all; as many as torch takes by default."""
+    quick: bool = False
+    """The largest cases only, in a minute or so; all of them take six or more."""
+    candidates: tuple[str, ...] = ()
+    """Whom to measure, of fused, eager, distributions and compile; all by default."""
+
+    def command(self, device: torch.device, threads: int) -> str:
+        """What takes the same figures again on the same machine."""
+        words = ["wakesleep", "bench", "--device", device.type, "--threads", str(threads)]
+        words += ["--suite", self.suite] if self.suite != "ops" else []
+        words += ["--op", self.op] if self.op != "*" else []
+        words += ["--quick"] if self.quick else []
+        words += ["--candidates", *self.candidates] if self.candidates else []
+        capability = os.environ.get("ATEN_CPU_CAPABILITY")
+        return (f"ATEN_CPU_CAPABILITY={capability} " if capability else "") + shlex.join(words)
+
+
 def bench(
-    device: Device = "auto",
-    threads: int | None = None,
-    op: str = "*",
-    quick: bool = False,
-    candidates: tuple[Candidate, ...] = CANDIDATES,
+    plan: Plan,
     json: Path | None = None,
     plot: Path | None = None,
     compare: Path | None = None,
+    goals: bool = False,
     show: Path | None = None,
-    readme: Path | None = None,
 ) -> int:
     """Measure the ops beside eager torch, torch.distributions and torch.compile; 1 if one is wrong or has slowed down.
 
     Args:
-        device: Where to compute; auto takes the GPU if there is one.
-        threads: CPU threads, the same for all; as many as torch takes by default.
-        op: Which ops: a name, or a pattern such as "gaussian_*".
-        quick: The largest cases only, in two minutes; all of them take ten.
-        candidates: Whom to measure.
+        plan: What to measure.
         json: Write the figures to this file.
         plot: Draw them to this file, a PNG.
         compare: An earlier result: name the cases that have become slower since.
+        goals: Hold the figures to the goals that are set for one thread of a CPU.
         show: Measure nothing, take the figures from this file.
-        readme: Measure nothing, make the speed tables of this Markdown file anew from the results that they name.
     """
+    if plot and plot.suffix != ".png":
+        raise UsageError(f"expected --plot to name a .png file, got {plot}")
     try:
-        if readme:
-            text = readme.read_text()
-            checkpoint.write_atomically(readme, report.refresh(text, readme.parent).encode())
-            return 0
-        earlier = report.read(compare) if compare else None
-        for path in (json, plot):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-        result = report.read(show) if show else _measure(device, threads, op, quick, candidates)
+        earlier = result.read(compare) if compare else None
+        for path in filter(None, (json, plot)):  # now, rather than when all is measured
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise UsageError(f"expected --json and --plot to name files that can be written, got {path}")
+        figures = result.read(show) if show else _watched(plan)
         if json:
-            report.write(json, result)
+            result.write(json, figures)
+        print(report.text(figures))
+        if goals:
+            print(f"\n{wanted.text(figures)}")
         if plot:
-            report.plot(plot, result)
-        print(report.table(result["records"]))
-        print(f"\n{report.caption(result)}")
-        slower = report.regressions(earlier, result) if earlier else []
-    except report.ResultError as error:
+            report.plot(plot, figures)
+        slower = result.regressions(earlier, figures) if earlier else []
+    except result.ResultError as error:
         raise UsageError(str(error)) from error
-    if earlier and (where := report.place(earlier)) != report.place(result):
-        print(f"wakesleep: {compare} was taken elsewhere: {where}", file=sys.stderr)
-    wrong = report.inaccurate(result["records"])
+    if earlier and (where := result.place(earlier)) != result.place(figures):
+        _say(f"{compare} was taken elsewhere: {where}")
+    wrong = result.inaccurate(figures["records"])
     for line in wrong + slower:
-        print(f"wakesleep: {line}", file=sys.stderr)
+        _say(line)
     return int(bool(wrong or slower))
 
 
-def _measure(
-    device: Device, threads: int | None, op: str, quick: bool, candidates: tuple[Candidate, ...]
-) -> report.Result:
-    from tqdm import tqdm
+def run(
+    plan: Plan,
+    progress: Callable[[Sequence[Case[Any]]], Iterable[Case[Any]]] = iter,
+    warn: Callable[[str], object] = warnings.warn,
+) -> result.Result:
+    """Measure.
 
-    where = find_device(device)
-    threads = torch.get_num_threads() if threads is None else threads
+    Args:
+        plan: what.
+        progress: wraps the sequence of cases, to show how far it has come.
+        warn: gets a line on each candidate that cannot be measured here.
+
+    Raises:
+        UsageError: there is no such device, op or candidate.
+    """
+    device = find_device(plan.device)
+    threads = torch.get_num_threads() if plan.threads is None else plan.threads
     if threads < 1:
         raise UsageError(f"expected --threads of at least 1, got {threads}")
-    if not candidates:
-        raise UsageError(f"expected --candidates from {', '.join(CANDIDATES)}, got none")
-    cases = [case for case in suite(where.type, quick) if fnmatchcase(case.op.name, op)]
+    every = _SUITES[plan.suite](device.type, plan.quick)
+    cases = [case for case in every if fnmatchcase(case.labels["op"], plan.op)]
     if not cases:
-        raise UsageError(f"--op {op} matches none of {', '.join(known.name for known in OPS)}")
-    said: set[str] = set()
-
-    def warn(message: str) -> None:
-        if message not in said:
-            tqdm.write(f"wakesleep: {message}", file=sys.stderr)
-        said.add(message)
-
+        known = dict.fromkeys(case.labels["op"] for case in every)
+        raise UsageError(f"expected --op to match one of {', '.join(known)}, got {plan.op}")
+    candidates = tuple(dict.fromkeys(plan.candidates)) or cases[0].candidates
+    if unknown := set(candidates) - set(cases[0].candidates):
+        raise UsageError(f"expected --candidates of {', '.join(cases[0].candidates)}, got {', '.join(sorted(unknown))}")
+    seconds = _QUICK_SECONDS_PER_CASE if plan.quick else _SECONDS_PER_CASE
+    machine = result.machine(device, threads, plan.command(device, threads))
     keep_freed_memory()
-    figures: list[tuple[Case, Candidate, Measurement]] = []
-    with on_threads(threads), tqdm(cases, unit="case", desc=f"Measuring on {where}") as bar:
-        copy = Copy(where)
-        for case in bar:
-            bar.set_postfix_str(f"{case.op.name} {list(case.shape)}")
-            copy.sample()
-            seconds = _QUICK_SECONDS_PER_CASE if quick else _SECONDS_PER_CASE
-            measured = measure(case, tuple(dict.fromkeys(candidates)), where, seconds, warn)
-            figures += [(case, candidate, measurement) for candidate, measurement in measured.items()]
-    bytes_per_us = copy.bandwidth_gbs * 1e3
-    return {
-        "machine": report.machine(where, threads, _command(where, threads, op, quick, candidates)),
-        "copy_bandwidth_gbs": copy.bandwidth_gbs,
-        "records": [
-            {
-                "op": case.op.name,
-                "pass": case.pass_name,
-                "dtype": case.dtype_name,
-                "shape": list(case.shape),
-                "candidate": candidate,
-                "median_us": found.median_us,
-                "iqr_us": found.iqr_us,
-                "max_error": found.max_error,
-                "bytes": case.bytes,
-                "bandwidth_fraction": case.bytes / found.median_us / bytes_per_us
-                if bandwidth_bound(case, where)
-                else None,
-                "peak_bytes": found.peak_bytes,
-            }
-            for case, candidate, found in figures
-        ],
-    }
+    with on_threads(threads):
+        bandwidth, records = take(progress(cases), candidates, device, seconds, warn)
+    return {"machine": machine, "copy_bandwidth_gbs": bandwidth, "records": records}
 
 
-def _command(where: torch.device, threads: int, op: str, quick: bool, candidates: tuple[Candidate, ...]) -> str:
-    """The command that takes the same figures again."""
-    words = ["wakesleep", "bench", "--device", where.type, "--threads", str(threads)]
-    words += ["--op", op] if op != "*" else []
-    words += ["--quick"] if quick else []
-    words += ["--candidates", *candidates] if candidates != CANDIDATES else []
-    capability = os.environ.get("ATEN_CPU_CAPABILITY")
-    return (f"ATEN_CPU_CAPABILITY={capability} " if capability else "") + shlex.join(words)
+def _watched(plan: Plan) -> result.Result:
+    """Measure beneath a progress bar."""
+    from tqdm import tqdm
+
+    def bar(cases: Sequence[Case[Any]]) -> Iterator[Case[Any]]:
+        with tqdm(cases, unit="case", desc="Measuring") as bar:
+            for case in bar:
+                bar.set_postfix_str(str(case))
+                yield case
+
+    return run(plan, bar, cache(lambda message: tqdm.write(f"wakesleep: {message}", file=sys.stderr)))
+
+
+def _say(message: str) -> None:
+    print(f"wakesleep: {message}", file=sys.stderr)

@@ -15,33 +15,70 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, repeat
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar, Generic, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from wakesleep_ext import reference
-from wakesleep_ext.benchmark.suite import Candidate, Case, Inputs, function
+from wakesleep_ext.benchmark.result import Record
 
 Call = Callable[[], object]
+Inputs = TypeVar("Inputs")
+Labels = TypedDict("Labels", {"op": str, "pass": str, "dtype": str, "shape": list[int]})
 
 _BLOCK_SECONDS = 2e-3
 _ROUNDS = (5, 200)  # at least, at most
 _CACHES_FULL = 2  # working sets come to so many last-level caches
-_BANDWIDTH_BOUND_FROM = {"cpu": 2**20, "cuda": 2**25}
-"""Bytes whose transfer outweighs the cost of a call: tens of microseconds, where a call takes a few."""
+_BANDWIDTH_BOUND_FROM = {"cpu": 2**22, "cuda": 2**25}
+"""Bytes in all arrays of a call, from where on their transfer outweighs what else it costs."""
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Case(ABC, Generic[Inputs]):
+    """What several candidates can do, and how right they are: all that measuring asks of a suite."""
+
+    candidates: ClassVar[tuple[str, ...]]
+    """Who can do it; the first is ours."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Labels:
+        """What tells the case from all others in a result."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """The least that a call has to move."""
+
+    @property
+    @abstractmethod
+    def footprint(self) -> int:
+        """Bytes of all arrays that a call gets and returns."""
+
+    @abstractmethod
+    def inputs(self, device: torch.device) -> Inputs:
+        """What a call gets, in new memory, always of the same values."""
+
+    @abstractmethod
+    def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
+        """A candidate, bound to each of these inputs."""
+
+    @abstractmethod
+    def error(self, inputs: Inputs, result: Any) -> float | None:
+        """Of what a call has returned, against float64 (see :func:`relative_error`); None if it cannot be told."""
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.labels.values()))
+
+
+class Measurement(NamedTuple):
     """What a candidate made of a case."""
 
     median_us: float
@@ -50,71 +87,110 @@ class Measurement:
     peak_bytes: int
 
 
-def measure(
-    case: Case,
-    candidates: Sequence[Candidate],
+def take(
+    cases: Iterable[Case[Any]],
+    candidates: Sequence[str],
     device: torch.device,
     seconds: float,
     warn: Callable[[str], object],
-) -> dict[Candidate, Measurement]:
-    """Run the candidates side by side.
+) -> tuple[float, list[Record]]:
+    """Measure one case after the other.
 
     Args:
-        case: what to run.
-        candidates: who runs; torch.compile is left out if it fails.
+        cases: what to measure.
+        candidates: with whom.
         device: where.
-        seconds: how long to repeat, all candidates together; each has five blocks at least.
+        seconds: how long to repeat a case, all candidates together; each has five blocks at least.
         warn: gets a line on each candidate that is left out.
+
+    Returns:
+        The bandwidth of a copy in the course of the run, in 10^9 bytes a second, and the records.
     """
-    inputs = _sets(case, device)
-    with torch.set_grad_enabled(case.backward):
-        calls: dict[Candidate, list[Call]] = {}
-        errors: dict[Candidate, float | None] = {}
-        peaks: dict[Candidate, int] = {}
-        for candidate in candidates:
-            try:
-                run = partial(_run, function(case, candidate)) if case.backward else function(case, candidate)
-                one, *others = [partial(run, i) if case.backward else partial(run, *i.arguments) for i in inputs]
-                result = one()
-            except Exception as failure:
-                if candidate != "compile":
-                    raise
-                warn(f"torch.compile left out: {_first_line(failure)}")
-                continue
-            errors[candidate] = error = max_error(case, inputs[0], result)
-            if error is not None and not math.isfinite(error):
-                raise ArithmeticError(f"{candidate} gives NaN or infinity: {case}")
-            del result
-            peaks[candidate] = peak_bytes(one, device)
-            calls[candidate] = [one, *others]
-        times = interleave(calls, device, seconds)
+    copy = Copy(device)
+    found: list[tuple[Case[Any], str, Measurement]] = []
+    for case in cases:
+        copy.sample()
+        measured = measure(case, candidates, device, seconds, warn)
+        found += [(case, candidate, measurement) for candidate, measurement in measured.items()]
+
+    def fraction(case: Case[Any], median_us: float) -> float | None:
+        return case.bytes / median_us / (1e3 * copy.bandwidth_gbs) if bandwidth_bound(case, device) else None
+
+    return copy.bandwidth_gbs, [
+        {
+            **case.labels,
+            "candidate": candidate,
+            "median_us": measurement.median_us,
+            "iqr_us": measurement.iqr_us,
+            "max_error": measurement.max_error,
+            "bytes": case.bytes,
+            "bandwidth_fraction": fraction(case, measurement.median_us),
+            "peak_bytes": measurement.peak_bytes,
+        }
+        for case, candidate, measurement in found
+    ]
+
+
+def measure(
+    case: Case[Any],
+    candidates: Iterable[str],
+    device: torch.device,
+    seconds: float,
+    warn: Callable[[str], object],
+) -> dict[str, Measurement]:
+    """Run the candidates side by side; arguments as for :func:`take`."""
+    inputs = working_sets(case, device)
+    calls: dict[str, list[Call]] = {}
+    errors: dict[str, float | None] = {}
+    peaks: dict[str, int] = {}
+    for candidate in candidates:
+        try:
+            bound = case.calls(candidate, inputs)
+            result = bound[0]()  # compiles what is compiled
+        except Exception as failure:
+            if candidate == case.candidates[0]:
+                raise
+            warn(f"{candidate} left out: {_first_line(failure)}")
+            continue
+        error = case.error(inputs[0], result)
+        if error is not None and not math.isfinite(error):
+            raise ArithmeticError(f"{candidate} gives NaN or infinity: {case}")
+        del result
+        calls[candidate], errors[candidate], peaks[candidate] = bound, error, peak_bytes(bound[0], device)
+    times = interleave(calls, device, seconds)
     return {
         candidate: Measurement(*median_and_spread(times[candidate]), errors[candidate], peaks[candidate])
         for candidate in calls
     }
 
 
-def bandwidth_bound(case: Case, device: torch.device) -> bool:
+def bandwidth_bound(case: Case[Any], device: torch.device) -> bool:
     """Whether a case is measured beyond the cache, and its time compared with that of a copy."""
-    return case.bytes >= _BANDWIDTH_BOUND_FROM[device.type]
+    return case.footprint >= _BANDWIDTH_BOUND_FROM[device.type]
 
 
-def interleave(
-    calls: Mapping[Candidate, Sequence[Call]], device: torch.device, seconds: float
-) -> dict[str, list[float]]:
+def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
+    """Inputs, as often as it takes to have them out of the cache when it is their turn again."""
+    if not bandwidth_bound(case, device):
+        return [case.inputs(device)]
+    count = math.ceil(_CACHES_FULL * last_level_cache(device) / case.footprint)
+    return [case.inputs(device) for _ in range(max(count, 2))]
+
+
+def interleave(calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float) -> dict[str, list[float]]:
     """Seconds per call of each candidate, block by block; the calls of a candidate are taken in turn."""
     turns = cycle(range(max(map(len, calls.values()), default=1)))
     kept: dict[int, object] = {}
 
-    def block(candidate: Candidate, count: int) -> float:
+    def block(candidate: str, count: int) -> float:
         own = calls[candidate]
-        _synchronize(device)
-        start = perf_counter()
-        for _ in repeat(None, count):
-            turn = next(turns)
-            kept[turn] = own[turn]()
-        _synchronize(device)
-        return (perf_counter() - start) / count
+
+        def run() -> None:
+            for _ in repeat(None, count):
+                turn = next(turns)
+                kept[turn] = own[turn]()
+
+        return duration(run, device) / count
 
     times: dict[str, list[float]] = {candidate: [] for candidate in calls}
     with _no_garbage_collection():
@@ -130,25 +206,30 @@ def interleave(
     return times
 
 
+def duration(run: Call, device: torch.device) -> float:
+    """Seconds that a call takes, on a GPU by the GPU's own clock."""
+    if device.type != "cuda":
+        begin = perf_counter()
+        run()
+        return perf_counter() - begin
+    with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
     """Median and interquartile range, in microseconds."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return 1e6 * median, 1e6 * (high - low)
 
 
-def max_error(case: Case, inputs: Inputs, result: Any) -> float | None:
-    """Largest deviation of a call's log-densities and gradients from float64, relative to the largest (or to 1).
-
-    Draws are random, but the rest follows from them: log-density and gradients are held to those of the z that was
-    drawn. None where there is nothing else, or where z is rounded to a half type and says too little.
-    """
-    if case.op.draws and (torch.finfo(case.dtype).bits < 32 or not (case.backward or "log_prob" in case.op.outputs)):
-        return None
-    results, gradients = result if case.backward else (_tuple(result), ())
-    found = [*results, *gradients]
-    exact = _exact(case, inputs, results)
-    if case.op.draws:
-        found, exact = found[1:], exact[1:]
+def relative_error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """Largest deviation of a tensor from its float64 counterpart, relative to the largest number there, or to 1."""
     return max(
         ((a.double() - b).abs().max() / b.abs().max().clamp_min(1)).item() for a, b in zip(found, exact, strict=True)
     )
@@ -187,11 +268,7 @@ class Copy:
 
     def sample(self, count: int = 5) -> None:
         for _ in repeat(None, count):
-            _synchronize(self.source.device)
-            start = perf_counter()
-            self.target.copy_(self.source)
-            _synchronize(self.source.device)
-            self.seconds.append(perf_counter() - start)
+            self.seconds.append(duration(partial(self.target.copy_, self.source), self.source.device))
 
     @property
     def bandwidth_gbs(self) -> float:
@@ -234,39 +311,6 @@ def on_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _sets(case: Case, device: torch.device) -> list[Inputs]:
-    """Inputs, as often as it takes to have them out of the cache when it is their turn again."""
-    one = case.inputs(device)
-    if not bandwidth_bound(case, device):
-        return [one]
-    count = math.ceil(_CACHES_FULL * last_level_cache(device) / case.footprint)
-    return [one, *(case.inputs(device) for _ in range(max(count, 2) - 1))]
-
-
-def _run(plain: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Forward and backward: results, and gradients of the parameters."""
-    results = _tuple(plain(*inputs.arguments))
-    return results, torch.autograd.grad(results, inputs.parameters, inputs.upstream)
-
-
-def _exact(case: Case, inputs: Inputs, results: tuple[Tensor, ...]) -> list[Tensor]:
-    """Results and gradients in float64; of a draw, with the noise that the drawn z must have come from."""
-    parameters = {id(tensor) for tensor in inputs.parameters}
-    wide = [t.detach().double().requires_grad_(id(t) in parameters) for t in inputs.arguments]
-    if case.op.draws:
-        mu, logvar = wide
-        sigma = (0.5 * logvar).exp()
-        eps = ((results[0].detach().double() - mu) / sigma).detach()
-        log_prob = -0.5 * (logvar + eps.square() + math.log(2 * math.pi)).sum(-1)
-        outputs: tuple[Tensor, ...] = (mu + sigma * eps, log_prob)[: len(results)]
-    else:
-        outputs = _tuple(getattr(reference, case.op.name)(*wide))
-    if not case.backward:
-        return list(outputs)
-    differentiated = [tensor for tensor in wide if tensor.requires_grad]
-    return [*outputs, *torch.autograd.grad(outputs, differentiated, [u.double() for u in inputs.upstream])]
-
-
 def _calls_in_a_block(block: Callable[[int], float], sets: int) -> int:
     """As many as fill a block; finding out is the warm-up, which begins with each set of inputs once."""
     block(sets)
@@ -286,15 +330,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def _first_line(error: Exception) -> str:

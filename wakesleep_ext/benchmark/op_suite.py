@@ -1,0 +1,312 @@
+"""The ops as cases to be measured, as data: op, pass, dtype and shape, and the candidates for each.
+
+A shape is `[*S, B, D]`: a batch of B events of D variables, and S samples for each where a third number leads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wakesleep_ext import ops, reference
+from wakesleep_ext.benchmark import distributions, eager
+from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
+from wakesleep_ext.benchmark.result import Record
+
+_PER_EVENT = ("log_prob", "kl")
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op by the arrays that it has to move; from these, its least traffic follows."""
+
+    name: str
+    widths: tuple[int, int]
+    """Variables of an event, D: a customary number, and one that no vector divides."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sampled: tuple[str, ...] = ()
+    """The arrays that are `[*S, B, D]`. The others are `[B, D]`, and what is summed over the event `[*S, B]`."""
+    gradients: tuple[str, ...] = ()
+    """The inputs that are differentiated; none, no backward pass."""
+    reread: tuple[str, ...] = ()
+    """The inputs that the gradients depend on, and the backward pass has to read again."""
+
+    @property
+    def draws(self) -> bool:
+        return "sample" in self.name
+
+
+OPS = (
+    Op(
+        "bernoulli_log_prob",
+        widths=(784, 785),
+        inputs=("logits", "x"),
+        outputs=("log_prob",),
+        sampled=("logits",),
+        gradients=("logits",),
+        reread=("logits", "x"),
+    ),
+    Op("bernoulli_sample", widths=(784, 785), inputs=("logits",), outputs=("x",), sampled=("x",)),
+    Op(
+        "gaussian_rsample",
+        widths=(64, 50),
+        inputs=("mu", "logvar"),
+        outputs=("z",),
+        sampled=("z",),
+        gradients=("mu", "logvar"),
+        reread=("logvar",),  # the noise follows from its key
+    ),
+    Op(
+        "gaussian_rsample_log_prob",
+        widths=(64, 50),
+        inputs=("mu", "logvar"),
+        outputs=("z", "log_prob"),
+        sampled=("z",),
+        gradients=("mu", "logvar"),
+        reread=("logvar",),
+    ),
+    Op(
+        "gaussian_log_prob",
+        widths=(64, 50),
+        inputs=("mu", "logvar", "z"),
+        outputs=("log_prob",),
+        sampled=("z",),
+        gradients=("mu", "logvar"),
+        reread=("mu", "logvar", "z"),
+    ),
+    Op(
+        "standard_gaussian_log_prob",
+        widths=(64, 50),
+        inputs=("z",),
+        outputs=("log_prob",),
+        sampled=("z",),
+        gradients=("z",),
+        reread=("z",),
+    ),
+    Op(
+        "gaussian_kl",
+        widths=(64, 50),
+        inputs=("mu", "logvar"),
+        outputs=("kl",),
+        gradients=("mu", "logvar"),
+        reread=("mu", "logvar"),
+    ),
+)
+
+_ROWS = (1000, 100, 20, 1)
+_MOST_ROWS = {
+    # beyond the cache; a GPU reaches its bandwidth at hundreds of megabytes
+    ("cpu", 784): 10_000,
+    ("cpu", 64): 100_000,
+    ("cuda", 784): 100_000,
+    ("cuda", 64): 1_000_000,
+}
+_SAMPLES_AND_BATCH = (50, 100)
+
+
+class Inputs(NamedTuple):
+    """What a call gets, and what its backward pass starts from."""
+
+    arguments: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
+    upstream: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class OpCase(Case[Inputs]):
+    """An op with a pass, a dtype and a shape."""
+
+    candidates: ClassVar[tuple[str, ...]] = ("fused", "eager", "distributions", "compile")
+
+    op: Op
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    x_dtype: torch.dtype | None = None
+    """Of an observation or a draw of one, if not `dtype`."""
+    backward: bool = False
+
+    @property
+    def labels(self) -> Labels:
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.x_dtype) if dtype]
+        return {
+            "op": self.op.name,
+            "pass": "forward+backward" if self.backward else "forward",
+            "dtype": ", x ".join(dtypes),
+            "shape": list(self.shape),
+        }
+
+    def shape_of(self, array: str) -> tuple[int, ...]:
+        if array in _PER_EVENT:
+            return self.shape[:-1]
+        return self.shape if array in self.op.sampled else self.shape[-2:]
+
+    def dtype_of(self, array: str) -> torch.dtype:
+        if array in _PER_EVENT:
+            return torch.promote_types(self.dtype, torch.float32)
+        return self.x_dtype if array == "x" and self.x_dtype else self.dtype
+
+    def bytes_of(self, *arrays: str) -> int:
+        return sum(prod(self.shape_of(array)) * self.dtype_of(array).itemsize for array in arrays)
+
+    @property
+    def bytes(self) -> int:
+        """Inputs read and outputs written; for the backward pass, the gradients of the outputs and what else the result
+        depends on read, the gradients of the inputs written."""
+        op = self.op
+        forward = self.bytes_of(*op.inputs, *op.outputs)
+        return forward + self.backward * self.bytes_of(*op.outputs, *op.reread, *op.gradients)
+
+    @property
+    def footprint(self) -> int:
+        op = self.op
+        return self.bytes_of(*op.inputs, *op.outputs) + self.backward * self.bytes_of(*op.outputs, *op.gradients)
+
+    def inputs(self, device: torch.device) -> Inputs:
+        generator = torch.Generator(device).manual_seed(1234)
+
+        def normal(array: str) -> Tensor:
+            # no generator draws half types directly everywhere
+            wide = torch.promote_types(self.dtype, torch.float32)
+            value = torch.randn(self.shape_of(array), generator=generator, dtype=wide, device=device)
+            if array == "x":
+                value = (value > 0).to(wide)
+            return (3 * value if array == "logits" else value).to(self.dtype_of(array))
+
+        arguments = {array: normal(array) for array in self.op.inputs}
+        if not self.backward:
+            return Inputs(tuple(arguments.values()), (), ())
+        parameters = tuple(arguments[array].requires_grad_() for array in self.op.gradients)
+        return Inputs(tuple(arguments.values()), parameters, tuple(normal(array) for array in self.op.outputs))
+
+    def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
+        function = self.function(candidate)
+        if self.backward:
+            return [partial(_forward_and_backward, function, *one) for one in inputs]
+        return [partial(function, *one.arguments) for one in inputs]
+
+    def function(self, candidate: str) -> Callable[..., Any]:
+        """A candidate as a function of the input tensors alone.
+
+        In half types the baselines compute in float32, as autocast has them do and as the ops do: log-likelihoods that
+        are rounded to bfloat16 are off by as much as a nat.
+        """
+        if candidate == "fused":
+            return self._bind(ops)
+        if candidate == "distributions":
+            return self._in_float32(self._bind(distributions))
+        by_hand = self._in_float32(self._bind(eager))
+        if candidate == "eager":
+            return by_hand
+
+        def formula(*tensors: Tensor) -> Any:
+            return by_hand(*tensors)
+
+        torch.compiler.reset()  # or shape after shape would meet the recompilation limit, and run uncompiled
+        # code on disk that was compiled for another number of threads does not count as the same, if the options tell
+        return torch.compile(formula, fullgraph=True, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
+
+    def error(self, inputs: Inputs, result: Any) -> float | None:
+        """Of log-densities and gradients. Draws are random, but the rest follows from them: it is held to those of the
+        z that was drawn. None where there is nothing else, or where z is rounded to a half type and says too little.
+        """
+        results, gradients = result if self.backward else (_tuple(result), ())
+        skipped = 1 if self.op.draws else 0
+        found = [*results, *gradients][skipped:]
+        if not found or (self.op.draws and self.dtype in _HALF):
+            return None
+        return relative_error(found, self._exact(inputs, results)[skipped:])
+
+    def _bind(self, module: ModuleType) -> Callable[..., Any]:
+        options: dict[str, Any] = {}
+        if self.op.draws and len(self.shape) > 2:
+            options["sample_shape"] = self.shape[:-2]
+        if self.op.draws and self.x_dtype:
+            options["dtype"] = self.x_dtype
+        plain = getattr(module, self.op.name)
+        return partial(plain, **options) if options else plain
+
+    def _in_float32(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        if self.dtype not in _HALF:
+            return plain
+        dtypes = [self.dtype_of(array) for array in self.op.outputs]
+
+        def widened(*tensors: Tensor) -> Any:
+            results = plain(*(tensor.float() if tensor.dtype in _HALF else tensor for tensor in tensors))
+            if isinstance(results, Tensor):
+                return results.to(dtypes[0])
+            return tuple(result.to(dtype) for result, dtype in zip(results, dtypes, strict=True))
+
+        return widened
+
+    def _exact(self, inputs: Inputs, results: tuple[Tensor, ...]) -> list[Tensor]:
+        """Results and gradients in float64; of a draw, with the noise that the drawn z must have come from."""
+        parameters = {id(tensor) for tensor in inputs.parameters}
+        wide = [t.detach().double().requires_grad_(id(t) in parameters) for t in inputs.arguments]
+        if self.op.draws:
+            mu, logvar = wide
+            sigma = (0.5 * logvar).exp()
+            z = mu + sigma * ((results[0].double() - mu) / sigma).detach()
+            outputs = (z, reference.gaussian_log_prob(mu, logvar, z))[: len(results)]
+        else:
+            outputs = _tuple(getattr(reference, self.op.name)(*wide))
+        if not self.backward:
+            return list(outputs)
+        differentiated = [tensor for tensor in wide if tensor.requires_grad]
+        return [*outputs, *torch.autograd.grad(outputs, differentiated, [u.double() for u in inputs.upstream])]
+
+
+def cases(device: str = "cpu", quick: bool = False) -> list[OpCase]:
+    """All cases for a kind of device, `"cpu"` or `"cuda"`; or the largest of each op and pass, in float32."""
+    return list(_cases(device, quick))
+
+
+def _cases(device: str, quick: bool) -> Iterator[OpCase]:
+    for op in OPS:
+        width, odd = op.widths
+        most = _MOST_ROWS[device, width]
+        observes = "x" in op.inputs + op.outputs
+        for backward in (False, True) if op.gradients else (False,):
+            case = partial(OpCase, op, backward=backward)
+            yield case((most, width))
+            if quick:
+                continue
+            yield case((most, width), torch.bfloat16, torch.uint8 if observes else None)
+            if observes:
+                yield case((most, width), x_dtype=torch.uint8)
+            yield case((most, odd))
+            if op.sampled:
+                yield case((*_SAMPLES_AND_BATCH, width))
+            for rows in _ROWS:
+                yield case((rows, width))
+
+
+def headline(records: Iterable[Record]) -> list[Record]:
+    """What a reader wants to see first: float32, at 100 events and at the most that were measured."""
+    widths = {op.name: op.widths[0] for op in OPS}
+    plain = [r for r in records if r["dtype"] == "float32" and r["shape"][1:] == [widths.get(r["op"])]]
+    most = {r["op"]: max(other["shape"][0] for other in plain if other["op"] == r["op"]) for r in plain}
+    return [r for r in plain if r["shape"][0] in (100, most[r["op"]])]
+
+
+def _forward_and_backward(
+    function: Callable[..., Any],
+    arguments: tuple[Tensor, ...],
+    parameters: tuple[Tensor, ...],
+    upstream: tuple[Tensor, ...],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Results, and gradients of the parameters."""
+    results = _tuple(function(*arguments))
+    return results, torch.autograd.grad(results, parameters, upstream)
+
+
+def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)

@@ -1,0 +1,252 @@
+"""What a run leaves: its records and where they were taken, in a JSON file; and whether a later run is worse."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints, is_typeddict
+
+import torch
+
+from wakesleep_ext import checkpoint
+
+Record = TypedDict(
+    "Record",
+    {
+        "op": str,
+        "pass": str,
+        "dtype": str,
+        "shape": list[int],
+        "candidate": str,
+        "median_us": float,
+        "iqr_us": float,
+        "max_error": float | None,
+        "bytes": int,
+        "bandwidth_fraction": float | None,
+        "peak_bytes": int,
+    },
+)
+"""A candidate on a case.
+
+Median time of a call and its interquartile range in microseconds; the largest error against float64, relative, null
+where only a draw could be compared; the bytes that have to be moved; the fraction of copy bandwidth at which they were,
+null where the case fits the cache and the time is overhead; and the most bytes allocated at once."""
+
+
+class Machine(TypedDict):
+    """Where and with what a result was taken."""
+
+    device: str
+    processor: str
+    simd: str
+    cores: int | None
+    threads: int
+    gpu: str | None
+    python: str
+    torch: str
+    cuda: str | None
+    wakesleep_ext: str | None
+    commit: str | None
+    """Null where the package is not the checkout that it was built in."""
+    modified: bool | None
+    """Whether tracked files differed from that commit."""
+    command: str
+
+
+class Result(TypedDict):
+    """A run of a suite."""
+
+    machine: Machine
+    copy_bandwidth_gbs: float
+    records: list[Record]
+
+
+class ResultError(ValueError):
+    """A file holds no result, or one without what was asked of it."""
+
+
+Row = dict[str, Record]
+"""The records of a case, by candidate."""
+
+_NOISE_FLOOR = 0.05
+
+
+def write(path: Path, result: Result) -> None:
+    """Write a result as JSON, a record a line, atomically."""
+    records = ",\n".join(f"    {json.dumps(record, allow_nan=False)}" for record in result["records"])
+    head = {name: value for name, value in result.items() if name != "records"}
+    text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "records": [\n{records}\n  ]\n}}\n'
+    checkpoint.write_atomically(path, text.encode())
+
+
+def read(path: Path) -> Result:
+    """Read what :func:`write` has written.
+
+    Raises:
+        ResultError: the file is missing, or something else.
+    """
+    try:
+        result = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path}: cannot be read: {error}") from error
+    try:
+        _check("result", result, Result)
+        for number, record in enumerate(result["records"]):
+            if not record["median_us"] > 0:
+                raise ValueError(f"result.records[{number}].median_us: expected > 0, got {record['median_us']}")
+    except ValueError as error:
+        raise ResultError(f"{path}: {error}") from error
+    return cast(Result, result)
+
+
+def _check(where: str, value: Any, hint: Any) -> None:
+    """That a value out of a JSON file has the type it should have; objects may have more than they should."""
+    if get_origin(hint) is list and isinstance(value, list):
+        for number, element in enumerate(value):
+            _check(f"{where}[{number}]", element, *get_args(hint))
+    elif is_typeddict(hint) and isinstance(value, dict):
+        for name, inner in get_type_hints(hint).items():
+            if name not in value:
+                raise ValueError(f"{where}: has no {name}")
+            _check(f"{where}.{name}", value[name], inner)
+    elif is_typeddict(hint) or get_origin(hint) is list or not isinstance(value, hint):
+        expected = "an object" if is_typeddict(hint) else getattr(hint, "__name__", hint)
+        raise ValueError(f"{where}: expected {expected}, got {value!r:.40}")
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device, threads: int, command: str) -> Machine:
+    """The machine, the versions and the commit at hand."""
+    commit, modified = _commit(Path(__file__).resolve().parents[2])
+    return {
+        "device": device.type,
+        "processor": _processor(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "wakesleep_ext": _version(),
+        "commit": commit,
+        "modified": modified,
+        "command": command,
+    }
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _version() -> str | None:
+    try:
+        return version("wakesleep_ext")
+    except PackageNotFoundError:  # a source tree that was built in place
+        return None
+
+
+def _commit(checkout: Path) -> tuple[str | None, bool | None]:
+    """The commit that the package is at, and whether tracked files differ from it; of an installed copy, none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout:
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def place(result: Result) -> str:
+    """The GPU, or the CPU with its instruction set and threads."""
+    about = result["machine"]
+    plural = "s" * (about["threads"] != 1)
+    return about["gpu"] or f"{about['processor']}, {about['simd']}, {about['threads']} thread{plural}"
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """The records case by case, in the order of the suite."""
+    cases: dict[tuple[Any, ...], Row] = {}
+    for record in records:
+        cases.setdefault(_case(record), {})[record["candidate"]] = record
+    return list(cases.values())
+
+
+def ratio(row: Row, candidate: str) -> float | None:
+    """How many times as long as the fused op a candidate takes; None if either was not measured."""
+    if candidate not in row or "fused" not in row:
+        return None
+    return row[candidate]["median_us"] / row["fused"]["median_us"]
+
+
+def title(record: Record) -> str:
+    return f"{record['op']} {record['pass']} {record['dtype']} {record['shape']}"
+
+
+def inaccurate(records: Iterable[Record]) -> list[str]:
+    """The cases where the fused op errs by more than twice what eager does, and a rounding of the inputs."""
+    found = []
+    for row in rows(records):
+        if "fused" not in row or "eager" not in row:
+            continue
+        error, of_eager = row["fused"]["max_error"], row["eager"]["max_error"]
+        if error is None or of_eager is None:
+            continue
+        rounding = torch.finfo(getattr(torch, row["fused"]["dtype"].split(",")[0])).eps
+        if error > 2 * of_eager + rounding:
+            found.append(f"{title(row['fused'])}: error {error:.1e}, eager's {of_eager:.1e}")
+    return found
+
+
+def regressions(old: Result, new: Result) -> list[str]:
+    """The cases where the fused op has become slower, in words.
+
+    What is compared is its time in units of eager's, or where either run lacks eager, its time: the candidates take
+    turns, so that the load of the machine cancels. A case counts if that has grown by more than 5% and the noise: the
+    interquartile ranges of all medians that enter, relative to these, added as squares.
+
+    Raises:
+        ResultError: no case of the one run is in the other.
+    """
+    before = {_case(row["fused"]): row for row in rows(old["records"]) if "fused" in row}
+    after = [row for row in rows(new["records"]) if "fused" in row and _case(row["fused"]) in before]
+    if not after:
+        raise ResultError("the two results have no case of the fused ops in common")
+    found = []
+    for row in after:
+        earlier = before[_case(row["fused"])]
+        relative = "eager" in row and "eager" in earlier
+        times = [(run["fused"], run["eager"] if relative else None) for run in (earlier, row)]
+        then, now = (fused["median_us"] / (eager["median_us"] if eager else 1) for fused, eager in times)
+        spreads = [record["iqr_us"] / record["median_us"] for pair in times for record in pair if record]
+        margin = 1 + _NOISE_FLOOR + math.hypot(*spreads)
+        if now > margin * then:
+            unit = " relative to eager" if relative else ""
+            longer = f"takes {now / then:.2f} times as long as before{unit}, noise up to {margin:.2f}"
+            found.append(f"{title(row['fused'])}: {longer}")
+    return found
+
+
+def _case(record: Record) -> tuple[Any, ...]:
+    return record["op"], record["pass"], record["dtype"], tuple(record["shape"])
