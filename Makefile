@@ -7,18 +7,21 @@ CUDA_VENV ?= .venv-cuda
 PYTHON ?= python3
 RUN ?= runs/digits
 TESTS ?= tests
+RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen5-avx512-1-thread.json
 PIP := -m pip install --quiet --disable-pip-version-check
 
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 SHELL := /bin/bash
 
-.PHONY: help train test lint format cuda-check cuda-on-cpu-asan sass-report gpu-check clean
+.PHONY: help train test lint format benchmark readme cuda-check cuda-on-cpu-asan sass-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      rewrites the sources as ruff and clang-format would have them"
+	@echo "make benchmark   measures the ops on one CPU thread, in minutes, writes RESULT and the README's tables"
+	@echo "make readme      makes the README's speed tables and pictures anew from the results that they name"
 	@echo "make cuda-check  compiles the CUDA kernels against a CUDA build of torch; needs nvcc, no GPU"
 	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
 	@echo "make sass-report prints registers, spills and loads of every kernel; needs nvcc, no GPU"
@@ -41,6 +44,13 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(shell find csrc -type f)
+
+benchmark: $(VENV)/.installed
+	$(VENV)/bin/wakesleep bench --device cpu --threads 1 --goals --json $(RESULT)
+	$(MAKE) readme
+
+readme: $(VENV)/.installed
+	$(VENV)/bin/python scripts/update_readme.py
 
 # Addresses and undefined behaviour checked in every kernel, as the tests run it on the CPU. The libraries are preloaded
 # because it is Python that loads the instrumented one; leaks are the interpreter's.

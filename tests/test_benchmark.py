@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shlex
@@ -25,6 +26,7 @@ from wakesleep_ext.benchmark import Plan, bench, command, goals, measure, report
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.op_suite import OPS, OpCase, cases, headline
 
+ROOT = Path(__file__).resolve().parent.parent
 OP = {op.name: op for op in OPS}
 CPU = torch.device("cpu")
 
@@ -568,3 +570,43 @@ def test_every_goal_can_be_measured() -> None:
     plain = {(case.op.name, case.labels["pass"], "compile") for case in cases(quick=True)}
     assert {(goal.op, goal.pass_name) for goal in goals.GOALS} <= {labels[:2] for labels in plain}
     assert {other for goal in goals.GOALS for other in goal.others} <= set(OpCase.candidates)
+
+
+# ---- the README ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def update_readme(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("update_readme")
+
+
+@pytest.mark.source_tree
+def test_the_readme_shows_the_committed_results(update_readme: Any) -> None:
+    text = (ROOT / "README.md").read_text()
+    stale = "the README's speed tables or pictures are older than the results: run `make readme`"
+    assert update_readme.refresh(text, ROOT) == text, stale
+    assert update_readme.results(text)
+    for path in update_readme.results(text):
+        assert shows(ROOT / path.with_suffix(".png"), results.read(ROOT / path)), stale
+
+
+@pytest.mark.source_tree
+def test_a_readme_is_brought_up_to_date(update_readme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update_readme, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    results.write(tmp_path / "results/abacus.json", RESULT)
+    readme = tmp_path / "README.md"
+    readme.write_text("# Speed\n<!-- speed: results/abacus.json -->\nold\n<!-- end of speed -->\nafter\n")
+    update_readme.main()
+    text = readme.read_text()
+    assert "old" not in text
+    assert text.startswith("# Speed\n<!-- speed: results/abacus.json -->\n\n![")
+    assert text.endswith("\n<!-- end of speed -->\nafter\n")
+    assert report.text(result(*RESULT["records"][:5])) in text
+    assert shows(tmp_path / "results/abacus.png", RESULT)
+    update_readme.main()
+    assert readme.read_text() == text
+
+    results.write(tmp_path / "results/abacus.json", result(record("fused", 5.0), *RESULT["records"][1:]))
+    assert update_readme.refresh(text, tmp_path) != text

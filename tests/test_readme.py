@@ -35,7 +35,7 @@ def test_every_block_is_run() -> None:
     first_words = {tuple(command.split()[:2]) for command in COMMANDS}
     assert first_words == {
         *(("make", target) for target in ("train", "test")),
-        *(("wakesleep", name) for name in ("train", "evaluate", "sample", "selftest", "info")),
+        *(("wakesleep", name) for name in ("train", "evaluate", "sample", "bench", "selftest", "info")),
         ("pip", "install"),
     }
 
@@ -58,7 +58,8 @@ def test_command_line(tmp_path: Path) -> None:
     for command in COMMANDS:
         if command.startswith("wakesleep"):
             _run(command, tmp_path)
-    assert (tmp_path / "dreams.png").stat().st_size > 10_000
+    for picture in ("dreams.png", "speed.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
 
 
 def _make(arguments: str) -> str:
