@@ -27,6 +27,9 @@ struct GaussianParameters {
     logvar = with_contiguous_events(logvar.to(dtype));
   }
 
+  // [*B, 2K]: of the gradients of both, packed as a network that emits [mu | logvar] takes them.
+  at::DimVector packed_shape() const { return concat(batch, {2 * K}); }
+
   at::ScalarType dtype() const { return mu.scalar_type(); }
   at::ScalarType compute_dtype() const { return at::toOpMathType(dtype()); }
 };
@@ -63,8 +66,7 @@ struct GaussianRsampleBackward : GaussianParameters {
   at::Tensor grad_z;         // [*S, *B, K], contiguous, or undefined
   at::Tensor grad_log_prob;  // [*S, *B], contiguous, or undefined
   RowMap<1> rows;            // of logvar
-  GradientSum grad_mu;       // [*B, K]
-  GradientSum grad_logvar;   // [*B, K]
+  GradientSum grad;          // [*B, 2K]: [grad_mu | grad_logvar]
 
   GaussianRsampleBackward(const std::optional<at::Tensor>& grad_z_in, const std::optional<at::Tensor>& grad_log_prob_in,
                           const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& key_in,
@@ -73,8 +75,7 @@ struct GaussianRsampleBackward : GaussianParameters {
         key(key_in),
         samples(c10::multiply_integers(sample_shape)),
         rows(map_rows<1>(batch, {row_strides(logvar, batch)})),
-        grad_mu(mu, concat(batch, {K}), samples),
-        grad_logvar(mu, concat(batch, {K}), samples) {
+        grad(mu, packed_shape(), samples) {
     check_key(op, key, {"mu", mu});
     const auto z_batch = concat(sample_shape, batch);
     if (grad_z_in && grad_z_in->defined()) {
@@ -119,11 +120,10 @@ struct GaussianLogProb : GaussianOperands {
 
 struct GaussianLogProbBackward : GaussianOperands {
   static constexpr auto op = "gaussian_log_prob_backward";
-  at::Tensor grad;          // [*S, *B]
-  at::Tensor grad_z;        // [*S, *B, K], or without elements where it is not wanted
-  RowGroups<5> rows;        // of mu, logvar, z, grad and grad_z, around each row of the parameters
-  GradientSum grad_mu;      // [*B, K]
-  GradientSum grad_logvar;  // [*B, K]
+  at::Tensor grad;              // [*S, *B]
+  at::Tensor grad_z;            // [*S, *B, K], or without elements where it is not wanted
+  RowGroups<5> rows;            // of mu, logvar, z, grad and grad_z, around each row of the parameters
+  GradientSum grad_parameters;  // [*B, 2K]: [grad_mu | grad_logvar]
 
   GaussianLogProbBackward(const at::Tensor& grad_in, const at::Tensor& mu_in, const at::Tensor& logvar_in,
                           const at::Tensor& z_in, bool with_grad_z)
@@ -133,8 +133,7 @@ struct GaussianLogProbBackward : GaussianOperands {
         rows(group_rows<5>(value_batch, batch,
                            {row_strides(mu, value_batch), row_strides(logvar, value_batch), row_strides(z, value_batch),
                             row_strides(grad, value_batch, 0), row_strides(grad_z, value_batch)})),
-        grad_mu(mu, concat(batch, {K}), rows.inner.rows),
-        grad_logvar(mu, concat(batch, {K}), rows.inner.rows) {}
+        grad_parameters(mu, packed_shape(), rows.inner.rows) {}
 };
 
 struct StandardGaussianLogProb {
@@ -188,14 +187,13 @@ struct GaussianKl : GaussianParameters {
 
 struct GaussianKlBackward : GaussianParameters {
   static constexpr auto op = "gaussian_kl_backward";
-  at::Tensor grad;                  // [*B]
-  at::Tensor grad_mu, grad_logvar;  // [*B, K]
-  RowMap<3> rows;                   // of mu, logvar and grad
+  at::Tensor grad;             // [*B]
+  at::Tensor grad_parameters;  // [*B, 2K]: [grad_mu | grad_logvar]
+  RowMap<3> rows;              // of mu, logvar and grad
 
   GaussianKlBackward(const at::Tensor& grad_in, const at::Tensor& mu_in, const at::Tensor& logvar_in)
       : GaussianParameters(op, mu_in, logvar_in), grad(check_row_gradient(op, "grad", grad_in, batch, {"mu", mu})) {
-    grad_mu = at::empty(concat(batch, {K}), mu.options());
-    grad_logvar = at::empty(grad_mu.sizes(), grad_mu.options());
+    grad_parameters = at::empty(packed_shape(), mu.options());
     rows = map_rows<3>(batch, {row_strides(mu, batch), row_strides(logvar, batch), row_strides(grad, batch, 0)});
   }
 };

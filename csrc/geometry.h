@@ -196,21 +196,13 @@ class GradientSum {
   at::ScalarType dtype_;
 };
 
-// body(pointers to what is written, whether it is summed).
-template <typename scalar_t, size_t count, typename Body>
-void dispatch_sums(const std::array<const GradientSum*, count>& sums, const Body& body) {
-  const auto call = [&](auto type, auto summed) {
-    using written_t = typename decltype(type)::type;
-    std::array<written_t*, count> to;
-    for (size_t i = 0; i < count; ++i) {
-      to[i] = sums[i]->written.template mutable_data_ptr<written_t>();
-    }
-    body(to, summed);
-  };
-  if (sums[0]->summed) {
-    call(Type<at::opmath_type<scalar_t>>{}, std::true_type{});
+// body(pointer to what is written, whether it is summed).
+template <typename scalar_t, typename Body>
+void dispatch_sum(const GradientSum& sum, const Body& body) {
+  if (sum.summed) {
+    body(sum.written.template mutable_data_ptr<at::opmath_type<scalar_t>>(), std::true_type{});
   } else {
-    call(Type<scalar_t>{}, std::false_type{});
+    body(sum.written.template mutable_data_ptr<scalar_t>(), std::false_type{});
   }
 }
 

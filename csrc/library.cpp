@@ -2,8 +2,8 @@
 //
 // Parameters come first, then the value. The last dimension is the event, K latent or D observed; B are batch
 // dimensions and S sample dimensions, of any number. An operator X is implemented in cpu/X.cpp and cuda/X.cu, its
-// gradient in autograd/X.cpp; X_backward stands beside X. What they compute and accept is documented in
-// wakesleep_ext/ops.py, the functions people call.
+// gradient in autograd/X.cpp; X_backward stands beside X, and returns the gradients of mu and logvar packed. What they
+// compute and accept is documented in wakesleep_ext/ops.py, the functions people call.
 #include <torch/library.h>
 
 #include <string>
@@ -11,30 +11,35 @@
 
 namespace {
 
+enum class Kind { kernel, reads_generator, composite };
+
 struct Operator {
   const char* schema;
-  bool reads_generator = false;
+  Kind kind = Kind::kernel;  // a composite one is made of others, and has no kernels of its own
 };
 
 constexpr Operator kOperators[] = {
     // keys: int64 [seed, offset] on the device of `like`
-    {"draw_key(Tensor like, *, Generator? generator=None) -> Tensor", true},
+    {"draw_key(Tensor like, *, Generator? generator=None) -> Tensor", Kind::reads_generator},
+
+    // the halves of [mu | logvar]; their gradients come back packed
+    {"gaussian_parameters(Tensor(a) packed) -> (Tensor(a), Tensor(a))", Kind::composite},
 
     // draws, functions of their key
     {"gaussian_rsample(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> Tensor"},
     {"gaussian_rsample_log_prob(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> (Tensor, Tensor)"},
     {"gaussian_rsample_backward(Tensor? grad_z, Tensor? grad_log_prob, Tensor mu, Tensor logvar, Tensor key, "
-     "SymInt[] sample_shape) -> (Tensor, Tensor)"},
+     "SymInt[] sample_shape) -> Tensor"},
     {"bernoulli_sample(Tensor logits, Tensor key, SymInt[] sample_shape, ScalarType? dtype=None) -> Tensor"},
 
     // densities, summed over the event
     {"gaussian_log_prob(Tensor mu, Tensor logvar, Tensor z) -> Tensor"},
     {"gaussian_log_prob_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor z, bool with_grad_z) "
-     "-> (Tensor, Tensor, Tensor)"},
+     "-> (Tensor, Tensor)"},
     {"standard_gaussian_log_prob(Tensor z) -> Tensor"},
     {"standard_gaussian_log_prob_backward(Tensor grad, Tensor z) -> Tensor"},
     {"gaussian_kl(Tensor mu, Tensor logvar) -> Tensor"},
-    {"gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar) -> (Tensor, Tensor)"},
+    {"gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar) -> Tensor"},
     {"bernoulli_log_prob(Tensor logits, Tensor x) -> Tensor"},
     {"bernoulli_log_prob_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor"},
 };
@@ -45,7 +50,7 @@ TORCH_LIBRARY(wakesleep_ext, m) {
   const std::vector<at::Tag> pure = {at::Tag::pt2_compliant_tag};
   const std::vector<at::Tag> reads_generator = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
   for (const Operator& op : kOperators) {
-    m.def(op.schema, op.reads_generator ? reads_generator : pure);
+    m.def(op.schema, op.kind == Kind::reads_generator ? reads_generator : pure);
   }
 }
 
@@ -64,6 +69,9 @@ void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) {
   for (const Operator& op : kOperators) {
+    if (op.kind == Kind::composite) {
+      continue;
+    }
     const std::string schema = op.schema;
     m.impl(schema.substr(0, schema.find('(')).c_str(),
            torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());

@@ -37,6 +37,10 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
      r"gaussian_log_prob: expected the leading dimensions of mu and logvar and z to broadcast, got \[2\] and \[3\]"),
     (lambda: ws.gaussian_rsample(f(3), f(3), (-1,)), ValueError,
      r"gaussian_rsample: expected sample_shape to have no negative sizes, got \[-1\]"),
+    (lambda: ws.gaussian_parameters(f(())), ValueError,
+     r"gaussian_parameters: expected packed to have at least one dimension"),
+    (lambda: ws.gaussian_parameters(f(2, 5)), ValueError,
+     r"gaussian_parameters: expected the last dimension of packed to be even, mu beside logvar, got 5"),
     # dtypes
     (lambda: ws.gaussian_kl(f(3, dtype=torch.int64), f(3)), TypeError,
      r"gaussian_kl: expected mu to be float64, float32, bfloat16 or float16, got Long"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SMALL, Case, make_key
+from cases import SMALL, Case, as_tuple, make_key
 
 import wakesleep_ext as ws
 from wakesleep_ext import reference
@@ -74,12 +74,13 @@ def test_opcheck_backward_operators(device: str) -> None:
 
 
 def test_every_operator_of_the_library_is_checked() -> None:
-    """No operator without a CPU kernel, an Autograd kernel and a fake one."""
+    """No operator without a CPU kernel, a CUDA kernel and an Autograd one, or one composed of others for all."""
     names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
-    assert len(names) == 13
+    assert len(names) == 14
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in names:
-        for key in ("CPU", "CUDA", "Autograd"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
+        own = [has_kernel(name, key) for key in ("CPU", "CUDA", "Autograd")]
+        assert own == 3 * [not has_kernel(name, "CompositeImplicitAutograd")], name
 
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
@@ -109,6 +110,68 @@ def test_torch_func(case: Case, device: str) -> None:
     jacobian = torch.func.jacrev(case.function(), which)(*inputs)
     expected = torch.func.jacrev(case.function(reference), which)(*inputs)
     torch.testing.assert_close(jacobian, expected)
+
+
+# ops of mu and logvar, as functions of these and of what else they take
+PACKED = {
+    "rsample": lambda mu, logvar, z: ws.gaussian_rsample(mu, logvar, (3,), key=make_key(mu.device)).sin().sum(-1),
+    "rsample_log_prob": lambda mu, logvar, z: ws.gaussian_rsample_log_prob(mu, logvar, (70,), key=make_key(mu.device)),
+    "log_prob": ws.gaussian_log_prob,
+    "log_prob of many": lambda mu, logvar, z: ws.gaussian_log_prob(mu, logvar, z.repeat(70, 1, 1)),
+    "kl": lambda mu, logvar, z: ws.gaussian_kl(mu, logvar),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", PACKED)
+def test_packed_parameters_get_a_packed_gradient(op: str, dtype: torch.dtype, device: str) -> None:
+    """That of chunk, and no kernel that would put its halves together."""
+    z = torch.randn(4, 5, device=device, dtype=dtype)
+    ours = torch.randn(4, 10, device=device, dtype=dtype, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    expected = as_tuple(PACKED[op](*theirs.chunk(2, -1), z))
+    results = as_tuple(PACKED[op](*ws.gaussian_parameters(ours), z))
+    upstream = [torch.randn_like(result) for result in results]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = torch.autograd.grad(results, ours, upstream)
+    assert torch.equal(*found, *torch.autograd.grad(expected, theirs, upstream))
+    assert not {"aten::cat", "aten::zeros", "aten::clone"} & {event.key for event in profile.key_averages()}
+
+
+def test_packed_parameters_are_views(device: str) -> None:
+    packed = torch.randn(4, 10, device=device)
+    for half, expected in zip(ws.gaussian_parameters(packed), packed.chunk(2, -1), strict=True):
+        assert torch.equal(half, expected)
+        assert half.data_ptr() == expected.data_ptr()
+
+
+def _in_any_way(packed: torch.Tensor) -> torch.Tensor:
+    """Gradients of one op, of several that add up, of one half alone, of each half where the other belongs."""
+    mu, logvar = ws.gaussian_parameters(packed)
+    z = ws.gaussian_rsample(mu, logvar, key=make_key(packed.device))
+    swapped = ws.gaussian_parameters(packed.square())[::-1]
+    alone = ws.gaussian_parameters(packed.sin())
+    packed_alone = ws.gaussian_parameters(packed.cos())
+    return (
+        ws.gaussian_kl(mu, logvar)
+        + ws.gaussian_log_prob(mu, logvar, z)
+        + ws.gaussian_kl(*swapped)
+        + alone[0].sum(-1)
+        + ws.gaussian_kl(*packed_alone)
+    )
+
+
+def test_packed_parameters_used_in_any_way(device: str) -> None:
+    packed = torch.randn(3, 6, device=device, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_in_any_way, packed)
+    assert torch.autograd.gradgradcheck(_in_any_way, packed)
+    expected = torch.autograd.grad(_in_any_way(packed).sum(), packed)
+    torch.compiler.reset()
+    compiled = torch.compile(_in_any_way, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(packed).sum(), packed), expected)
+    found = torch.func.grad(lambda tensor: _in_any_way(tensor).sum())(packed.detach())
+    torch.testing.assert_close(found, expected[0])
+    torch.library.opcheck(torch.ops.wakesleep_ext.gaussian_parameters.default, (packed,))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -16,6 +16,8 @@ from torch import Tensor
 import wakesleep_ext as ws
 from wakesleep_ext import cli, info, ops, selftest
 
+COMPUTED = set(ops.__all__) - {"gaussian_parameters"}  # which is a view
+
 
 def test_facts() -> None:
     facts = info.info()
@@ -88,11 +90,11 @@ def test_gpus_older_and_newer_than_the_kernels(capability: tuple[int, int], arch
 def test_selftest_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["selftest"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[1] for line in lines} == set(ops.__all__)
+    assert {line.split()[1] for line in lines} == COMPUTED
     assert all(line.startswith("pass") for line in lines)
 
 
-@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("name", sorted(COMPUTED))
 def test_selftest_finds_the_op_that_is_wrong(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +112,7 @@ def test_selftest_finds_the_op_that_is_wrong(
     assert failed == {name}
 
 
-@pytest.mark.parametrize("name", sorted(set(ops.__all__) - {"bernoulli_sample"}))
+@pytest.mark.parametrize("name", sorted(COMPUTED - {"bernoulli_sample"}))
 def test_selftest_finds_a_wrong_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(ops, name)
 
@@ -130,4 +132,4 @@ def test_selftest_finds_a_wrong_gradient(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_public_op_is_in_the_selftest() -> None:
-    assert {outcome.op for outcome in selftest.outcomes(["cpu"])} == set(ops.__all__)
+    assert {outcome.op for outcome in selftest.outcomes(["cpu"])} == COMPUTED

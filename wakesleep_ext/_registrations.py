@@ -19,9 +19,7 @@ _ops = torch.ops.wakesleep_ext
 
 def call(op: Any, *arguments: Any) -> Any:
     """Calls an operator, by its autograd.Function where a functorch transform is active."""
-    if _are_functorch_transforms_active():
-        return _FUNCTIONS[op].apply(*arguments) if op in _FUNCTIONS else op(*arguments)
-    return op(*arguments)
+    return _UNDER_FUNCTORCH.get(op, op)(*arguments) if _are_functorch_transforms_active() else op(*arguments)
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
@@ -50,6 +48,12 @@ def _events(*tensors: Tensor) -> Tensor:
     return tensors[0].new_empty(shape, dtype=_promoted(*tensors))
 
 
+def _packed(mu: Tensor, logvar: Tensor) -> Tensor:
+    """[grad_mu | grad_logvar], before sums to the shape of either."""
+    event = _events(mu, logvar)
+    return event.new_empty((*event.shape[:-1], 2 * event.shape[-1]))
+
+
 @torch.library.register_fake("wakesleep_ext::draw_key")
 def _(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     return like.new_empty((2,), dtype=torch.int64)
@@ -75,8 +79,8 @@ def _(
     logvar: Tensor,
     key: Tensor,
     sample_shape: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    return _events(mu, logvar), _events(mu, logvar)
+) -> Tensor:
+    return _packed(mu, logvar)
 
 
 @torch.library.register_fake("wakesleep_ext::bernoulli_sample")
@@ -90,10 +94,9 @@ def _(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("wakesleep_ext::gaussian_log_prob_backward")
-def _(grad: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, with_grad_z: bool) -> tuple[Tensor, Tensor, Tensor]:
-    parameters = _events(mu, logvar).to(_promoted(mu, logvar, z))
-    value = parameters.new_empty((*grad.shape, z.shape[-1] if with_grad_z else 0))
-    return parameters, torch.empty_like(parameters), value
+def _(grad: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, with_grad_z: bool) -> tuple[Tensor, Tensor]:
+    parameters = _packed(mu, logvar).to(_promoted(mu, logvar, z))
+    return parameters, parameters.new_empty((*grad.shape, z.shape[-1] if with_grad_z else 0))
 
 
 @torch.library.register_fake("wakesleep_ext::standard_gaussian_log_prob")
@@ -112,8 +115,8 @@ def _(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("wakesleep_ext::gaussian_kl_backward")
-def _(grad: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    return _events(mu, logvar), _events(mu, logvar)
+def _(grad: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return _packed(mu, logvar)
 
 
 @torch.library.register_fake("wakesleep_ext::bernoulli_log_prob")
@@ -243,13 +246,13 @@ def _sum_like(gradient: Tensor, owner: Tensor) -> Tensor:
 def _gaussian_rsample(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     mu, logvar, key, sample_shape = arguments
     grad_z, grad_log_prob = (*grads, None)[:2]
-    found = _ops.gaussian_rsample_backward.default(grad_z, grad_log_prob, mu, logvar, key, sample_shape)
-    return _sum_like(found[0], mu), _sum_like(found[1], logvar)
+    packed = _ops.gaussian_rsample_backward.default(grad_z, grad_log_prob, mu, logvar, key, sample_shape)
+    return tuple(map(_sum_like, packed.chunk(2, -1), (mu, logvar)))
 
 
 def _gaussian_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    found = _ops.gaussian_log_prob_backward.default(grads[0], *arguments, True)
-    return tuple(map(_sum_like, found, arguments))
+    packed, grad_z = _ops.gaussian_log_prob_backward.default(grads[0], *arguments, True)
+    return tuple(map(_sum_like, (*packed.chunk(2, -1), grad_z), arguments))
 
 
 def _standard_gaussian_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -257,7 +260,8 @@ def _standard_gaussian_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor
 
 
 def _gaussian_kl(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(map(_sum_like, _ops.gaussian_kl_backward.default(grads[0], *arguments), arguments))
+    packed = _ops.gaussian_kl_backward.default(grads[0], *arguments)
+    return tuple(map(_sum_like, packed.chunk(2, -1), arguments))
 
 
 def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -267,8 +271,8 @@ def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tu
     return grad_logits, grad_x
 
 
-_FUNCTIONS = {
-    op: _function(op, gradients)
+_UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
+    op: _function(op, gradients).apply
     for op, gradients in {
         _ops.gaussian_rsample.default: _gaussian_rsample,
         _ops.gaussian_rsample_log_prob.default: _gaussian_rsample,
@@ -278,3 +282,4 @@ _FUNCTIONS = {
         _ops.bernoulli_log_prob.default: _bernoulli_log_prob,
     }.items()
 }
+_UNDER_FUNCTORCH[_ops.gaussian_parameters.default] = lambda packed: packed.chunk(2, -1)

@@ -63,7 +63,7 @@ def log_likelihood_bounds(
     elbos, bounds = [], []
     draws = 0
     for images in x.split(chunk_images):
-        mu, logvar = recognition(images).chunk(2, -1)
+        mu, logvar = ops.gaussian_parameters(recognition(images))
         total = torch.zeros(len(images), dtype=torch.float64, device=x.device)
         log_total = torch.full_like(total, -math.inf)
         for first in range(0, num_samples, chunk_samples):

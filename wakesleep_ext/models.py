@@ -124,7 +124,7 @@ class HelmholtzMachine(nn.Module):
     """A recognition and a generative network facing each other (Dayan, Hinton, Neal & Zemel 1995).
 
     `recognition` maps x `[*, D]` to `[mu | logvar]` packed in one tensor `[*, 2K]`, so that
-    `mu, logvar = recognition(x).chunk(2, -1)` are views: q(z|x) = N(mu, exp(logvar)).
+    `mu, logvar = ops.gaussian_parameters(recognition(x))` are views: q(z|x) = N(mu, exp(logvar)).
     `generative` maps z `[*, K]` to logits `[*, D]`: p(z) = N(0, I), p(x|z) = Bernoulli(sigmoid(·)).
 
     Args:
@@ -157,5 +157,5 @@ class HelmholtzMachine(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *, key: Tensor | None = None) -> Tensor:
         """Mean of p(x'|z) at a z ~ q(z|x): pixels in [0, 1], `[*, D] -> [*, D]`."""
-        mu, logvar = self.recognition(x).chunk(2, -1)
+        mu, logvar = ops.gaussian_parameters(self.recognition(x))
         return torch.sigmoid(self.generative(ops.gaussian_rsample(mu, logvar, key=key)))

@@ -42,7 +42,7 @@ def wake_theta_loss(
         The loss in nats per image, 0-dimensional.
     """
     with torch.no_grad():
-        mu, logvar = recognition(x).chunk(2, -1)
+        mu, logvar = ops.gaussian_parameters(recognition(x))
         z = ops.gaussian_rsample(mu, logvar, (num_samples,), key=key)
     return -ops.bernoulli_log_prob(generative(z), x).mean()
 
@@ -74,5 +74,5 @@ def sleep_phi_loss(
         The loss in nats per dream, 0-dimensional.
     """
     z, _, x = dream(generative, num_dreams, latent, keys=keys)
-    mu, logvar = recognition(x).chunk(2, -1)
+    mu, logvar = ops.gaussian_parameters(recognition(x))
     return -ops.gaussian_log_prob(mu, logvar, z).mean()

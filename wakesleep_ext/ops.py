@@ -3,8 +3,8 @@
 Common to all of them:
 
 - **Shapes.** Parameters come first, then the value. The last dimension is the event (K latent, D observed) and is
-  summed over; every leading dimension broadcasts, and nothing is expanded in memory. Views with any leading strides,
-  such as the two halves of a packed ``[mu | logvar]``, are read in place.
+  summed over; every leading dimension broadcasts, and nothing is expanded in memory. Views with any leading strides
+  are read in place, such as the two halves of a packed ``[mu | logvar]``: see :func:`gaussian_parameters`.
 - **Dtypes.** float64, float32, bfloat16 and float16. Arithmetic is float32, and float64 for float64;
   log-probabilities and divergences are returned in that type, samples in the dtype of the parameters. Arguments of
   unequal dtypes are promoted.
@@ -31,12 +31,30 @@ __all__ = [
     "bernoulli_sample",
     "gaussian_kl",
     "gaussian_log_prob",
+    "gaussian_parameters",
     "gaussian_rsample",
     "gaussian_rsample_log_prob",
     "standard_gaussian_log_prob",
 ]
 
 _ops = torch.ops.wakesleep_ext
+
+
+def gaussian_parameters(packed: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The two halves of a packed :math:`[\mu \,|\, \ell]`, as a network with one last layer emits it.
+
+    As ``packed.chunk(2, -1)``, but for the gradient: the Gaussian ops write those of mu and logvar into one packed
+    tensor, and where one op's gradients are all there are, that tensor is handed on as it stands. ``chunk`` would copy
+    the halves into a third.
+
+    Args:
+        packed: means beside logarithms of variances, ``[*B, 2K]``.
+
+    Returns:
+        mu and logvar, ``[*B, K]`` each: views, which must not be written to where ``packed`` requires a gradient.
+    """
+    mu, logvar = call(_ops.gaussian_parameters.default, packed)
+    return mu, logvar
 
 
 def gaussian_rsample(

@@ -19,6 +19,12 @@ from wakesleep_ext import random
 _LOG_TWO_PI = math.log(2 * math.pi)
 
 
+def gaussian_parameters(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of [mu | logvar]."""
+    mu, logvar = packed.chunk(2, -1)
+    return mu, logvar
+
+
 def gaussian_rsample(
     mu: Tensor,
     logvar: Tensor,

@@ -12,7 +12,7 @@ struct GaussianKl : torch::autograd::Function<GaussianKl> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    const auto [grad_mu, grad_logvar] = gaussian_kl_backward().call(grads[0], saved[0], saved[1]);
+    const auto [grad_mu, grad_logvar] = halves(gaussian_kl_backward().call(grads[0], saved[0], saved[1]));
     return {sum_like(grad_mu, saved[0]), sum_like(grad_logvar, saved[1])};
   }
 };
@@ -22,13 +22,14 @@ Tensor kl(const Tensor& mu, const Tensor& logvar) {
 }
 
 // The backward itself differentiates through the formula.
-Pair kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar) {
+Tensor kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar) {
   if (!needs_gradient(grad, mu, logvar)) {
     return below(gaussian_kl_backward(), grad, mu, logvar);
   }
   const auto shape = at::infer_size_symdimvector(mu.sym_sizes(), logvar.sym_sizes());
   const Tensor upstream = grad.unsqueeze(-1);
-  return {(upstream * mu).expand_symint(shape), (0.5 * upstream * (logvar.exp() - 1)).expand_symint(shape)};
+  return at::cat({(upstream * mu).expand_symint(shape), (0.5 * upstream * (logvar.exp() - 1)).expand_symint(shape)},
+                 -1);
 }
 
 }  // namespace

@@ -14,8 +14,9 @@ struct GaussianLogProb : torch::autograd::Function<GaussianLogProb> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const bool with_grad_z = context->needs_input_grad(2);
-    const auto [grad_mu, grad_logvar, grad_z] =
+    const auto [grad_parameters, grad_z] =
         gaussian_log_prob_backward().call(grads[0], saved[0], saved[1], saved[2], with_grad_z);
+    const auto [grad_mu, grad_logvar] = halves(grad_parameters);
     return {sum_like(grad_mu, saved[0]), sum_like(grad_logvar, saved[1]),
             with_grad_z ? sum_like(grad_z, saved[2]) : Tensor()};
   }
@@ -27,15 +28,14 @@ Tensor log_prob(const Tensor& mu, const Tensor& logvar, const Tensor& z) {
 }
 
 // The backward itself differentiates through the formula.
-std::tuple<Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
-                                                     const Tensor& z, bool with_grad_z) {
+Pair log_prob_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const Tensor& z, bool with_grad_z) {
   if (!needs_gradient(grad, mu, logvar, z)) {
     return below(gaussian_log_prob_backward(), grad, mu, logvar, z, with_grad_z);
   }
   const auto shape = at::infer_size_symdimvector(mu.sym_sizes(), logvar.sym_sizes());
   const Tensor upstream = grad.unsqueeze(-1), difference = z - mu, scaled = difference * (-logvar).exp();
-  return {at::sum_to(upstream * scaled, shape), at::sum_to(0.5 * upstream * (difference * scaled - 1), shape),
-          -upstream * scaled};
+  const Tensor grad_mu = upstream * scaled, grad_logvar = 0.5 * upstream * (difference * scaled - 1);
+  return {at::cat({at::sum_to(grad_mu, shape), at::sum_to(grad_logvar, shape)}, -1), -grad_mu};
 }
 
 }  // namespace

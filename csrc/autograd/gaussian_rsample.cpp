@@ -24,8 +24,8 @@ struct Rsample : torch::autograd::Function<Rsample> {
     const auto grad = [&](size_t output) {
       return output < grads.size() && grads[output].defined() ? OptionalTensor(grads[output]) : std::nullopt;
     };
-    const auto [grad_mu, grad_logvar] = gaussian_rsample_backward().call(
-        grad(0), grad(1), mu, logvar, key, context->saved_data["sample_shape"].toSymIntVector());
+    const auto [grad_mu, grad_logvar] = halves(gaussian_rsample_backward().call(
+        grad(0), grad(1), mu, logvar, key, context->saved_data["sample_shape"].toSymIntVector()));
     return {sum_like(grad_mu, mu), sum_like(grad_logvar, logvar), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -44,8 +44,8 @@ Pair rsample_log_prob(const Tensor& mu, const Tensor& logvar, const Tensor& key,
 }
 
 // The backward itself differentiates through the formula, with eps drawn as the sample of N(0, I) with that key.
-Pair rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_log_prob, const Tensor& mu,
-                      const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
+Tensor rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_log_prob, const Tensor& mu,
+                        const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
   const bool has_z = grad_z && grad_z->defined(), has_log_prob = grad_log_prob && grad_log_prob->defined();
   if (!needs_gradient(mu, logvar) && !(has_z && needs_gradient(*grad_z)) &&
       !(has_log_prob && needs_gradient(*grad_log_prob))) {
@@ -63,7 +63,7 @@ Pair rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_l
     const auto batch = c10::SymIntArrayRef(shape).slice(0, shape.size() - 1);
     grad_logvar = grad_logvar - 0.5 * at::sum_to(*grad_log_prob, batch).unsqueeze(-1);
   }
-  return {grad_mu, grad_logvar};
+  return at::cat({grad_mu, grad_logvar}, -1);
 }
 
 }  // namespace

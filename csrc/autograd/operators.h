@@ -27,15 +27,14 @@ using Pair = std::tuple<Tensor, Tensor>;
 
 WAKESLEEP_OPERATOR(gaussian_rsample, Tensor(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
 WAKESLEEP_OPERATOR(gaussian_rsample_log_prob, Pair(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
-WAKESLEEP_OPERATOR(gaussian_rsample_backward, Pair(const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                                   const Tensor&, const Tensor&, c10::SymIntArrayRef))
+WAKESLEEP_OPERATOR(gaussian_rsample_backward, Tensor(const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                                     const Tensor&, const Tensor&, c10::SymIntArrayRef))
 WAKESLEEP_OPERATOR(gaussian_log_prob, Tensor(const Tensor&, const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(gaussian_log_prob_backward,
-                   std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool))
+WAKESLEEP_OPERATOR(gaussian_log_prob_backward, Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool))
 WAKESLEEP_OPERATOR(standard_gaussian_log_prob, Tensor(const Tensor&))
 WAKESLEEP_OPERATOR(standard_gaussian_log_prob_backward, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(gaussian_kl_backward, Pair(const Tensor&, const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
 
@@ -53,5 +52,11 @@ auto below(const Operator& op, const Arguments&... arguments) {
 
 // A gradient in the broadcast shape, summed to the shape of what it belongs to.
 inline Tensor sum_like(const Tensor& gradient, const Tensor& owner) { return at::sum_to(gradient, owner.sym_sizes()); }
+
+// The halves of a packed [mu | logvar], views of it.
+inline Pair halves(const Tensor& packed) {
+  const c10::SymInt K = packed.sym_size(-1) / 2;
+  return {packed.narrow_symint(-1, 0, K), packed.narrow_symint(-1, K, K)};
+}
 
 }  // namespace wakesleep::autograd

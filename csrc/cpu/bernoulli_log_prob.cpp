@@ -67,9 +67,9 @@ at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
     const auto* logits_data = call.logits.const_data_ptr<logit_t>();
     const auto* x_data = call.x.const_data_ptr<x_t>();
     const auto* grad_data = call.grad.const_data_ptr<compute_t>();
-    dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to, auto summed) {
+    dispatch_sum<logit_t>(call.grad_logits, [&](auto* to, auto summed) {
       for_inner_pieces(call.rows, call.D, [&](const auto& piece, int64_t index, int64_t column, int64_t columns) {
-        auto* out = to[0] + index * call.D + column;
+        auto* out = to + index * call.D + column;
         Tile<compute_t> result_tile;
         compute_t* result = result_tile.place_for(out);
         if constexpr (summed) {

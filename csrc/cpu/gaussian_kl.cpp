@@ -29,9 +29,9 @@ at::Tensor gaussian_kl(const at::Tensor& mu,        // [*B, K]
   return call.kl;
 }
 
-std::tuple<at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad,      // [*B]
-                                                        const at::Tensor& mu,        // [*B, K]
-                                                        const at::Tensor& logvar) {  // [*B, K]
+at::Tensor gaussian_kl_backward(const at::Tensor& grad,      // [*B]
+                                const at::Tensor& mu,        // [*B, K]
+                                const at::Tensor& logvar) {  // [*B, K]
   const GaussianKlBackward call(grad, mu, logvar);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
@@ -39,8 +39,7 @@ std::tuple<at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad, 
     const auto* mu_data = call.mu.const_data_ptr<scalar_t>();
     const auto* logvar_data = call.logvar.const_data_ptr<scalar_t>();
     const auto* grad_data = call.grad.const_data_ptr<compute_t>();
-    auto* grad_mu = call.grad_mu.mutable_data_ptr<scalar_t>();
-    auto* grad_logvar = call.grad_logvar.mutable_data_ptr<scalar_t>();
+    auto* grad_parameters = call.grad_parameters.mutable_data_ptr<scalar_t>();
     vectorized_parallel_for(call.rows.rows, grain_rows(call.K), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const auto offset = call.rows(row);
@@ -49,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad, 
           Tile<compute_t> mu_tile, logvar_tile, mu_result, logvar_result;
           const compute_t* m = mu_tile.read(mu_data + offset.of[0] + column, columns);
           const compute_t* l = logvar_tile.read(logvar_data + offset.of[1] + column, columns);
-          auto *mu_out = grad_mu + row * call.K + column, *logvar_out = grad_logvar + row * call.K + column;
+          auto *mu_out = grad_parameters + 2 * row * call.K + column, *logvar_out = mu_out + call.K;
           compute_t *row_mu = mu_result.place_for(mu_out), *row_logvar = logvar_result.place_for(logvar_out);
           for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
             row_mu[k] = upstream * m[k];
@@ -61,7 +60,7 @@ std::tuple<at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad, 
       }
     });
   });
-  return {call.grad_mu, call.grad_logvar};
+  return call.grad_parameters;
 }
 
 }  // namespace

@@ -37,11 +37,11 @@ at::Tensor gaussian_log_prob(const at::Tensor& mu,      // [*B, K]
   return call.log_prob;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
-                                                                          const at::Tensor& mu,      // [*B, K]
-                                                                          const at::Tensor& logvar,  // [*B, K]
-                                                                          const at::Tensor& z,       // [*S, *B, K]
-                                                                          bool with_grad_z) {
+std::tuple<at::Tensor, at::Tensor> gaussian_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
+                                                              const at::Tensor& mu,      // [*B, K]
+                                                              const at::Tensor& logvar,  // [*B, K]
+                                                              const at::Tensor& z,       // [*S, *B, K]
+                                                              bool with_grad_z) {
   const GaussianLogProbBackward call(grad, mu, logvar, z, with_grad_z);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
@@ -51,9 +51,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
     const auto* z_data = call.z.const_data_ptr<scalar_t>();
     const auto* grad_data = call.grad.const_data_ptr<compute_t>();
     auto* grad_z_data = call.grad_z.mutable_data_ptr<scalar_t>();
-    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto summed) {
+    dispatch_sum<scalar_t>(call.grad_parameters, [&](auto* to, auto summed) {
       for_inner_pieces(call.rows, call.K, [&](const auto& piece, int64_t index, int64_t column, int64_t columns) {
-        auto *mu_out = to[0] + index * call.K + column, *logvar_out = to[1] + index * call.K + column;
+        auto *mu_out = to + 2 * index * call.K + column, *logvar_out = mu_out + call.K;
         Tile<compute_t> mu_result, logvar_result;
         compute_t *grad_mu = mu_result.place_for(mu_out), *grad_logvar = logvar_result.place_for(logvar_out);
         if constexpr (summed) {
@@ -91,7 +91,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
       });
     });
   });
-  return {call.grad_mu.total(), call.grad_logvar.total(), call.grad_z};
+  return {call.grad_parameters.total(), call.grad_z};
 }
 
 }  // namespace

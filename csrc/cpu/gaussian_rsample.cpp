@@ -68,13 +68,12 @@ std::tuple<at::Tensor, at::Tensor> gaussian_rsample_log_prob(const at::Tensor& m
 }
 
 // grad_mu = sum_s grad_z; grad_logvar = 1/2 sum_s (grad_z sigma eps - grad_log_prob).
-std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
-    const std::optional<at::Tensor>& grad_z,         // [*S, *B, K]
-    const std::optional<at::Tensor>& grad_log_prob,  // [*S, *B]
-    const at::Tensor& mu,                            // [*B, K]
-    const at::Tensor& logvar,                        // [*B, K]
-    const at::Tensor& key,                           // [2]
-    at::IntArrayRef sample_shape) {
+at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z,         // [*S, *B, K]
+                                     const std::optional<at::Tensor>& grad_log_prob,  // [*S, *B]
+                                     const at::Tensor& mu,                            // [*B, K]
+                                     const at::Tensor& logvar,                        // [*B, K]
+                                     const at::Tensor& key,                           // [2]
+                                     at::IntArrayRef sample_shape) {
   const GaussianRsampleBackward call(grad_z, grad_log_prob, mu, logvar, key, sample_shape);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
@@ -85,7 +84,7 @@ std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
         call.grad_log_prob.defined() ? call.grad_log_prob.const_data_ptr<compute_t>() : nullptr;
     const PhiloxKey key_words = read_key(call.key);
     const int64_t B = call.rows.rows, K = call.K;
-    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto) {
+    dispatch_sum<scalar_t>(call.grad, [&](auto* to, auto) {
       for_row_tiles(inner_pieces(call.samples), B, K, [&](int64_t piece, int64_t first_row, int64_t rows) {
         DrawTile<StandardNormals, compute_t> tile;
         const int64_t first_sample = piece * kPieceRows;
@@ -112,20 +111,21 @@ std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
             }
             Tile<compute_t> logvar_tile, mu_result, logvar_result;
             const compute_t* l = logvar_tile.read(logvar_data + call.rows(row).of[0] + column, columns);
-            const int64_t in_tile = (row - first_row) * columns, out = (piece * B + row) * K + column;
-            compute_t *grad_mu = mu_result.place_for(to[0] + out), *grad_logvar = logvar_result.place_for(to[1] + out);
+            const int64_t in_tile = (row - first_row) * columns;
+            auto *mu_out = to + 2 * (piece * B + row) * K + column, *logvar_out = mu_out + K;
+            compute_t *grad_mu = mu_result.place_for(mu_out), *grad_logvar = logvar_result.place_for(logvar_out);
             for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
               grad_mu[k] = total_z[in_tile + k];
               grad_logvar[k] = compute_t(0.5) * (gaussian_sigma(l[k]) * total_z_eps[in_tile + k] - total_log_prob);
             });
-            mu_result.store(to[0] + out, columns);
-            logvar_result.store(to[1] + out, columns);
+            mu_result.store(mu_out, columns);
+            logvar_result.store(logvar_out, columns);
           }
         }
       });
     });
   });
-  return {call.grad_mu.total(), call.grad_logvar.total()};
+  return call.grad.total();
 }
 
 }  // namespace

@@ -102,11 +102,11 @@ at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
   call.dispatch(call.op, [&](auto logit_type, auto x_type) {
     using logit_t = typename decltype(logit_type)::type;
     using x_t = typename decltype(x_type)::type;
-    dispatch_sums<logit_t, 1>({&call.grad_logits}, [&](const auto& to, auto summed) {
+    dispatch_sum<logit_t>(call.grad_logits, [&](auto* to, auto summed) {
       launch_rows(inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.D,
                   BernoulliLogProbBackwardRows<logit_t, x_t, summed>{
                       call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
-                      call.grad.const_data_ptr<at::opmath_type<logit_t>>(), to[0], call.rows, call.D});
+                      call.grad.const_data_ptr<at::opmath_type<logit_t>>(), to, call.rows, call.D});
     });
   });
   return call.grad_logits.total();

@@ -57,8 +57,7 @@ struct GaussianKlBackwardRows {
   const scalar_t* __restrict__ mu;
   const scalar_t* __restrict__ logvar;
   const compute_t* __restrict__ grad;
-  scalar_t* __restrict__ grad_mu;
-  scalar_t* __restrict__ grad_logvar;
+  scalar_t* __restrict__ grad_parameters;
   RowMap<3> rows;
   int64_t K;
 
@@ -76,26 +75,26 @@ struct GaussianKlBackwardRows {
         m_packet.value[i] *= upstream;
         l_packet.value[i] = upstream * gaussian_kl_grad_logvar(l_packet.value[i]);
       }
-      store(span, m_packet, grad_mu + row * K);
-      store(span, l_packet, grad_logvar + row * K);
+      store(span, m_packet, grad_parameters + row * 2 * K);
+      store(span, l_packet, grad_parameters + row * 2 * K + K);
     });
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad,      // [*B]
-                                                        const at::Tensor& mu,        // [*B, K]
-                                                        const at::Tensor& logvar) {  // [*B, K]
+at::Tensor gaussian_kl_backward(const at::Tensor& grad,      // [*B]
+                                const at::Tensor& mu,        // [*B, K]
+                                const at::Tensor& logvar) {  // [*B, K]
   const c10::cuda::CUDAGuard guard(mu.device());
   const GaussianKlBackward call(grad, mu, logvar);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows(call.rows.rows, call.K,
-                GaussianKlBackwardRows<scalar_t>{
-                    call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
-                    call.grad.const_data_ptr<at::opmath_type<scalar_t>>(), call.grad_mu.mutable_data_ptr<scalar_t>(),
-                    call.grad_logvar.mutable_data_ptr<scalar_t>(), call.rows, call.K});
+    launch_rows(
+        call.rows.rows, call.K,
+        GaussianKlBackwardRows<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+                                         call.grad.const_data_ptr<at::opmath_type<scalar_t>>(),
+                                         call.grad_parameters.mutable_data_ptr<scalar_t>(), call.rows, call.K});
   });
-  return {call.grad_mu, call.grad_logvar};
+  return call.grad_parameters;
 }
 
 }  // namespace

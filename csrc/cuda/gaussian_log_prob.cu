@@ -67,8 +67,7 @@ struct GaussianLogProbBackwardRows {
   const scalar_t* __restrict__ logvar;
   const scalar_t* __restrict__ z;
   const compute_t* __restrict__ grad;
-  grad_t* __restrict__ grad_mu;
-  grad_t* __restrict__ grad_logvar;
+  grad_t* __restrict__ grad_parameters;
   scalar_t* __restrict__ grad_z;  // null where it is not wanted
   RowGroups<5> rows;
   int64_t K;
@@ -95,30 +94,30 @@ struct GaussianLogProbBackwardRows {
           store(span, v, grad_z + offset.of[4]);
         }
       });
-      store(span, total_mu, grad_mu + index * K);
-      store(span, total_logvar, grad_logvar + index * K);
+      store(span, total_mu, grad_parameters + index * 2 * K);
+      store(span, total_logvar, grad_parameters + index * 2 * K + K);
     });
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
-                                                                          const at::Tensor& mu,      // [*B, K]
-                                                                          const at::Tensor& logvar,  // [*B, K]
-                                                                          const at::Tensor& z,       // [*S, *B, K]
-                                                                          bool with_grad_z) {
+std::tuple<at::Tensor, at::Tensor> gaussian_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
+                                                              const at::Tensor& mu,      // [*B, K]
+                                                              const at::Tensor& logvar,  // [*B, K]
+                                                              const at::Tensor& z,       // [*S, *B, K]
+                                                              bool with_grad_z) {
   const c10::cuda::CUDAGuard guard(mu.device());
   const GaussianLogProbBackward call(grad, mu, logvar, z, with_grad_z);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto summed) {
+    dispatch_sum<scalar_t>(call.grad_parameters, [&](auto* to, auto summed) {
       launch_rows(inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
                   GaussianLogProbBackwardRows<scalar_t, summed>{
                       call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
-                      call.z.const_data_ptr<scalar_t>(), call.grad.const_data_ptr<at::opmath_type<scalar_t>>(), to[0],
-                      to[1], with_grad_z ? call.grad_z.mutable_data_ptr<scalar_t>() : nullptr, call.rows, call.K});
+                      call.z.const_data_ptr<scalar_t>(), call.grad.const_data_ptr<at::opmath_type<scalar_t>>(), to,
+                      with_grad_z ? call.grad_z.mutable_data_ptr<scalar_t>() : nullptr, call.rows, call.K});
     });
   });
-  return {call.grad_mu.total(), call.grad_logvar.total(), call.grad_z};
+  return {call.grad_parameters.total(), call.grad_z};
 }
 
 }  // namespace

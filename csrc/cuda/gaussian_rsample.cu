@@ -88,8 +88,7 @@ struct GaussianRsampleBackwardRows {
   const compute_t* __restrict__ grad_log_prob;  // null where no gradient came
   const scalar_t* __restrict__ logvar;
   const int64_t* __restrict__ key;
-  grad_t* __restrict__ grad_mu;
-  grad_t* __restrict__ grad_logvar;
+  grad_t* __restrict__ grad;
   RowMap<1> rows;
   int64_t samples;
   int64_t K;
@@ -124,34 +123,33 @@ struct GaussianRsampleBackwardRows {
       for (int i = 0; i < span.size; ++i) {
         total_z_eps.value[i] = compute_t(0.5) * (gaussian_sigma(l.value[i]) * total_z_eps.value[i] - total_log_prob);
       }
-      store(span, total_z, grad_mu + index * K);
-      store(span, total_z_eps, grad_logvar + index * K);
+      store(span, total_z, grad + index * 2 * K);
+      store(span, total_z_eps, grad + index * 2 * K + K);
     });
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> gaussian_rsample_backward(
-    const std::optional<at::Tensor>& grad_z,         // [*S, *B, K]
-    const std::optional<at::Tensor>& grad_log_prob,  // [*S, *B]
-    const at::Tensor& mu,                            // [*B, K]
-    const at::Tensor& logvar,                        // [*B, K]
-    const at::Tensor& key,                           // [2]
-    at::IntArrayRef sample_shape) {
+at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z,         // [*S, *B, K]
+                                     const std::optional<at::Tensor>& grad_log_prob,  // [*S, *B]
+                                     const at::Tensor& mu,                            // [*B, K]
+                                     const at::Tensor& logvar,                        // [*B, K]
+                                     const at::Tensor& key,                           // [2]
+                                     at::IntArrayRef sample_shape) {
   const c10::cuda::CUDAGuard guard(mu.device());
   const GaussianRsampleBackward call(grad_z, grad_log_prob, mu, logvar, key, sample_shape);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = at::opmath_type<scalar_t>;
-    dispatch_sums<scalar_t, 2>({&call.grad_mu, &call.grad_logvar}, [&](const auto& to, auto summed) {
+    dispatch_sum<scalar_t>(call.grad, [&](auto* to, auto summed) {
       launch_rows(inner_pieces(call.samples) * call.rows.rows, call.K,
                   GaussianRsampleBackwardRows<scalar_t, summed>{
                       call.grad_z.defined() ? call.grad_z.const_data_ptr<scalar_t>() : nullptr,
                       call.grad_log_prob.defined() ? call.grad_log_prob.const_data_ptr<compute_t>() : nullptr,
-                      call.logvar.const_data_ptr<scalar_t>(), call.key.const_data_ptr<int64_t>(), to[0], to[1],
-                      call.rows, call.samples, call.K});
+                      call.logvar.const_data_ptr<scalar_t>(), call.key.const_data_ptr<int64_t>(), to, call.rows,
+                      call.samples, call.K});
     });
   });
-  return {call.grad_mu.total(), call.grad_logvar.total()};
+  return call.grad.total();
 }
 
 }  // namespace

@@ -25,9 +25,9 @@ SANITIZE = os.environ.get("WAKESLEEP_SANITIZE") == "1"
 
 
 def operators() -> list[str]:
-    """The names of all operators in the package's schema table."""
-    schemas = torch._C._jit_get_all_schemas()
-    return [schema.name.split("::")[1] for schema in schemas if schema.name.startswith("wakesleep_ext::")]
+    """The names of all operators in the package's schema table that have kernels."""
+    names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
+    return [name.split("::")[1] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
 
 
 @cache
