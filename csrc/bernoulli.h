@@ -8,7 +8,43 @@
 
 namespace wakesleep {
 
-// Checked operands of the log-likelihood: x as uint8, in the type of the logits, or in the type they are computed in.
+// An observation as it is read beside parameters of that dtype: uint8, in this dtype, or in the one they are computed
+// in.
+inline at::Tensor observation(const char* op, const at::Tensor& x, at::ScalarType parameters) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kBool || type == at::kByte || at::isFloatingType(type), op,
+                   ": expected x to be bool, uint8 or floating, got ", type);
+  if (type == at::kBool) {
+    return with_contiguous_events(x.view(at::kByte));
+  }
+  return with_contiguous_events(type == at::kByte || type == parameters ? x : x.to(at::toOpMathType(parameters)));
+}
+
+// The dtype that zeros and ones are written in where `dtype` is asked for: that of the parameters, or bytes.
+inline at::ScalarType written_dtype(const char* op, at::ScalarType dtype, at::ScalarType parameters) {
+  TORCH_CHECK_TYPE(dtype == at::kBool || dtype == at::kByte || at::isFloatingType(dtype), op,
+                   ": expected dtype to be bool, uint8 or floating, got ", dtype);
+  return dtype == parameters ? dtype : at::kByte;
+}
+
+// Bytes that are zero or one are booleans as they stand.
+inline at::Tensor as_dtype(const at::Tensor& zeros_and_ones, at::ScalarType dtype) {
+  return dtype == at::kBool ? zeros_and_ones.view(at::kBool) : zeros_and_ones.to(dtype);
+}
+
+// body(Type<parameter_t>{}, Type<written_t>{}) for zeros and ones written as written_dtype() has it.
+template <typename Body>
+void dispatch_floating_and_written(const char* op, at::ScalarType parameters, at::ScalarType written,
+                                   const Body& body) {
+  dispatch_floating(op, parameters, [&](auto type) {
+    if (written == at::kByte) {
+      return body(type, Type<uint8_t>{});
+    }
+    body(type, type);
+  });
+}
+
+// Checked operands of the log-likelihood.
 struct BernoulliOperands {
   at::Tensor logits;    // [*S, *B, D]
   at::Tensor x;         // [*B, D]
@@ -18,17 +54,8 @@ struct BernoulliOperands {
   BernoulliOperands(const char* op, const at::Tensor& logits_in, const at::Tensor& x_in) {
     check_floating(op, {"logits", logits_in});
     check_same_event(op, {"logits", logits_in}, {"x", x_in});
-    const auto type = x_in.scalar_type();
-    TORCH_CHECK_TYPE(type == at::kBool || type == at::kByte || at::isFloatingType(type), op,
-                     ": expected x to be bool, uint8 or floating, got ", type);
     logits = with_contiguous_events(logits_in);
-    const auto compute = at::toOpMathType(logits.scalar_type());
-    if (type == at::kBool) {
-      x = x_in.view(at::kByte);
-    } else {
-      x = type == at::kByte || type == logits.scalar_type() ? x_in : x_in.to(compute);
-    }
-    x = with_contiguous_events(x);
+    x = observation(op, x_in, logits.scalar_type());
     batch = broadcast_batch(op, {"logits", logits}, {"x", x});
     D = logits.size(-1);
   }
@@ -84,28 +111,20 @@ struct BernoulliSample {
     check_event(op, {"logits", logits});
     check_key(op, key, {"logits", logits});
     check_sample_shape(op, sample_shape);
-    TORCH_CHECK_TYPE(dtype == at::kBool || dtype == at::kByte || at::isFloatingType(dtype), op,
-                     ": expected dtype to be bool, uint8 or floating, got ", dtype);
     D = logits.size(-1);
     logits = with_contiguous_events(logits);
-    const auto written = dtype == logits.scalar_type() ? dtype : at::kByte;
-    x = at::empty(concat(sample_shape, logits.sizes()), logits.options().dtype(written));
+    x = at::empty(concat(sample_shape, logits.sizes()),
+                  logits.options().dtype(written_dtype(op, dtype, logits.scalar_type())));
     const auto batch = batch_sizes(logits);
     rows = map_rows<1>(batch, {row_strides(logits, batch)});
   }
 
   template <typename Body>
   void dispatch(const Body& body) const {
-    dispatch_floating(op, logits.scalar_type(), [&](auto type) {
-      if (x.scalar_type() == at::kByte) {
-        return body(type, Type<uint8_t>{});
-      }
-      body(type, type);
-    });
+    dispatch_floating_and_written(op, logits.scalar_type(), x.scalar_type(), body);
   }
 
-  // Zeros and ones as bytes are booleans as they stand.
-  at::Tensor result() const { return dtype == at::kBool ? x.view(at::kBool) : x.to(dtype); }
+  at::Tensor result() const { return as_dtype(x, dtype); }
 };
 
 }  // namespace wakesleep

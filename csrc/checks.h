@@ -2,6 +2,7 @@
 // Values are never read: that would stop a GPU.
 #pragma once
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
@@ -59,6 +60,13 @@ inline at::Tensor check_row_gradient(const char* op, const char* name, const at:
   check_same_device(op, beside, {name, grad});
   TORCH_CHECK_VALUE(grad.sizes() == batch, op, ": expected ", name, " to have shape ", batch, ", got ", grad.sizes());
   return grad.to(at::toOpMathType(beside.tensor.scalar_type()));
+}
+
+// A number for each row of the batch, or one that many rows share.
+inline void check_row_weights(const char* op, const Argument& argument, c10::SymIntArrayRef batch) {
+  check_floating(op, argument);
+  TORCH_CHECK_VALUE(at::is_expandable_to(argument.tensor.sym_sizes(), batch), op, ": expected ", argument.name,
+                    " to broadcast to ", batch, ", the rows, got ", argument.tensor.sym_sizes());
 }
 
 inline void check_key(const char* op, const at::Tensor& key, const Argument& beside) {

@@ -27,6 +27,23 @@ void dispatch_floating(const char* op, at::ScalarType type, const Body& body) {
   }
 }
 
+template <typename Body>
+void dispatch_half(at::ScalarType type, const Body& body) {
+  if (type == at::kHalf) {
+    return body(Type<at::Half>{});
+  }
+  body(Type<at::BFloat16>{});
+}
+
+// As dispatch_floating, for the types that are computed in: float and double.
+template <typename Body>
+void dispatch_computed(at::ScalarType type, const Body& body) {
+  if (type == at::kDouble) {
+    return body(Type<double>{});
+  }
+  body(Type<float>{});
+}
+
 // body(Type<parameter_t>{}, Type<value_t>{}) for a value of the parameters' type, of uint8, or of the type that
 // the parameters are computed in.
 template <typename Body>

@@ -42,6 +42,21 @@ constexpr Operator kOperators[] = {
     {"gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar) -> Tensor"},
     {"bernoulli_log_prob(Tensor logits, Tensor x) -> Tensor"},
     {"bernoulli_log_prob_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor"},
+
+    // a Bernoulli head, its logits being h weight^T + bias: h [*S, *B, H], weight [D, H], bias [D], x [*B, D]
+    {"linear_bernoulli_sample(Tensor h, Tensor weight, Tensor bias, Tensor key, ScalarType? dtype=None) -> Tensor"},
+    {"linear_bernoulli_log_prob(Tensor h, Tensor weight, Tensor bias, Tensor x, bool? recompute=None) -> Tensor"},
+    // also the logits, but for the bias, if they take no more than kept_bytes; otherwise none of them
+    {"linear_bernoulli_log_prob_and_logits(Tensor h, Tensor weight, Tensor bias, Tensor x, int kept_bytes) "
+     "-> (Tensor, Tensor)"},
+    {"linear_bernoulli_log_prob_backward(Tensor grad, Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? logits, "
+     "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor)"},
+    // sum_n importance_n log p(x_n | h_n); the gradients that go with it
+    {"linear_bernoulli_log_prob_sum(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? importance=None) "
+     "-> Tensor",
+     Kind::composite},
+    {"linear_bernoulli_log_prob_and_gradients(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? importance, "
+     "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)"},
 };
 
 }  // namespace

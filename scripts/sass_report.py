@@ -31,6 +31,9 @@ OPERANDS = {
     "GaussianLogProbRows": (0, 0, 0),
     "GaussianLogProbBackwardRows": (0, 0, 0),
     "GaussianRsampleRows": (0, 0),
+    "LinearBernoulliLogProbRows": (0, 0, 1),  # products, bias and x
+    "LinearBernoulliLogProbBackwardRows": (0, *4 * (0, 1)),  # the bias, and four rows of products and x
+    "LinearBernoulliSampleRows": (0, 0),
     "GaussianRsampleBackwardRows": (0,),  # its loop over samples reads the gradient of z alone
     "StandardGaussianLogProbRows": (0,),
     "StandardGaussianLogProbBackwardRows": (0,),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,19 @@ import wakesleep_ext as ws
 from wakesleep_ext import ops, reference
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# the tensor arguments of each op
+ARGUMENTS = {
+    "gaussian_rsample": ("mu", "logvar"),
+    "gaussian_rsample_log_prob": ("mu", "logvar"),
+    "gaussian_log_prob": ("mu", "logvar", "z"),
+    "standard_gaussian_log_prob": ("z",),
+    "gaussian_kl": ("mu", "logvar"),
+    "bernoulli_log_prob": ("logits", "x"),
+    "bernoulli_sample": ("logits",),
+    "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
+    "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
+    "linear_bernoulli_sample": ("h", "weight", "bias"),
+}
 KEY_SEED = 0x9E3779B97F4A7C15 - 2**64  # any 64 bits
 
 
@@ -29,6 +43,7 @@ class Case:
     sample_shape: tuple[int, ...] = ()
     x_dtype: torch.dtype | None = None  # of the observation; that of the logits if None
     layout: str = "contiguous"
+    recompute: bool | None = None  # by the backward pass, of a head that has the choice
 
     def __str__(self) -> str:
         parts = [self.op, "x".join(str(list(shape)).replace(" ", "") for shape in self.shapes)]
@@ -38,25 +53,38 @@ class Case:
             parts.append(f"x:{self.x_dtype}".replace("torch.", ""))
         if self.layout != "contiguous":
             parts.append(self.layout)
+        if self.recompute is not None:
+            parts.append(f"recompute={self.recompute}")
         return "-".join(parts)
 
     @property
     def draws(self) -> bool:
         return "sample" in self.op
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether the result is of zeros and ones, and has no gradient."""
+        return self.op.endswith("bernoulli_sample")
+
+    def wide(self, rows: int, width: int) -> Case:
+        """The same op on so many rows of that width, from as many features where it has a head."""
+        shapes = {"weight": (width, width), "bias": (width,), "importance": (rows,)}
+        wide = tuple(shapes.get(name, (rows, width)) for name in ARGUMENTS[self.op])
+        return replace(self, shapes=wide, sample_shape=())
+
     def inputs(self, dtype: torch.dtype, device: str = "cpu", requires_grad: bool = False) -> tuple[Tensor, ...]:
-        """The tensor arguments: mu, logvar, z or logits, x."""
+        """The tensor arguments; log-odds and weights are large enough that not all probabilities are middling."""
         generator = torch.Generator().manual_seed(1234)
         tensors = []
-        for index, shape in enumerate(self.shapes):
+        for name, shape in zip(ARGUMENTS[self.op], self.shapes, strict=True):
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if self.op == "bernoulli_log_prob" and index == 1:
+            if name == "x":
                 value = torch.rand(shape, generator=generator, dtype=torch.float64)
                 if self.x_dtype in (torch.bool, torch.uint8):
                     value = (value < 0.5).double()
                 tensor = value.to(device, self.x_dtype or dtype)
             else:
-                tensor = (3 * value if "bernoulli" in self.op else value).to(device, dtype)
+                tensor = (3 * value if name == "logits" else value).to(device, dtype)
             tensor = LAYOUTS[self.layout](tensor).detach()
             if requires_grad and tensor.is_floating_point():
                 tensor.requires_grad_()
@@ -66,12 +94,15 @@ class Case:
     def function(self, module: Any = ops, key: Tensor | None = None) -> Callable[..., Any]:
         """The op as a function of its tensors alone: the draws have a key."""
         function = getattr(module, self.op)
+        if self.recompute is not None:
+            return partial(function, recompute=self.recompute)
         if not self.draws:
             return function
+        sample_shape = () if self.op == "linear_bernoulli_sample" else (self.sample_shape,)
 
         def draw(*tensors: Tensor) -> Any:
             on_device = make_key(tensors[0].device) if key is None else key
-            return function(*tensors, self.sample_shape, key=on_device)
+            return function(*tensors, *sample_shape, key=on_device)
 
         return draw
 
@@ -130,6 +161,10 @@ SMALL = (
     Case("gaussian_kl", ((3, 5), (3, 5))),
     Case("bernoulli_log_prob", ((2, 3, 5), (3, 5))),
     Case("bernoulli_sample", ((3, 5),), (2,)),
+    Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5))),
+    Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5)), recompute=True),
+    Case("linear_bernoulli_log_prob_sum", ((2, 3, 4), (5, 4), (5,), (3, 5), (2, 3))),
+    Case("linear_bernoulli_sample", ((2, 3, 4), (5, 4), (5,))),
 )
 
 # every op at the shapes that break kernels: one element, odd widths, rows wider than a tile or worth a whole block of
@@ -162,6 +197,20 @@ _TRIPLES = (
     ((4, 9), (4, 9), (5, 1, 9)),
 )
 
+# h, weight, bias and x of a head
+_HEADS = (
+    ((1,), (1, 1), (1,), (1,)),
+    ((7,), (9, 7), (9,), (9,)),
+    ((70, 5), (13, 5), (13,), (70, 13)),  # several pieces of a sum over rows
+    ((4, 3, 20), (785, 20), (785,), (3, 785)),
+    ((2, 5), (3333, 5), (3333,), (2, 3333)),
+    ((0, 5), (7, 5), (7,), (0, 7)),
+    ((3, 0), (7, 0), (7,), (3, 7)),  # no features
+    ((3, 5), (0, 5), (0,), (3, 0)),
+    ((2, 1, 4, 5), (9, 5), (9,), (3, 1, 9)),
+    ((5,), (9, 5), (9,), (3, 2, 9)),  # x has rows of its own
+)
+
 SHAPES = (
     *(Case("gaussian_rsample_log_prob", pair) for pair in _PAIRS),
     *(Case("gaussian_rsample_log_prob", ((3, 13), (3, 13)), shape) for shape in _SAMPLE_SHAPES),
@@ -179,6 +228,19 @@ SHAPES = (
     *(Case("bernoulli_sample", (pair[0],)) for pair in _PAIRS),
     *(Case("bernoulli_sample", ((3, 13),), shape) for shape in _SAMPLE_SHAPES),
     *(
+        Case("linear_bernoulli_log_prob", shapes, recompute=recompute)
+        for shapes in _HEADS
+        for recompute in (True, False)
+    ),
+    *(
+        Case("linear_bernoulli_log_prob", ((2, 3, 5), (37, 5), (37,), (3, 37)), x_dtype=x_dtype)
+        for x_dtype in (torch.bool, torch.uint8, torch.float32, torch.float64, torch.bfloat16)
+    ),
+    *(Case("linear_bernoulli_log_prob_sum", (*shapes, shapes[0][:-1])) for shapes in _HEADS[:-1]),
+    Case("linear_bernoulli_log_prob_sum", ((2, 3, 5), (9, 5), (9,), (3, 9), (2, 1))),  # a weight for many rows
+    Case("linear_bernoulli_log_prob_sum", ((2, 3, 5), (9, 5), (9,), (3, 9), ()), x_dtype=torch.uint8),
+    *(Case("linear_bernoulli_sample", shapes[:3]) for shapes in _HEADS),
+    *(
         replace(case, layout=layout)
         for layout in LAYOUTS
         if layout != "contiguous"
@@ -189,6 +251,9 @@ SHAPES = (
             Case("gaussian_kl", ((4, 3, 21), (4, 3, 21))),
             Case("bernoulli_log_prob", ((2, 4, 3, 21), (4, 3, 21)), x_dtype=torch.uint8),
             Case("bernoulli_sample", ((4, 3, 21),), (2,)),
+            Case("linear_bernoulli_log_prob", ((2, 4, 3, 5), (21, 5), (21,), (4, 3, 21)), x_dtype=torch.uint8),
+            Case("linear_bernoulli_log_prob_sum", ((4, 3, 5), (21, 5), (21,), (4, 3, 21), (4, 3))),
+            Case("linear_bernoulli_sample", ((4, 3, 5), (21, 5), (21,))),
         )
     ),
 )

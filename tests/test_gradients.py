@@ -11,7 +11,7 @@ from cases import SMALL, Case, as_tuple, make_key
 import wakesleep_ext as ws
 from wakesleep_ext import reference
 
-DIFFERENTIABLE = [case for case in SMALL if case.op != "bernoulli_sample"]
+DIFFERENTIABLE = [case for case in SMALL if not case.is_binary]
 
 # gradients of broadcast arguments are sums over the rows that they met
 BROADCAST = [
@@ -20,6 +20,9 @@ BROADCAST = [
     Case("gaussian_log_prob", ((2, 4, 3), (4, 3), (3,))),
     Case("gaussian_kl", ((3,), (4, 3))),
     Case("bernoulli_log_prob", ((2, 3), (4, 1, 3))),
+    Case("linear_bernoulli_log_prob", ((2, 1, 3), (5, 3), (5,), (4, 5))),
+    Case("linear_bernoulli_log_prob", ((3,), (5, 3), (5,), (2, 4, 5))),
+    Case("linear_bernoulli_log_prob_sum", ((2, 1, 3), (5, 3), (5,), (4, 5), (2, 1))),
 ]
 
 
@@ -39,7 +42,10 @@ def _arguments(case: Case, dtype: torch.dtype, device: str, requires_grad: bool)
     """The operator behind an op, and what it is called with."""
     inputs = case.inputs(dtype, device, requires_grad)
     operator = getattr(torch.ops.wakesleep_ext, case.op).default
-    return operator, (*inputs, make_key(device), list(case.sample_shape)) if case.draws else inputs
+    if case.draws:
+        sample_shape = () if case.op == "linear_bernoulli_sample" else (list(case.sample_shape),)
+        return operator, (*inputs, make_key(device), *sample_shape)
+    return operator, inputs if case.recompute is None else (*inputs, case.recompute)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -59,6 +65,7 @@ def test_opcheck_broadcast(case: Case, device: str) -> None:
 def test_opcheck_backward_operators(device: str) -> None:
     mu, logvar = torch.randn(2, 3, 5, device=device)
     z, grad = torch.randn(2, 3, 5, device=device), torch.randn(2, 3, device=device)
+    head = z, z[0], grad[0], torch.rand(3, 3, device=device)  # h, weight, bias, x
     o = torch.ops.wakesleep_ext
     key = make_key(device)
     for operator, arguments in (
@@ -69,6 +76,12 @@ def test_opcheck_backward_operators(device: str) -> None:
         (o.standard_gaussian_log_prob_backward, (grad, z)),
         (o.gaussian_kl_backward, (grad[0], mu, logvar)),
         (o.bernoulli_log_prob_backward, (grad, z, z)),
+        (o.linear_bernoulli_log_prob_and_logits, (*head, 0)),
+        (o.linear_bernoulli_log_prob_and_logits, (*head, 1000)),
+        (o.linear_bernoulli_log_prob_backward, (grad, *head, None, True, True)),
+        (o.linear_bernoulli_log_prob_backward, (grad, *head, (z @ z[0].mT).flatten(0, 1), True, False)),
+        (o.linear_bernoulli_log_prob_and_gradients, (*head, None, False, True)),
+        (o.linear_bernoulli_log_prob_and_gradients, (*head, grad, True, False)),
     ):
         torch.library.opcheck(operator.default, arguments)
 
@@ -76,7 +89,7 @@ def test_opcheck_backward_operators(device: str) -> None:
 def test_every_operator_of_the_library_is_checked() -> None:
     """No operator without a CPU kernel, a CUDA kernel and an Autograd one, or one composed of others for all."""
     names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
-    assert len(names) == 14
+    assert len(names) == 20
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in names:
         own = [has_kernel(name, key) for key in ("CPU", "CUDA", "Autograd")]
@@ -194,7 +207,7 @@ def test_compile(case: Case, dynamic: bool, device: str) -> None:
         torch.testing.assert_close(case.function(key=key)(*inputs), case.function()(*inputs))
     found = compiled(*inputs)
     torch.testing.assert_close(found, case.function()(*inputs))
-    if case.op != "bernoulli_sample":
+    if not case.is_binary:
         results = found if isinstance(found, tuple) else (found,)
         got = torch.autograd.grad(sum(r.sum() for r in results), inputs)
         expected = torch.autograd.grad(sum(r.sum() for r in case(*inputs)), inputs)

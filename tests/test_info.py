@@ -112,7 +112,7 @@ def test_selftest_finds_the_op_that_is_wrong(
     assert failed == {name}
 
 
-@pytest.mark.parametrize("name", sorted(COMPUTED - {"bernoulli_sample"}))
+@pytest.mark.parametrize("name", sorted(name for name in COMPUTED if not name.endswith("bernoulli_sample")))
 def test_selftest_finds_a_wrong_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(ops, name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import FLOATING, SHAPES, SMALL, Case, as_tuple
+from cases import ARGUMENTS, FLOATING, SHAPES, SMALL, Case, as_tuple
 from torch import Tensor
 
 import wakesleep_ext as ws
@@ -46,13 +46,13 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> No
     results, exact = case(*inputs), case.reference(*exact_inputs)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     for got, expected in zip(results, exact, strict=True):
-        is_sample = case.draws and got.shape[-1:] == inputs[0].shape[-1:] and got is results[0]
+        is_sample = case.draws and got is results[0]
         assert got.dtype == (dtype if is_sample else compute)
-        if case.op == "bernoulli_sample":
+        if case.is_binary:
             assert (got.double() != expected).sum() <= 1e-3 * got.numel()  # where a uniform ties with a rounded p
         else:
             _close(got.detach(), expected.detach(), ARITHMETIC[dtype])
-    if case.op == "bernoulli_sample":
+    if case.is_binary:
         assert not results[0].requires_grad
         return
     upstream = _upstream(results)
@@ -65,11 +65,14 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> No
         _close(got, expected, ARITHMETIC[dtype])
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+# the products of a head are rounded as the platform's BLAS has it
+OF_OUR_ROUNDING = [case for case in SMALL if "weight" not in ARGUMENTS[case.op]]
+
+
+@pytest.mark.parametrize("case", OF_OUR_ROUNDING, ids=str)
 def test_a_row_does_not_depend_on_its_batch(case: Case, device: str) -> None:
     """Bitwise: the first rows of a large batch are what they are alone. Draws are functions of the row's index."""
-    rows, width = 67, 85
-    wide = Case(case.op, tuple((rows, width) for _ in case.shapes))
+    wide = case.wide(67, 85)
     inputs = wide.inputs(torch.float32, device)
     together = wide(*inputs)
     alone = wide(*(tensor[:3] for tensor in inputs))
@@ -77,9 +80,9 @@ def test_a_row_does_not_depend_on_its_batch(case: Case, device: str) -> None:
         assert torch.equal(all_rows[:3], first_rows)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", OF_OUR_ROUNDING, ids=str)
 def test_threads_do_not_matter(case: Case) -> None:
-    wide = Case(case.op, tuple((300, 785) for _ in case.shapes))
+    wide = case.wide(300, 785)
     inputs = wide.inputs(torch.float32, requires_grad=True)
     threads = torch.get_num_threads()
     found = []
@@ -87,7 +90,7 @@ def test_threads_do_not_matter(case: Case) -> None:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             results = wide(*inputs)
-            gradients = () if case.op == "bernoulli_sample" else _gradients(results, inputs, _upstream(results))
+            gradients = () if case.is_binary else _gradients(results, inputs, _upstream(results))
             found.append((*results, *gradients))
     finally:
         torch.set_num_threads(threads)

@@ -19,6 +19,9 @@ from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered 
     gaussian_parameters,
     gaussian_rsample,
     gaussian_rsample_log_prob,
+    linear_bernoulli_log_prob,
+    linear_bernoulli_log_prob_sum,
+    linear_bernoulli_sample,
     standard_gaussian_log_prob,
 )
 
@@ -36,6 +39,9 @@ __all__ = [
     "gaussian_parameters",
     "gaussian_rsample",
     "gaussian_rsample_log_prob",
+    "linear_bernoulli_log_prob",
+    "linear_bernoulli_log_prob_sum",
+    "linear_bernoulli_sample",
     "random",
     "reference",
     "standard_gaussian_log_prob",

@@ -130,6 +130,66 @@ def _(grad: Tensor, logits: Tensor, x: Tensor) -> Tensor:
     return _events(logits)
 
 
+def _head(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The logits that a head would have, in the dtype of its parameters."""
+    return h.new_empty((*h.shape[:-1], weight.shape[0]), dtype=_promoted(h, weight, bias))
+
+
+@torch.library.register_fake("wakesleep_ext::linear_bernoulli_sample")
+def _(h: Tensor, weight: Tensor, bias: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    logits = _head(h, weight, bias)
+    return torch.empty_like(logits, dtype=dtype)
+
+
+@torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob")
+def _(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, recompute: bool | None = None) -> Tensor:
+    logits = _head(h, weight, bias)
+    return _rows(logits, x).to(_compute_dtype(logits.dtype))
+
+
+@torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob_and_logits")
+def _(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, kept_bytes: int) -> tuple[Tensor, Tensor]:
+    log_prob = _ops.linear_bernoulli_log_prob.default(h, weight, bias, x)
+    rows, columns = log_prob.numel(), weight.shape[0]
+    kept = rows if rows * columns * log_prob.dtype.itemsize <= kept_bytes else 0
+    return log_prob, log_prob.new_empty((kept, columns))
+
+
+@torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob_backward")
+def _(
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    logits: Tensor | None,
+    with_grad_h: bool,
+    with_grad_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _promoted(h, weight, bias)
+    features = weight.shape[1]
+    grad_h = h.new_empty((*grad.shape, features) if with_grad_h else (0, features), dtype=dtype)
+    grad_weight = weight.new_empty((weight.shape[0] if with_grad_weight else 0, features), dtype=dtype)
+    return grad_h, grad_weight, torch.empty_like(bias, dtype=dtype)
+
+
+@torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob_and_gradients")
+def _(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    importance: Tensor | None,
+    with_grad_h: bool,
+    with_grad_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_prob = _ops.linear_bernoulli_log_prob.default(h, weight, bias, x)
+    gradients = _ops.linear_bernoulli_log_prob_backward.default(
+        log_prob, h, weight, bias, x, None, with_grad_h, with_grad_weight
+    )
+    return log_prob, *gradients
+
+
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 
 
@@ -137,17 +197,21 @@ def _batch_leading(op: Any) -> Callable[..., tuple[Tensor, int]]:
     """Densities broadcast over leading dimensions, so one more of these is all that vmap needs."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
-        rank = max(tensor.dim() - (dim is not None) for tensor, dim in zip(tensors, in_dims, strict=True))
-        aligned = []
-        for tensor, dim in zip(tensors, in_dims, strict=True):
-            if dim is not None:
-                tensor = tensor.movedim(dim, 0)
-                padding = (1,) * (rank - (tensor.dim() - 1))
-                tensor = tensor.reshape(tensor.shape[0], *padding, *tensor.shape[1:])
-            aligned.append(tensor)
-        return op(*aligned), 0
+        return op(*_aligned(tensors, in_dims)), 0
 
     return rule
+
+
+def _aligned(tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> list[Tensor]:
+    rank = max(tensor.dim() - (dim is not None) for tensor, dim in zip(tensors, in_dims, strict=True))
+    aligned = []
+    for tensor, dim in zip(tensors, in_dims, strict=True):
+        if dim is not None:
+            tensor = tensor.movedim(dim, 0)
+            padding = (1,) * (rank - (tensor.dim() - 1))
+            tensor = tensor.reshape(tensor.shape[0], *padding, *tensor.shape[1:])
+        aligned.append(tensor)
+    return aligned
 
 
 def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
@@ -169,6 +233,17 @@ def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
         return stacked, (0,) * len(stacked)
 
     return rule
+
+
+@torch.library.register_vmap("wakesleep_ext::linear_bernoulli_log_prob")
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Rows are rows, of whatever batch; only heads of their own are taken one by one."""
+    operator = _ops.linear_bernoulli_log_prob.default
+    h, weight, bias, x, *others = arguments
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return _one_by_one(operator)(info, in_dims, *arguments)
+    h, x = _aligned((h, x), (in_dims[0], in_dims[3]))
+    return operator(h, weight, bias, x, *others), 0
 
 
 @torch.library.register_vmap("wakesleep_ext::draw_key")
@@ -207,6 +282,8 @@ for _op in (
     _ops.standard_gaussian_log_prob_backward.default,
     _ops.gaussian_kl_backward.default,
     _ops.bernoulli_log_prob_backward.default,
+    _ops.linear_bernoulli_sample.default,
+    _ops.linear_bernoulli_log_prob_backward.default,
 ):
     torch.library.register_vmap(_op, _one_by_one(_op))
 
@@ -271,6 +348,23 @@ def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tu
     return grad_logits, grad_x
 
 
+def _linear_bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    h, weight, bias, x, _ = arguments
+    found = _ops.linear_bernoulli_log_prob_backward.default(grads[0], h, weight, bias, x, None, True, True)
+    grad_x = None
+    if x.is_floating_point():  # the logits, summed before they are formed: they are linear in h
+        rows = (grads[0].unsqueeze(-1) * h).sum_to_size(*x.shape[:-1], h.shape[-1])
+        grad_x = rows @ weight.mT + grads[0].sum_to_size(x.shape[:-1]).unsqueeze(-1) * bias
+    return _sum_like(found[0], h), found[1], found[2], grad_x
+
+
+def _linear_bernoulli_log_prob_sum(
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, importance: Tensor | None
+) -> Tensor:
+    log_prob: Tensor = call(_ops.linear_bernoulli_log_prob.default, h, weight, bias, x, None)
+    return (log_prob if importance is None else importance * log_prob).sum()
+
+
 _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
     op: _function(op, gradients).apply
     for op, gradients in {
@@ -280,6 +374,8 @@ _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
         _ops.standard_gaussian_log_prob.default: _standard_gaussian_log_prob,
         _ops.gaussian_kl.default: _gaussian_kl,
         _ops.bernoulli_log_prob.default: _bernoulli_log_prob,
+        _ops.linear_bernoulli_log_prob.default: _linear_bernoulli_log_prob,
     }.items()
 }
 _UNDER_FUNCTORCH[_ops.gaussian_parameters.default] = lambda packed: packed.chunk(2, -1)
+_UNDER_FUNCTORCH[_ops.linear_bernoulli_log_prob_sum.default] = _linear_bernoulli_log_prob_sum

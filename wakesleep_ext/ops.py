@@ -34,6 +34,9 @@ __all__ = [
     "gaussian_parameters",
     "gaussian_rsample",
     "gaussian_rsample_log_prob",
+    "linear_bernoulli_log_prob",
+    "linear_bernoulli_log_prob_sum",
+    "linear_bernoulli_sample",
     "standard_gaussian_log_prob",
 ]
 
@@ -209,3 +212,94 @@ def bernoulli_sample(
     """
     key = random.draw_key(logits, generator) if key is None else key
     return call(_ops.bernoulli_sample.default, logits, key, sample_shape, dtype)
+
+
+def linear_bernoulli_log_prob(
+    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, *, recompute: bool | None = None
+) -> Tensor:
+    r"""Log-likelihood under a Bernoulli head, :func:`bernoulli_log_prob` of the logits :math:`a = hW^\top + b`, which
+    are never held whole.
+
+    Rows are taken in chunks whose logits stay in cache: each is multiplied by the platform's BLAS, and scored while it
+    is there. Half types are multiplied with float32 results, which are not rounded before they are scored.
+
+    Args:
+        h: the last hidden layer, ``[*S, *B, H]``. It is copied if x has leading dimensions that it has not.
+        weight: W, ``[D, H]``, as ``nn.Linear`` has it.
+        bias: b, ``[D]``, or None.
+        x: the observation, ``[*B, D]``; bool, uint8 holding 0 and 1, or floating.
+        recompute: what is kept for the gradients, besides the arguments. True: nothing; the logits are recomputed,
+            chunk by chunk, which is one matrix product more (four instead of three), and memory does not grow with
+            the logits. False: the logits, in float32 or float64. None: the logits if they take no more than 4 MiB,
+            on a GPU 16 MiB.
+
+    Returns:
+        ``[*S, *B]``, float32 or float64, whatever the dtype of the parameters.
+
+    Gradients, exact for any upstream gradient g of each row: with :math:`\delta = g\,(x - \mathrm{sigmoid}(a))`,
+    :math:`\delta W` for h, :math:`\delta^\top h` for weight, the sum of :math:`\delta` for bias, :math:`g a` for a
+    floating x. They are accumulated in float32, or float64. If the g are known beforehand, as weights of a sum,
+    :func:`linear_bernoulli_log_prob_sum` does without keeping and without recomputing.
+    """
+    bias = _bias(weight, bias)
+    return call(_ops.linear_bernoulli_log_prob.default, h, weight, bias, x, recompute)
+
+
+def linear_bernoulli_log_prob_sum(
+    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, importance: Tensor | None = None
+) -> Tensor:
+    r"""Weighted sum of log-likelihoods under a Bernoulli head, :math:`\sum_n w_n \log p(x_n \mid h_n)`, for training.
+
+    As ``(importance * linear_bernoulli_log_prob(h, weight, bias, x)).sum()``, in chunks whose logits stay in cache. The
+    weights being known, the gradients are formed in the forward pass, from the same logits: nothing of their size is
+    kept, and nothing is recomputed.
+
+    Args:
+        h: the last hidden layer, ``[*S, *B, H]``.
+        weight: W, ``[D, H]``.
+        bias: b, ``[D]``, or None.
+        x: the observation, ``[*B, D]``; bool, uint8 holding 0 and 1, or floating.
+        importance: the weights :math:`w_n` of the rows, such as normalised importance weights; broadcasts to
+            ``[*S, *B]``. Ones if not given.
+
+    Returns:
+        The sum, 0-dimensional, float32 or float64.
+
+    Gradients: as those of :func:`linear_bernoulli_log_prob` with w for g, and :math:`\log p(x_n \mid h_n)` for
+    importance, times the upstream gradient. Gradients of gradients (``create_graph=True``) recompute the logits.
+    """
+    bias = _bias(weight, bias)
+    return call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, importance)
+
+
+def linear_bernoulli_sample(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Draws from a Bernoulli head, :func:`bernoulli_sample` of the logits :math:`hW^\top + b`, which are never held
+    whole. The same key gives the same draw, but where the logits are rounded otherwise.
+
+    Args:
+        h: the last hidden layer, ``[*B, H]``.
+        weight: W, ``[D, H]``.
+        bias: b, ``[D]``, or None.
+        dtype: of the result: bool, uint8 or floating; that of the parameters by default.
+        key: what the draw is a function of; int64 ``[2]``.
+        generator: where a key is drawn from if none is given.
+
+    Returns:
+        Zeros and ones, ``[*B, D]``.
+
+    Gradients: none; the result does not require one.
+    """
+    key = random.draw_key(h, generator) if key is None else key
+    return call(_ops.linear_bernoulli_sample.default, h, weight, _bias(weight, bias), key, dtype)
+
+
+def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.new_zeros(weight.shape[:1]) if bias is None else bias

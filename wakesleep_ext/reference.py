@@ -75,7 +75,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     """sum [x logits - softplus(logits)]."""
     logits = _compute(logits)
-    return (x.to(logits.dtype) * logits - F.softplus(logits)).sum(-1)
+    # softplus(a) = -logsigmoid(-a), which torch's own rounds to a where a > 20
+    return (x.to(logits.dtype) * logits + F.logsigmoid(-logits)).sum(-1)
 
 
 def bernoulli_sample(
@@ -91,6 +92,40 @@ def bernoulli_sample(
     shape = torch.Size(sample_shape) + logits.shape
     u = random.uniforms(key, shape, _compute(logits).dtype)
     return (u <= _compute(logits).sigmoid()).to(dtype or logits.dtype)
+
+
+def linear_bernoulli_log_prob(
+    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, *, recompute: bool | None = None
+) -> Tensor:
+    """bernoulli_log_prob of h weight^T + bias."""
+    return bernoulli_log_prob(_linear(h, weight, bias), x)
+
+
+def linear_bernoulli_log_prob_sum(
+    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, importance: Tensor | None = None
+) -> Tensor:
+    """sum of importance * linear_bernoulli_log_prob."""
+    log_prob = linear_bernoulli_log_prob(h, weight, bias, x)
+    return (log_prob if importance is None else importance.to(log_prob.dtype) * log_prob).sum()
+
+
+def linear_bernoulli_sample(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """bernoulli_sample of h weight^T + bias."""
+    result_dtype = dtype or _promote(h, weight)[0].dtype
+    return bernoulli_sample(_linear(h, weight, bias), dtype=result_dtype, key=key, generator=generator)
+
+
+def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    h, weight = map(_compute, _promote(h, weight))
+    return F.linear(h, weight, None if bias is None else _compute(bias).to(h.dtype))
 
 
 def _standard_normals(

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from wakesleep_ext import _build, ops, random, reference
 
 _SAMPLES, _BATCH, _EVENT = 3, 5, 131  # an odd width: whole vectors and a ragged end
+_FEATURES = 17
 _KEY = random.make_key(7)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +28,17 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gaussian_kl": ("mu", "logvar"),
     "bernoulli_log_prob": ("logits", "x"),
     "bernoulli_sample": ("logits",),
+    "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
+    "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
+    "linear_bernoulli_sample": ("h", "weight", "bias"),
+}
+_SHAPES = {
+    "z": (_SAMPLES, _BATCH, _EVENT),
+    "logits": (_SAMPLES, _BATCH, _EVENT),
+    "h": (_SAMPLES, _BATCH, _FEATURES),
+    "weight": (_EVENT, _FEATURES),
+    "bias": (_EVENT,),
+    "importance": (_BATCH,),
 }
 
 
@@ -58,13 +72,14 @@ def check(op: str, device: str, dtype: torch.dtype) -> Outcome:
     """Compare an op with its twin in :mod:`wakesleep_ext.reference`, which gets the same inputs in float64."""
     inputs = [_input(name).to(device, dtype).requires_grad_() for name in _ARGUMENTS[op]]
     exact_inputs = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
-    found = _results_and_gradients(getattr(ops, op), inputs, "sample" in op)
-    exact = _results_and_gradients(getattr(reference, op), exact_inputs, "sample" in op)
+    found = _results_and_gradients(_function(ops, op), inputs)
+    exact = _results_and_gradients(_function(reference, op), exact_inputs)
     deviations = [(a - b).abs() for a, b in zip(found, exact, strict=True)]
-    if op == "bernoulli_sample":
+    if op.endswith("bernoulli_sample"):
         # a pixel may be another where its uniform lies between the probability and its rounding
         uniforms = random.uniforms(_KEY, exact[0].shape, torch.float64)
-        deviations[0] *= (uniforms - exact_inputs[0].detach().sigmoid()).abs()
+        exact_logits = exact_inputs[0] if len(exact_inputs) == 1 else linear(*exact_inputs)
+        deviations[0] *= (uniforms - exact_logits.detach().sigmoid()).abs()
     errors = [(d.max() / b.abs().max().clamp_min(1)).item() for d, b in zip(deviations, exact, strict=True)]
     arithmetic = 1e-13 if dtype == torch.float64 else 4e-6  # sums over the event, in float32 for half types too
     return Outcome(op, device, dtype, max(errors), max(arithmetic, torch.finfo(dtype).eps))
@@ -72,16 +87,21 @@ def check(op: str, device: str, dtype: torch.dtype) -> Outcome:
 
 def _input(name: str) -> Tensor:
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    leading = (_SAMPLES, _BATCH) if name in ("z", "logits") else (_BATCH,)
-    value = torch.randn(*leading, _EVENT, generator=generator, dtype=torch.float64)
+    value = torch.randn(_SHAPES.get(name, (_BATCH, _EVENT)), generator=generator, dtype=torch.float64)
     return (value > 0).double() if name == "x" else value
 
 
-def _results_and_gradients(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor], draws: bool
-) -> list[Tensor]:
-    key = _KEY.to(inputs[0].device)
-    results = function(*inputs, (_SAMPLES,), key=key) if draws else function(*inputs)
+def _function(module: ModuleType, op: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """The op as a function of its tensors: draws have a key, and a sample shape where they take one."""
+    function: Callable[..., Tensor | tuple[Tensor, ...]] = getattr(module, op)
+    if "sample" not in op:
+        return function
+    sample_shape = () if op == "linear_bernoulli_sample" else ((_SAMPLES,),)
+    return lambda *tensors: function(*tensors, *sample_shape, key=_KEY.to(tensors[0].device))
+
+
+def _results_and_gradients(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
+    results = function(*inputs)
     results = (results,) if isinstance(results, Tensor) else results
     gradients: Sequence[Tensor] = ()
     if results[0].requires_grad:

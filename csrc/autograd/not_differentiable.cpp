@@ -1,7 +1,11 @@
-// Ops whose results carry no gradient, whatever their arguments require.
+// Ops whose results carry no gradient, whatever their arguments require; those with two purposes in their names are
+// called by the differentiable ones.
 #include <torch/library.h>
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
   m.impl("draw_key", torch::CppFunction::makeFallthrough());
   m.impl("bernoulli_sample", torch::CppFunction::makeFallthrough());
+  m.impl("linear_bernoulli_sample", torch::CppFunction::makeFallthrough());
+  m.impl("linear_bernoulli_log_prob_and_logits", torch::CppFunction::makeFallthrough());
+  m.impl("linear_bernoulli_log_prob_and_gradients", torch::CppFunction::makeFallthrough());
 }

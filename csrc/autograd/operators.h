@@ -24,6 +24,8 @@ using torch::autograd::variable_list;
 
 using OptionalTensor = std::optional<Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 WAKESLEEP_OPERATOR(gaussian_rsample, Tensor(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
 WAKESLEEP_OPERATOR(gaussian_rsample_log_prob, Pair(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
@@ -37,6 +39,19 @@ WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob,
+                   Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<bool>))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,
+                   Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&))
+WAKESLEEP_OPERATOR(linear_bernoulli_sample,
+                   Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<at::ScalarType>))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_logits,
+                   Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_backward,
+                   Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                          const OptionalTensor&, bool, bool))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_gradients, Quadruple(const Tensor&, const Tensor&, const Tensor&,
+                                                                      const Tensor&, const OptionalTensor&, bool, bool))
 
 template <typename... Tensors>
 bool needs_gradient(const Tensors&... tensors) {

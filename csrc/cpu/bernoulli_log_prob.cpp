@@ -2,39 +2,10 @@
 #include <torch/library.h>
 
 #include "../bernoulli.h"
-#include "../densities.h"
-#include "vec.h"
+#include "bernoulli_rows.h"
 
 namespace wakesleep::cpu {
 namespace {
-
-// Of at most a tile of pixels, by lanes.
-template <typename compute_t>
-C10_ALWAYS_INLINE Lanes<compute_t> tile_log_prob(const compute_t* logits, const compute_t* x, int64_t count) {
-  constexpr int width = Lanes<compute_t>::width;
-  static_assert(kTile / width <= kFactorsPerLog || sizeof(compute_t) > sizeof(float));
-  Lanes<compute_t> log_prob(0), product(1);
-  for_lanes<compute_t>(0, count, [&](int64_t d, int l) {
-    const BernoulliTerm<compute_t> term(logits[d], x[d]);
-    log_prob.lane[l] += term.linear;
-    product.lane[l] *= term.factor;
-  });
-  for_lanes<compute_t>(0, width, [&](int64_t, int l) { log_prob.lane[l] -= log_of_normal(product.lane[l]); });
-  return log_prob;
-}
-
-template <typename compute_t, typename logit_t, typename x_t>
-C10_ALWAYS_INLINE compute_t row_log_prob(const logit_t* logits,  // [D]
-                                         const x_t* x,           // [D]
-                                         int64_t D) {
-  Lanes<compute_t> log_prob(0);
-  for (int64_t column = 0; column < D; column += kTile) {
-    const int64_t columns = std::min(kTile, D - column);
-    Tile<compute_t> logits_tile, x_tile;
-    log_prob += tile_log_prob(logits_tile.read(logits + column, columns), x_tile.read(x + column, columns), columns);
-  }
-  return log_prob.sum();
-}
 
 at::Tensor bernoulli_log_prob(const at::Tensor& logits,  // [*S, *B, D]
                               const at::Tensor& x) {     // [*B, D]
@@ -49,7 +20,8 @@ at::Tensor bernoulli_log_prob(const at::Tensor& logits,  // [*S, *B, D]
     vectorized_parallel_for(call.rows.rows, grain_rows(call.D), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const auto offset = call.rows(row);
-        log_prob[row] = row_log_prob<compute_t>(logits_data + offset.of[0], x_data + offset.of[1], call.D);
+        log_prob[row] =
+            row_log_prob<compute_t>(call.D, StoredLogits<logit_t>{logits_data + offset.of[0]}, x_data + offset.of[1]);
       }
     });
   });

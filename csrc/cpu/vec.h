@@ -158,6 +158,14 @@ class Tile {
     }
   }
 
+  C10_ALWAYS_INLINE const compute_t* sum(const compute_t* a, const compute_t* b, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      value_[i] = a[i] + b[i];
+    }
+    return value_;
+  }
+
   // Where to compute what goes to `to`; store() takes it there.
   template <typename scalar_t>
   C10_ALWAYS_INLINE compute_t* place_for(scalar_t* to) {

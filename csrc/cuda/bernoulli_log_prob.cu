@@ -2,8 +2,7 @@
 #include <torch/library.h>
 
 #include "../bernoulli.h"
-#include "../densities.h"
-#include "rowwise.cuh"
+#include "bernoulli_rows.cuh"
 
 namespace wakesleep::cuda {
 namespace {
@@ -20,30 +19,9 @@ struct BernoulliLogProbRows {
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const auto offset = rows(row);
-    const logit_t* a = logits + offset.of[0];
-    const x_t* v = x + offset.of[1];
-    compute_t sum = 0, product = 1;
-    int factors = 0;
-    for_spans<kPacket<logit_t>>(team, D, past_boundary<kPacket<logit_t>>(a), [&](auto span) {
-      const auto a_packet = load<compute_t>(span, a);
-      const auto v_packet = load<compute_t>(span, v);
-#pragma unroll
-      for (int i = 0; i < span.size; ++i) {
-        const BernoulliTerm<compute_t> term(a_packet.value[i], v_packet.value[i]);
-        sum += term.linear;
-        product *= span.holds(i) ? term.factor : compute_t(1);
-      }
-      factors += span.size;
-      if (factors > kFactorsPerLog) {
-        sum -= log_of_normal(product);
-        product = 1;
-        factors = 0;
-      }
-    });
-    sum = team.sum(sum - log_of_normal(product));
-    if (team.rank() == 0) {
-      log_prob[row] = sum;
-    }
+    const StoredLogits<logit_t> a = {logits + offset.of[0]};
+    write_log_prob<kPacket<logit_t>>(team, D, past_boundary<kPacket<logit_t>>(a.row), a, x + offset.of[1],
+                                     log_prob + row);
   }
 };
 

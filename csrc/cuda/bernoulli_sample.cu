@@ -2,15 +2,13 @@
 #include <torch/library.h>
 
 #include "../bernoulli.h"
-#include "../densities.h"
-#include "rowwise.cuh"
+#include "bernoulli_rows.cuh"
 
 namespace wakesleep::cuda {
 namespace {
 
 template <typename logit_t, typename x_t>
 struct BernoulliSampleRows {
-  using compute_t = at::opmath_type<logit_t>;
   const logit_t* __restrict__ logits;
   const int64_t* __restrict__ key;
   x_t* __restrict__ x;
@@ -19,18 +17,8 @@ struct BernoulliSampleRows {
 
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {
-    const logit_t* a = logits + rows(row % rows.rows).of[0];
-    const int64_t first = row * D;
-    const PhiloxKey key_words = read_key(key);
-    for_spans<kDrawPacket<logit_t>>(team, D, first % kDrawPacket<logit_t>, [&](auto span) {
-      auto values = load<compute_t>(span, a);
-      const auto u = draw<Uniforms, compute_t, span.size>(key_words, first + span.column);
-#pragma unroll
-      for (int i = 0; i < span.size; ++i) {
-        values.value[i] = u.value[i] <= sigmoid(values.value[i]) ? 1 : 0;
-      }
-      store(span, values, x + first);
-    });
+    const StoredLogits<logit_t> a = {logits + rows(row % rows.rows).of[0]};
+    draw_row<kDrawPacket<logit_t>>(team, read_key(key), row * D, D, a, x + row * D);
   }
 };
 

@@ -118,8 +118,22 @@ struct WideWord<8> : Type<uint2> {};
 template <typename T, int n>
 using WideWords = std::array<typename WideWord<sizeof(T) * n>::type, sizeof(T) * n <= 16 ? 1 : sizeof(T) * n / 16>;
 
+// What a kernel only reads, and what it also writes: the one by way of a cache that sees no writes.
+struct ReadOnly {
+  template <typename Word>
+  static __device__ Word load(const Word* from) {
+    return __ldg(from);
+  }
+};
+struct Written {
+  template <typename Word>
+  static __device__ Word load(const Word* from) {
+    return *from;
+  }
+};
+
 // The elements of `row` that the span holds; zeros for others.
-template <typename compute_t, int n, bool ragged, typename T>
+template <typename compute_t, typename Access = ReadOnly, int n, bool ragged, typename T>
 __device__ Packet<compute_t, n> load(Span<n, ragged> span, const T* row) {
   Packet<compute_t, n> values;
   if (!ragged && on_boundary<n>(row + span.column)) {
@@ -127,7 +141,7 @@ __device__ Packet<compute_t, n> load(Span<n, ragged> span, const T* row) {
     WideWords<T, n> words;
 #pragma unroll
     for (size_t w = 0; w < words.size(); ++w) {
-      words[w] = __ldg(from + w);
+      words[w] = Access::load(from + w);
     }
     const auto packet = wakesleep::bit_cast<Packet<T, n>>(words);
 #pragma unroll

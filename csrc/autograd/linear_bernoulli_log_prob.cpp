@@ -1,0 +1,158 @@
+// Gradients of log p(x; h weight^T + bias). With g = x - s(logits), times what comes from upstream: g weight for h,
+// g^T h for weight, the sum of g for bias, the logits for x.
+//
+// Of one log-likelihood for each row, the upstream gradients are not known before the backward pass; the logits are
+// kept for it or, chunk by chunk, recomputed. Of a sum whose weights are given beforehand, the gradients are formed
+// while the logits are at hand, and the backward pass is left with multiplying them by a scalar.
+#include "../linear_bernoulli.h"
+
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "operators.h"
+
+namespace wakesleep::autograd {
+namespace {
+
+// For h, weight and bias.
+variable_list parameter_gradients(const AutogradContext& context, const Tensor& grad, const Tensor& h,
+                                  const Tensor& weight, const Tensor& bias, const Tensor& x,
+                                  const OptionalTensor& logits) {
+  const bool with_grad_h = context.needs_input_grad(0), with_grad_weight = context.needs_input_grad(1);
+  const auto [grad_h, grad_weight, grad_bias] =
+      linear_bernoulli_log_prob_backward().call(grad, h, weight, bias, x, logits, with_grad_h, with_grad_weight);
+  return {with_grad_h ? sum_like(grad_h, h) : Tensor(), grad_weight, grad_bias};
+}
+
+// For x the gradient is the logits; these are linear in h, and so is their sum over the rows that an x has met: they
+// need not be formed.
+Tensor grad_x(const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x) {
+  const auto type = grad.scalar_type();
+  c10::SymDimVector batch(x.sym_sizes().begin(), x.sym_sizes().end() - 1), shape = batch;
+  shape.push_back(h.sym_size(-1));
+  const Tensor grad_h = at::sum_to(grad.unsqueeze(-1) * h.to(type), shape);
+  return at::linear(grad_h, weight.to(type)) + at::sum_to(grad, batch).unsqueeze(-1) * bias.to(type);
+}
+
+struct LinearBernoulliLogProb : torch::autograd::Function<LinearBernoulliLogProb> {
+  static Tensor forward(AutogradContext* context, const Tensor& h, const Tensor& weight, const Tensor& bias,
+                        const Tensor& x, std::optional<bool> recompute) {
+    const int64_t kept = recompute ? (*recompute ? kNone : kAll) : kept_bytes(h.device());
+    const auto [log_prob, logits] = below(linear_bernoulli_log_prob_and_logits(), h, weight, bias, x, kept);
+    context->save_for_backward({h, weight, bias, x, logits});
+    return log_prob;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &h = saved[0], &weight = saved[1], &bias = saved[2], &x = saved[3], &logits = saved[4];
+    variable_list result(3);
+    if (context->needs_input_grad(0) || context->needs_input_grad(1) || context->needs_input_grad(2)) {
+      result = parameter_gradients(*context, grads[0], h, weight, bias, x, logits);
+    }
+    result.push_back(context->needs_input_grad(3) ? grad_x(grads[0], h, weight, bias, x) : Tensor());
+    result.emplace_back();
+    return result;
+  }
+};
+
+Tensor log_prob(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
+                std::optional<bool> recompute) {
+  return needs_gradient(h, weight, bias, x) ? LinearBernoulliLogProb::apply(h, weight, bias, x, recompute)
+                                            : below(linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
+}
+
+// The backward itself differentiates through the formula.
+Triple log_prob_backward(const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
+                         const OptionalTensor& logits, bool with_grad_h, bool with_grad_weight) {
+  if (!needs_gradient(grad, h, weight, bias, x)) {
+    return below(linear_bernoulli_log_prob_backward(), grad, h, weight, bias, x, logits, with_grad_h, with_grad_weight);
+  }
+  const auto type = grad.scalar_type();
+  const Tensor wide_h = h.to(type), wide_weight = weight.to(type);
+  const Tensor probability = at::linear(wide_h, wide_weight, bias.to(type)).sigmoid();
+  const Tensor grad_logits = grad.unsqueeze(-1) * (x.to(type) - probability);
+  const auto rows = [](const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-1)}); };
+  auto shape = grad_logits.sym_sizes().vec();
+  shape.back() = h.sym_size(-1);
+  const Tensor none = at::zeros_symint({0, shape.back()}, grad.options());
+  return {with_grad_h ? at::matmul(grad_logits, wide_weight) : none,
+          with_grad_weight ? at::mm(rows(grad_logits).t(), rows(wide_h.expand_symint(shape))) : none,
+          rows(grad_logits).sum(0)};
+}
+
+// sum_n importance_n log_prob_n.
+Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& importance) {
+  if (!importance) {
+    return log_prob.sum();
+  }
+  check_row_weights("linear_bernoulli_log_prob_sum", {"importance", *importance}, log_prob.sym_sizes());
+  return (log_prob * importance->to(log_prob.scalar_type())).sum();
+}
+
+// What the forward pass has formed, times a scalar; in place where no other backward pass will want it.
+variable_list times(c10::IValue& formed, const Tensor& scalar) {
+  const variable_list gradients = formed.toTensorVector();
+  if (torch::autograd::get_current_graph_task_keep_graph()) {
+    return at::_foreach_mul(gradients, scalar);
+  }
+  formed = c10::IValue();
+  at::_foreach_mul_(gradients, scalar);
+  return gradients;
+}
+
+struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogProbSum> {
+  static Tensor forward(AutogradContext* context, const Tensor& h, const Tensor& weight, const Tensor& bias,
+                        const Tensor& x, const OptionalTensor& importance) {
+    const auto [log_prob, grad_h, grad_weight, grad_bias] =
+        below(linear_bernoulli_log_prob_and_gradients(), h, weight, bias, x, importance, h.requires_grad(),
+              weight.requires_grad());
+    context->save_for_backward({h, weight, bias, x, importance.value_or(Tensor()), log_prob});
+    context->saved_data["formed"] =
+        variable_list{h.requires_grad() ? sum_like(grad_h, h) : grad_h, grad_weight, grad_bias};
+    return weighted_sum(log_prob, importance);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &h = saved[0], &weight = saved[1], &bias = saved[2], &x = saved[3], &importance = saved[4];
+    const Tensor &log_prob = saved[5], &grad = grads[0];
+    const auto grad_log_prob = [&] {
+      const Tensor weighted = importance.defined() ? grad * importance.to(grad.scalar_type()) : grad;
+      return weighted.expand_symint(log_prob.sym_sizes());
+    };
+    const bool differentiable = at::GradMode::is_enabled();  // the result, in its turn
+    variable_list result = differentiable
+                               ? parameter_gradients(*context, grad_log_prob(), h, weight, bias, x, std::nullopt)
+                               : times(context->saved_data["formed"], grad);
+    result.push_back(context->needs_input_grad(3) ? grad_x(grad_log_prob(), h, weight, bias, x) : Tensor());
+    result.emplace_back();
+    if (importance.defined() && context->needs_input_grad(4)) {
+      const Tensor value = differentiable ? linear_bernoulli_log_prob().call(h, weight, bias, x, true) : log_prob;
+      result.back() = sum_like(grad * value, importance);
+    }
+    return result;
+  }
+};
+
+Tensor log_prob_sum(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
+                    const OptionalTensor& importance) {
+  return needs_gradient(h, weight, bias)
+             ? LinearBernoulliLogProbSum::apply(h, weight, bias, x, importance)
+             : weighted_sum(linear_bernoulli_log_prob().call(h, weight, bias, x, std::nullopt), importance);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
+  m.impl("linear_bernoulli_log_prob", log_prob);
+  m.impl("linear_bernoulli_log_prob_backward", log_prob_backward);
+}
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CompositeImplicitAutograd, m) {
+  m.impl("linear_bernoulli_log_prob_sum", log_prob_sum);
+}
+
+}  // namespace wakesleep::autograd

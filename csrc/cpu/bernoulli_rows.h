@@ -1,0 +1,89 @@
+// What is done with the logits of a row, wherever they come from: logits(tile, column, columns) is where to find so
+// many of them from that column on, in the type they are computed in; the tile is there to put them in.
+#pragma once
+
+#include "../densities.h"
+#include "draw.h"
+
+namespace wakesleep::cpu {
+
+// Logits as they are stored.
+template <typename logit_t>
+struct StoredLogits {
+  const logit_t* row;  // [D]
+
+  template <typename compute_t>
+  C10_ALWAYS_INLINE const compute_t* operator()(Tile<compute_t>& tile, int64_t column, int64_t columns) const {
+    return tile.read(row + column, columns);
+  }
+};
+
+// Logits that a product has left without their bias.
+template <typename compute_t>
+struct ProductAndBias {
+  const compute_t* product;  // [D]
+  const compute_t* bias;     // [D]
+
+  C10_ALWAYS_INLINE const compute_t* operator()(Tile<compute_t>& tile, int64_t column, int64_t columns) const {
+    return tile.sum(product + column, bias + column, columns);
+  }
+};
+
+// sum_d [x a - softplus(a)] over at most a tile, by lanes; also_for(d, a, x) is called for each d on the way.
+template <typename compute_t, typename Body>
+C10_ALWAYS_INLINE Lanes<compute_t> tile_log_prob(const compute_t* logits, const compute_t* x, int64_t count,
+                                                 const Body& also_for) {
+  constexpr int width = Lanes<compute_t>::width;
+  static_assert(kTile / width <= kFactorsPerLog || sizeof(compute_t) > sizeof(float));
+  Lanes<compute_t> log_prob(0), product(1);
+  for_lanes<compute_t>(0, count, [&](int64_t d, int l) {
+    const compute_t a = logits[d], v = x[d];
+    const BernoulliTerm<compute_t> term(a, v);
+    log_prob.lane[l] += term.linear;
+    product.lane[l] *= term.factor;
+    also_for(d, a, v);
+  });
+  for_lanes<compute_t>(0, width, [&](int64_t, int l) { log_prob.lane[l] -= log_of_normal(product.lane[l]); });
+  return log_prob;
+}
+
+// Of a row; also_for(d, a, x) is called for each d on the way.
+template <typename compute_t, typename Logits, typename x_t, typename Body>
+C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const x_t* x, const Body& also_for) {
+  Lanes<compute_t> log_prob(0);
+  for (int64_t column = 0; column < D; column += kTile) {
+    const int64_t columns = std::min(kTile, D - column);
+    Tile<compute_t> logits_tile, x_tile;
+    log_prob += tile_log_prob(logits(logits_tile, column, columns), x_tile.read(x + column, columns), columns,
+                              [&](int64_t d, compute_t a, compute_t v) { also_for(column + d, a, v); });
+  }
+  return log_prob.sum();
+}
+
+template <typename compute_t, typename Logits, typename x_t>
+C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const x_t* x) {
+  return row_log_prob<compute_t>(D, logits, x, [](int64_t, compute_t, compute_t) {});
+}
+
+// x = [u <= s(a)] for `rows` rows, the first of which is row `first` of the draw; logits_of(row) are those of a row,
+// counted from there.
+template <typename compute_t, typename LogitsOf, typename x_t>
+void draw_rows(PhiloxKey key, int64_t first, int64_t rows, int64_t D, const LogitsOf& logits_of,
+               x_t* x) {  // [.., D], the whole draw
+  for_row_tiles(1, rows, D, [&](int64_t, int64_t first_of_tile, int64_t rows_of_tile) {
+    DrawTile<Uniforms, compute_t> tile;
+    for_tiles(D, [&](int64_t column, int64_t columns) {
+      const compute_t* u = tile.fill(key, (first + first_of_tile) * D + column, rows_of_tile * columns);
+      for (int64_t row = first_of_tile; row < first_of_tile + rows_of_tile; ++row, u += columns) {
+        Tile<compute_t> logits_tile, x_tile;
+        const compute_t* a = logits_of(row)(logits_tile, column, columns);
+        auto* out = x + (first + row) * D + column;
+        compute_t* drawn = x_tile.place_for(out);
+        for_lanes<compute_t>(0, columns, [&](int64_t d, int) { drawn[d] = u[d] <= sigmoid(a[d]) ? 1 : 0; });
+        x_tile.store(out, columns);
+      }
+    });
+  });
+}
+
+}  // namespace wakesleep::cpu

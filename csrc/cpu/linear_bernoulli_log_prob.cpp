@@ -1,0 +1,87 @@
+// log p(x; h weight^T + bias) and its gradients, on the CPU, a chunk of rows at a time.
+#include <torch/library.h>
+
+#include "../linear_bernoulli.h"
+#include "bernoulli_rows.h"
+
+namespace wakesleep::cpu {
+namespace {
+
+struct Kernels {
+  static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
+
+  // The log-likelihoods of a chunk.
+  static void write_log_prob(const LinearBernoulliLogProb& call, int64_t first,
+                             const at::Tensor& products) {  // [rows, D]
+    call.dispatch([&](auto type, auto x_type) {
+      using compute_t = typename decltype(type)::type;
+      using x_t = typename decltype(x_type)::type;
+      const auto* products_data = products.const_data_ptr<compute_t>();
+      const auto* bias = call.bias.const_data_ptr<compute_t>();
+      const auto* x_data = call.x.const_data_ptr<x_t>();
+      auto* log_prob = call.log_prob.mutable_data_ptr<compute_t>() + first;
+      vectorized_parallel_for(products.size(0), grain_rows(call.D), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const ProductAndBias<compute_t> logits = {products_data + row * products.stride(0), bias};
+          log_prob[row] = row_log_prob<compute_t>(call.D, logits, x_data + call.rows(first + row).of[0]);
+        }
+      });
+    });
+  }
+
+  // The gradient of a chunk's logits, which may lie where the products do, with its sum over every kPieceRows rows;
+  // and, where asked for, the log-likelihoods, from the same exponentials.
+  template <bool with_log_prob>
+  static void write_gradient(const LinearBernoulliGradients& call, int64_t first,
+                             const at::Tensor& products,     // [rows, D]
+                             const at::Tensor& grad_logits,  // [rows, D]
+                             const at::Tensor& sums) {       // [pieces, D]
+    call.dispatch([&](auto type, auto x_type) {
+      using compute_t = typename decltype(type)::type;
+      using x_t = typename decltype(x_type)::type;
+      const auto* products_data = products.const_data_ptr<compute_t>();
+      const auto* bias = call.bias.const_data_ptr<compute_t>();
+      const auto* x_data = call.x.const_data_ptr<x_t>();
+      const auto* upstream = call.upstream.defined() ? call.upstream.const_data_ptr<compute_t>() : nullptr;
+      auto* log_prob = call.log_prob.mutable_data_ptr<compute_t>() + first;
+      auto* grad_data = grad_logits.mutable_data_ptr<compute_t>();
+      auto* sums_data = sums.mutable_data_ptr<compute_t>();
+      const int64_t D = call.D;
+      vectorized_parallel_for(sums.size(0), grain_rows(kPieceRows * D), [&](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+          auto* sum = sums_data + piece * D;
+          std::fill_n(sum, D, compute_t(0));
+          const int64_t last_row = std::min(products.size(0), (piece + 1) * kPieceRows);
+          for (int64_t row = piece * kPieceRows; row < last_row; ++row) {
+            const auto offset = call.rows(first + row);
+            const ProductAndBias<compute_t> logits = {products_data + row * products.stride(0), bias};
+            const auto* x = x_data + offset.of[0];
+            const compute_t weight = upstream != nullptr ? upstream[offset.of[1]] : compute_t(1);
+            auto* grad = grad_data + row * grad_logits.stride(0);
+            const auto write = [&](int64_t d, compute_t a, compute_t v) {
+              const compute_t gradient = weight * bernoulli_grad_logits(a, v);
+              grad[d] = gradient;
+              sum[d] += gradient;
+            };
+            if constexpr (with_log_prob) {
+              log_prob[row] = row_log_prob<compute_t>(D, logits, x, write);
+            } else {
+              for_tiles(D, [&](int64_t column, int64_t columns) {
+                Tile<compute_t> logits_tile, x_tile;
+                const compute_t* a = logits(logits_tile, column, columns);
+                const compute_t* v = x_tile.read(x + column, columns);
+                for_lanes<compute_t>(0, columns, [&](int64_t d, int) { write(column + d, a[d], v[d]); });
+              });
+            }
+          }
+        }
+      });
+    });
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { LinearBernoulliOps<Kernels>::implement(m); }
+
+}  // namespace wakesleep::cpu

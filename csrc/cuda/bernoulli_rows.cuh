@@ -1,0 +1,95 @@
+// What is done with the logits of a row, wherever they come from: logits(span) are those of a span, in the type they
+// are computed in. A row is walked by for_spans<n>(team, D, past).
+#pragma once
+
+#include "../densities.h"
+#include "rowwise.cuh"
+
+namespace wakesleep::cuda {
+
+// Logits as they are stored.
+template <typename logit_t>
+struct StoredLogits {
+  using compute_t = at::opmath_type<logit_t>;
+  const logit_t* row;  // [D]
+
+  template <typename Span>
+  __device__ auto operator()(Span span) const {
+    return load<compute_t>(span, row);
+  }
+};
+
+// Logits that a product has left without their bias.
+template <typename T>
+struct ProductAndBias {
+  using compute_t = T;
+  const compute_t* product;  // [D]
+  const compute_t* bias;     // [D]
+
+  template <typename Span>
+  __device__ auto operator()(Span span) const {
+    auto logits = load<compute_t>(span, product);
+    const auto b = load<compute_t>(span, bias);
+#pragma unroll
+    for (int i = 0; i < span.size; ++i) {
+      logits.value[i] += b.value[i];
+    }
+    return logits;
+  }
+};
+
+// A thread's part of sum_d [x a - softplus(a)].
+template <typename compute_t>
+struct LogProbSum {
+  compute_t linear = 0, product = 1;
+  int factors = 0;
+
+  template <typename Span, int n>
+  __device__ void add(Span span, const Packet<compute_t, n>& a, const Packet<compute_t, n>& v) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const BernoulliTerm<compute_t> term(a.value[i], v.value[i]);
+      linear += term.linear;
+      product *= span.holds(i) ? term.factor : compute_t(1);
+    }
+    factors += n;
+    if (factors > kFactorsPerLog) {
+      linear -= log_of_normal(product);
+      product = 1;
+      factors = 0;
+    }
+  }
+
+  // Of the whole team, written by one.
+  template <int threads>
+  __device__ void write(Team<threads> team, compute_t* log_prob) const {
+    const compute_t sum = team.sum(linear - log_of_normal(product));
+    if (team.rank() == 0) {
+      *log_prob = sum;
+    }
+  }
+};
+
+template <int n, int threads, typename Logits, typename x_t, typename compute_t>
+__device__ void write_log_prob(Team<threads> team, int64_t D, int past, const Logits& logits, const x_t* x,
+                               compute_t* log_prob) {
+  LogProbSum<compute_t> sum;
+  for_spans<n>(team, D, past, [&](auto span) { sum.add(span, logits(span), load<compute_t>(span, x)); });
+  sum.write(team, log_prob);
+}
+
+// x = [u <= s(a)] for the row whose first element is element `first` of the draw.
+template <int n, int threads, typename Logits, typename x_t>
+__device__ void draw_row(Team<threads> team, PhiloxKey key, int64_t first, int64_t D, const Logits& logits, x_t* x) {
+  for_spans<n>(team, D, first % n, [&](auto span) {
+    auto values = logits(span);
+    const auto u = draw<Uniforms, typename Logits::compute_t, span.size>(key, first + span.column);
+#pragma unroll
+    for (int i = 0; i < span.size; ++i) {
+      values.value[i] = u.value[i] <= sigmoid(values.value[i]) ? 1 : 0;
+    }
+    store(span, values, x);
+  });
+}
+
+}  // namespace wakesleep::cuda
