@@ -5,7 +5,15 @@ from typing import get_args
 import pytest
 import torch
 
-from wakesleep_ext.models import Activation, HelmholtzMachine, ModelConfig, dream
+from wakesleep_ext.models import (
+    Activation,
+    HelmholtzMachine,
+    ModelConfig,
+    dream,
+    log_likelihood,
+    log_likelihood_sum,
+    sample_pixels,
+)
 from wakesleep_ext.random import make_key
 
 SMALL = ModelConfig(observed=6, latent=2, recognition_hidden=(5,), generative_hidden=(4, 3))
@@ -79,15 +87,15 @@ def test_impossible_sizes_are_refused(change, message):
 def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
     machine = HelmholtzMachine(SMALL, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.99]))
     count = 100_000
-    z, logits, x = machine.dream(count, keys=(make_key(0, 0), make_key(0, 1)))
-    assert not logits.requires_grad
-    torch.testing.assert_close(logits, machine.generative(z).detach())
+    z, x = machine.dream(count, keys=(make_key(0, 0), make_key(0, 1)))
+    assert not z.requires_grad
+    assert not x.requires_grad
     assert x.unique().tolist() == [0, 1]
 
     five_sigma = 5 / count**0.5
     torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=five_sigma)
     torch.testing.assert_close(z.T.cov(), torch.eye(2), rtol=0, atol=five_sigma * 2**0.5)
-    means = logits.sigmoid()
+    means = machine.generative(z).sigmoid().detach()
     torch.testing.assert_close(x.mean(0), means.mean(0), rtol=0, atol=five_sigma / 2)
     # Pixels follow their own z, not another's: the covariance of x with its mean is the latter's.
     torch.testing.assert_close(((x - means) * means).mean(0), torch.zeros(6), rtol=0, atol=five_sigma / 2)
@@ -102,8 +110,28 @@ def test_a_dream_is_a_function_of_its_keys():
 
 
 def test_dreams_take_the_dtype_of_the_generative_network():
-    z, logits, x = dream(HelmholtzMachine(SMALL).double().generative, 3, 2)
-    assert z.dtype == logits.dtype == x.dtype == torch.float64
+    z, x = dream(HelmholtzMachine(SMALL).double().generative, 3, 2)
+    assert z.dtype == x.dtype == torch.float64
+
+
+def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
+    """As any other network is by way of them, with the same gradients."""
+    network = HelmholtzMachine(SMALL).generative.double()
+    logits_only = torch.nn.Sequential(network)
+    z, x = torch.randn(4, 3, 2, dtype=torch.float64), torch.randint(2, (3, 6))
+    x = x.to(torch.uint8)
+    torch.testing.assert_close(log_likelihood(network, z, x), log_likelihood(logits_only, z, x))
+    assert torch.equal(sample_pixels(network, z, key=make_key(1)), sample_pixels(logits_only, z, key=make_key(1)))
+    ours, theirs = log_likelihood_sum(network, z, x), log_likelihood_sum(logits_only, z, x)
+    torch.testing.assert_close(ours, theirs)
+    parameters = tuple(network.parameters())
+    torch.testing.assert_close(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters))
+
+    seen = []
+    for module in (network, network.head):
+        module.register_forward_hook(lambda *call: seen.append(call[-1]))
+    torch.testing.assert_close(log_likelihood_sum(network, z, x), theirs)
+    assert [tuple(logits.shape) for logits in seen] == [(4, 3, 6)] * 2  # a hook still gets what it waits for
 
 
 def test_reconstructions_are_pixel_means_and_a_function_of_the_key():

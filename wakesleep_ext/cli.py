@@ -209,10 +209,12 @@ def _load(run: Path, device: Device) -> tuple[HelmholtzMachine, dict[str, Any]]:
     return machine.to(find_device(device)), description
 
 
+@torch.no_grad()
 def _dream_means(machine: HelmholtzMachine, count: int, seed: int = 0) -> Tensor:
     where = next(machine.parameters()).device
     keys = (random.make_key(seed, 0, where), random.make_key(seed, 1, where))
-    return machine.dream(count, keys=keys).logits.sigmoid()
+    means: Tensor = machine.generative(machine.dream(count, keys=keys).z).sigmoid()
+    return means
 
 
 def _result(

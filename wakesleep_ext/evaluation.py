@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep_ext import ops, random
-from wakesleep_ext.models import PIXEL_MEAN_CLIP
+from wakesleep_ext.models import PIXEL_MEAN_CLIP, log_likelihood
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def log_likelihood_bounds(
             draws += 1
             z, log_q = ops.gaussian_rsample_log_prob(mu, logvar, (samples,), key=key)
             log_prior = ops.standard_gaussian_log_prob(z)
-            log_w = log_prior + ops.bernoulli_log_prob(generative(z), images) - log_q
+            log_w = log_prior + log_likelihood(generative, z, images) - log_q
             log_w = log_w.double()
             total += log_w.sum(0)
             log_total = torch.logaddexp(log_total, log_w.logsumexp(0))

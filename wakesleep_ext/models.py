@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from wakesleep_ext import ops
+from wakesleep_ext import ops, random
 
 Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
 
@@ -81,18 +82,72 @@ class MultilayerPerceptron(nn.Sequential):
         layers = [layer for linear in linears for layer in (linear, _ACTIVATIONS[activation]())]
         super().__init__(*layers[:-1])
 
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = super().forward(input.to(next(self.parameters()).dtype))
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer."""
+        last = self[-1]
+        assert isinstance(last, nn.Linear)
+        return last
+
+    def features(self, input: Tensor) -> Tensor:
+        """What the last layer gets, `[*, first] -> [*, next to last]`."""
+        output = input.to(self.head.weight.dtype)
+        for layer in list(self)[:-1]:
+            output = layer(output)
         return output
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.head(self.features(input))
+        return output
+
+
+def log_likelihood(generative: nn.Module, z: Tensor, x: Tensor) -> Tensor:
+    """log p(x|z) of each row; its backward pass, of a perceptron, recomputes the logits if they are many.
+
+    Args:
+        generative: maps z `[*, K]` to logits `[*, D]`.
+        z: latent variables `[*S, *B, K]`.
+        x: binary pixels `[*B, D]`: bool, uint8 or floating.
+
+    Returns:
+        `[*S, *B]`.
+    """
+    return _decode(generative, z, ops.linear_bernoulli_log_prob, ops.bernoulli_log_prob, x)
+
+
+def log_likelihood_sum(generative: nn.Module, z: Tensor, x: Tensor) -> Tensor:
+    """The sum of :func:`log_likelihood` over all rows, 0-dimensional; for training, since the gradients of a perceptron
+    come with it."""
+    return _decode(
+        generative, z, ops.linear_bernoulli_log_prob_sum, lambda logits, x: ops.bernoulli_log_prob(logits, x).sum(), x
+    )
+
+
+def sample_pixels(generative: nn.Module, z: Tensor, *, key: Tensor | None = None) -> Tensor:
+    """x ~ p(x|z): `[*, K] -> [*, D]`, 0 or 1 in the dtype of the logits."""
+    key = random.draw_key(z) if key is None else key
+    return _decode(generative, z, partial(ops.linear_bernoulli_sample, key=key), partial(ops.bernoulli_sample, key=key))
+
+
+def _decode(
+    generative: nn.Module, z: Tensor, of_head: Callable[..., Tensor], of_logits: Callable[..., Tensor], *x: Tensor
+) -> Tensor:
+    """The logits of a network whose last layer is known to be linear need not be held, unless a hook waits for them."""
+    if isinstance(generative, MultilayerPerceptron) and not (_has_hooks(generative) or _has_hooks(generative.head)):
+        return of_head(generative.features(z), generative.head.weight, generative.head.bias, *x)
+    return of_logits(generative(z), *x)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(kinds)
 
 
 class Dream(NamedTuple):
     """A draw from the generative model: z ~ p(z), then x ~ p(x|z)."""
 
     z: Tensor
-    """Latent variables `[N, K]`."""
-    logits: Tensor
-    """Logits of p(x|z), `[N, D]`; their sigmoid is the mean of each pixel."""
+    """Latent variables `[N, K]`; `sigmoid(generative(z))` is the mean of each pixel."""
     x: Tensor
     """Binary pixels `[N, D]`, 0 or 1 in the dtype of the logits."""
 
@@ -116,8 +171,7 @@ def dream(
     key_z, key_x = keys if keys is not None else (None, None)
     zeros = next(generative.parameters()).new_zeros(latent)
     z = ops.gaussian_rsample(zeros, zeros, (num_dreams,), key=key_z)
-    logits = generative(z)
-    return Dream(z, logits, ops.bernoulli_sample(logits, key=key_x))
+    return Dream(z, sample_pixels(generative, z, key=key_x))
 
 
 class HelmholtzMachine(nn.Module):

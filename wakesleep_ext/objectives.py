@@ -7,11 +7,13 @@ without gradients, so a loss reaches one network's parameters only.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from wakesleep_ext import ops
-from wakesleep_ext.models import dream
+from wakesleep_ext.models import dream, log_likelihood_sum
 
 
 def wake_theta_loss(
@@ -44,7 +46,7 @@ def wake_theta_loss(
     with torch.no_grad():
         mu, logvar = ops.gaussian_parameters(recognition(x))
         z = ops.gaussian_rsample(mu, logvar, (num_samples,), key=key)
-    return -ops.bernoulli_log_prob(generative(z), x).mean()
+    return -log_likelihood_sum(generative, z, x) / math.prod(z.shape[:-1])
 
 
 def sleep_phi_loss(
@@ -73,6 +75,6 @@ def sleep_phi_loss(
     Returns:
         The loss in nats per dream, 0-dimensional.
     """
-    z, _, x = dream(generative, num_dreams, latent, keys=keys)
+    z, x = dream(generative, num_dreams, latent, keys=keys)
     mu, logvar = ops.gaussian_parameters(recognition(x))
     return -ops.gaussian_log_prob(mu, logvar, z).mean()
