@@ -24,7 +24,7 @@ constexpr int64_t kMiB = 1 << 20;
 inline int64_t cached_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : at::get_num_threads() * kMiB; }
 
 // Logits of so many bytes are kept for the backward pass rather than recomputed, unless the caller chooses.
-constexpr int64_t kNone = -1, kAll = std::numeric_limits<int64_t>::max();
+constexpr int64_t kKeepNone = -1, kKeepAll = std::numeric_limits<int64_t>::max();
 inline int64_t kept_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : 4 * kMiB; }
 
 // to = a b, or to += a b, in the type of `to`.
@@ -258,7 +258,7 @@ struct LinearBernoulliOps {
                              const at::Tensor& bias,    // [D]
                              const at::Tensor& x,       // [*B, D]
                              std::optional<bool>) {
-    return std::get<0>(log_prob_and_logits(h, weight, bias, x, kNone));
+    return std::get<0>(log_prob_and_logits(h, weight, bias, x, kKeepNone));
   }
 
   static std::tuple<at::Tensor, at::Tensor> log_prob_and_logits(const at::Tensor& h, const at::Tensor& weight,

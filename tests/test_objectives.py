@@ -129,6 +129,19 @@ def test_losses_are_functions_of_their_keys(machine):
     assert not torch.equal(wake_theta_loss(*networks, EVERY_IMAGE), wake_theta_loss(*networks, EVERY_IMAGE))
 
 
+def test_both_phases_compile_without_graph_breaks(machine):
+    torch.compiler.reset()
+    networks, keys = (machine.recognition, machine.generative), (make_key(1, 0), make_key(1, 1))
+    for loss, arguments, keywords, network in (
+        (wake_theta_loss, (EVERY_IMAGE, 4), {"key": keys[0]}, machine.generative),
+        (sleep_phi_loss, (20, 1), {"keys": keys}, machine.recognition),
+    ):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*networks, *arguments, **keywords)
+        eager = loss(*networks, *arguments, **keywords)
+        torch.testing.assert_close(compiled, eager)
+        torch.testing.assert_close(gradients(compiled, network), gradients(eager, network))
+
+
 def test_networks_may_be_any_modules():
     """Nothing but their two signatures is asked of the networks."""
 

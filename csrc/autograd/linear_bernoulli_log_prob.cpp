@@ -39,7 +39,7 @@ Tensor grad_x(const Tensor& grad, const Tensor& h, const Tensor& weight, const T
 struct LinearBernoulliLogProb : torch::autograd::Function<LinearBernoulliLogProb> {
   static Tensor forward(AutogradContext* context, const Tensor& h, const Tensor& weight, const Tensor& bias,
                         const Tensor& x, std::optional<bool> recompute) {
-    const int64_t kept = recompute ? (*recompute ? kNone : kAll) : kept_bytes(h.device());
+    const int64_t kept = recompute ? (*recompute ? kKeepNone : kKeepAll) : kept_bytes(h.device());
     const auto [log_prob, logits] = below(linear_bernoulli_log_prob_and_logits(), h, weight, bias, x, kept);
     context->save_for_backward({h, weight, bias, x, logits});
     return log_prob;

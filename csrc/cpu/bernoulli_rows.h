@@ -25,7 +25,7 @@ struct ProductAndBias {
   const compute_t* bias;     // [D]
 
   C10_ALWAYS_INLINE const compute_t* operator()(Tile<compute_t>& tile, int64_t column, int64_t columns) const {
-    return tile.sum(product + column, bias + column, columns);
+    return tile.sum_of(product + column, bias + column, columns);
   }
 };
 

@@ -158,7 +158,7 @@ class Tile {
     }
   }
 
-  C10_ALWAYS_INLINE const compute_t* sum(const compute_t* a, const compute_t* b, int64_t count) {
+  C10_ALWAYS_INLINE const compute_t* sum_of(const compute_t* a, const compute_t* b, int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       value_[i] = a[i] + b[i];
