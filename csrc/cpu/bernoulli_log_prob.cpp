@@ -52,10 +52,12 @@ at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
           const compute_t* a = logits_tile.read(logits_data + offset.of[0] + column, columns);
           const compute_t* v = x_tile.read(x_data + offset.of[1] + column, columns);
           const compute_t upstream = grad_data[offset.of[2]];
-          for_lanes<compute_t>(0, columns, [&](int64_t d, int) {
-            const compute_t gradient = upstream * bernoulli_grad_logits(a[d], v[d]);
-            result[d] = summed ? result[d] + gradient : gradient;
-          });
+          for_lanes<compute_t>(
+              columns,
+              [&](auto element, compute_t logit, compute_t value) {
+                element.template put<summed>(result, upstream * bernoulli_grad_logits(logit, value));
+              },
+              a, v);
         });
         result_tile.store(out, columns);
       });

@@ -29,25 +29,28 @@ struct ProductAndBias {
   }
 };
 
-// sum_d [x a - softplus(a)] over at most a tile, by lanes; also_for(d, a, x) is called for each d on the way.
+// sum_d [x a - softplus(a)] over at most a tile, by lanes; also_for(element, a, x) is called on the way.
 template <typename compute_t, typename Body>
 C10_ALWAYS_INLINE Lanes<compute_t> tile_log_prob(const compute_t* logits, const compute_t* x, int64_t count,
                                                  const Body& also_for) {
   constexpr int width = Lanes<compute_t>::width;
   static_assert(kTile / width <= kFactorsPerLog || sizeof(compute_t) > sizeof(float));
   Lanes<compute_t> log_prob(0), product(1);
-  for_lanes<compute_t>(0, count, [&](int64_t d, int l) {
-    const compute_t a = logits[d], v = x[d];
-    const BernoulliTerm<compute_t> term(a, v);
-    log_prob.lane[l] += term.linear;
-    product.lane[l] *= term.factor;
-    also_for(d, a, v);
-  });
-  for_lanes<compute_t>(0, width, [&](int64_t, int l) { log_prob.lane[l] -= log_of_normal(product.lane[l]); });
+  for_lanes<compute_t>(
+      count,
+      [&](auto element, compute_t a, compute_t v) {
+        const BernoulliTerm<compute_t> term(a, v);
+        element.add(log_prob, term.linear);
+        element.multiply(product, term.factor);
+        also_for(element, a, v);
+      },
+      logits, x);
+  for_lanes<compute_t>(
+      width, [&](auto element, compute_t of_lane) { element.add(log_prob, -log_of_normal(of_lane)); }, product.lane);
   return log_prob;
 }
 
-// Of a row; also_for(d, a, x) is called for each d on the way.
+// Of a row; also_for(element, a, x) is called on the way.
 template <typename compute_t, typename Logits, typename x_t, typename Body>
 C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const x_t* x, const Body& also_for) {
   Lanes<compute_t> log_prob(0);
@@ -55,14 +58,14 @@ C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const 
     const int64_t columns = std::min(kTile, D - column);
     Tile<compute_t> logits_tile, x_tile;
     log_prob += tile_log_prob(logits(logits_tile, column, columns), x_tile.read(x + column, columns), columns,
-                              [&](int64_t d, compute_t a, compute_t v) { also_for(column + d, a, v); });
+                              [&](auto element, compute_t a, compute_t v) { also_for(element.after(column), a, v); });
   }
   return log_prob.sum();
 }
 
 template <typename compute_t, typename Logits, typename x_t>
 C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const x_t* x) {
-  return row_log_prob<compute_t>(D, logits, x, [](int64_t, compute_t, compute_t) {});
+  return row_log_prob<compute_t>(D, logits, x, [](auto, compute_t, compute_t) {});
 }
 
 // x = [u <= s(a)] for `rows` rows, the first of which is row `first` of the draw; logits_of(row) are those of a row,
@@ -79,7 +82,12 @@ void draw_rows(PhiloxKey key, int64_t first, int64_t rows, int64_t D, const Logi
         const compute_t* a = logits_of(row)(logits_tile, column, columns);
         auto* out = x + (first + row) * D + column;
         compute_t* drawn = x_tile.place_for(out);
-        for_lanes<compute_t>(0, columns, [&](int64_t d, int) { drawn[d] = u[d] <= sigmoid(a[d]) ? 1 : 0; });
+        for_lanes<compute_t>(
+            columns,
+            [&](auto element, compute_t uniform, compute_t logit) {
+              element.store(drawn, compute_t(uniform <= sigmoid(logit) ? 1 : 0));
+            },
+            u, a);
         x_tile.store(out, columns);
       }
     });

@@ -50,10 +50,13 @@ at::Tensor gaussian_kl_backward(const at::Tensor& grad,      // [*B]
           const compute_t* l = logvar_tile.read(logvar_data + offset.of[1] + column, columns);
           auto *mu_out = grad_parameters + 2 * row * call.K + column, *logvar_out = mu_out + call.K;
           compute_t *row_mu = mu_result.place_for(mu_out), *row_logvar = logvar_result.place_for(logvar_out);
-          for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
-            row_mu[k] = upstream * m[k];
-            row_logvar[k] = upstream * gaussian_kl_grad_logvar(l[k]);
-          });
+          for_lanes<compute_t>(
+              columns,
+              [&](auto element, compute_t mean, compute_t log_variance) {
+                element.store(row_mu, upstream * mean);
+                element.store(row_logvar, upstream * gaussian_kl_grad_logvar(log_variance));
+              },
+              m, l);
           mu_result.store(mu_out, columns);
           logvar_result.store(logvar_out, columns);
         });

@@ -66,24 +66,27 @@ std::tuple<at::Tensor, at::Tensor> gaussian_log_prob_backward(const at::Tensor& 
           const compute_t* l = logvar_tile.read(logvar_data + offset.of[1] + column, columns);
           const compute_t* v = z_tile.read(z_data + offset.of[2] + column, columns);
           const compute_t upstream = grad_data[offset.of[3]];
-          const auto add = [&](auto* total, compute_t gradient) { *total = summed ? *total + gradient : gradient; };
+          auto* z_out = grad_z_data + (with_grad_z ? offset.of[4] + column : 0);
+          compute_t* grad_z = z_result.place_for(z_out);
+          const auto add_terms = [&](auto with_z) {
+            for_lanes<compute_t>(
+                columns,
+                [&](auto element, compute_t mean, compute_t log_variance, compute_t value) {
+                  const GaussianTerm<compute_t> term(mean, log_variance, value);
+                  const compute_t row_mu = upstream * term.grad_mu();
+                  element.template put<summed>(grad_mu, row_mu);
+                  element.template put<summed>(grad_logvar, upstream * term.grad_logvar());
+                  if constexpr (with_z) {
+                    element.store(grad_z, -row_mu);
+                  }
+                },
+                m, l, v);
+          };
           if (with_grad_z) {
-            auto* z_out = grad_z_data + offset.of[4] + column;
-            compute_t* grad_z = z_result.place_for(z_out);
-            for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
-              const GaussianTerm<compute_t> term(m[k], l[k], v[k]);
-              const compute_t row_mu = upstream * term.grad_mu();
-              add(grad_mu + k, row_mu);
-              add(grad_logvar + k, upstream * term.grad_logvar());
-              grad_z[k] = -row_mu;
-            });
+            add_terms(std::true_type{});
             z_result.store(z_out, columns);
           } else {
-            for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
-              const GaussianTerm<compute_t> term(m[k], l[k], v[k]);
-              add(grad_mu + k, upstream * term.grad_mu());
-              add(grad_logvar + k, upstream * term.grad_logvar());
-            });
+            add_terms(std::false_type{});
           }
         });
         mu_result.store(mu_out, columns);

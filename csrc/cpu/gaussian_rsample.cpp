@@ -32,13 +32,19 @@ void draw(const GaussianRsample& call) {
           const compute_t* l = logvar_tile.read(logvar_data + offset.of[1] + column, columns);
           auto* out = z_data + row * call.K + column;
           compute_t* z = z_tile.place_for(out);
+          for_lanes<compute_t>(
+              columns,
+              [&](auto element, compute_t mean, compute_t log_variance, compute_t noise) {
+                element.store(z, mean + gaussian_sigma(log_variance) * noise);
+              },
+              m, l, eps);
           if (column == 0) {
             sum.fill(0);
           }
-          for_lanes<compute_t>(0, columns, [&](int64_t k, int lane) {
-            z[k] = m[k] + gaussian_sigma(l[k]) * eps[k];
-            sum.lane[lane] += l[k] + eps[k] * eps[k];
-          });
+          if constexpr (with_log_prob) {
+            sum += lane_sums<compute_t>(
+                columns, [](compute_t log_variance, compute_t noise) { return log_variance + noise * noise; }, l, eps);
+          }
           z_tile.store(out, columns);
           if (with_log_prob && column + columns == call.K) {
             log_prob[row] = gaussian_log_prob_of_sum(sum.sum(), call.K);
@@ -98,10 +104,13 @@ at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z,   
               const compute_t* eps = tile.fill(key_words, first, rows * columns);
               Tile<compute_t> grad_tile;
               const compute_t* upstream = grad_tile.read(grad_z_data + first, rows * columns);
-              for_lanes<compute_t>(0, rows * columns, [&](int64_t i, int) {
-                total_z[i] += upstream[i];
-                total_z_eps[i] += upstream[i] * eps[i];
-              });
+              for_lanes<compute_t>(
+                  rows * columns,
+                  [&](auto element, compute_t grad, compute_t noise) {
+                    element.add(total_z, grad);
+                    element.add(total_z_eps, grad * noise);
+                  },
+                  upstream, eps);
             }
           }
           for (int64_t row = first_row; row < first_row + rows; ++row) {
@@ -114,10 +123,14 @@ at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z,   
             const int64_t in_tile = (row - first_row) * columns;
             auto *mu_out = to + 2 * (piece * B + row) * K + column, *logvar_out = mu_out + K;
             compute_t *grad_mu = mu_result.place_for(mu_out), *grad_logvar = logvar_result.place_for(logvar_out);
-            for_lanes<compute_t>(0, columns, [&](int64_t k, int) {
-              grad_mu[k] = total_z[in_tile + k];
-              grad_logvar[k] = compute_t(0.5) * (gaussian_sigma(l[k]) * total_z_eps[in_tile + k] - total_log_prob);
-            });
+            for_lanes<compute_t>(
+                columns,
+                [&](auto element, compute_t log_variance, compute_t of_z, compute_t of_z_eps) {
+                  element.store(grad_mu, of_z);
+                  const compute_t of_sigma = gaussian_sigma(log_variance) * of_z_eps;
+                  element.store(grad_logvar, compute_t(0.5) * (of_sigma - total_log_prob));
+                },
+                l, total_z + in_tile, total_z_eps + in_tile);
             mu_result.store(mu_out, columns);
             logvar_result.store(logvar_out, columns);
           }

@@ -58,19 +58,19 @@ struct Kernels {
             const auto* x = x_data + offset.of[0];
             const compute_t weight = upstream != nullptr ? upstream[offset.of[1]] : compute_t(1);
             auto* grad = grad_data + row * grad_logits.stride(0);
-            const auto write = [&](int64_t d, compute_t a, compute_t v) {
+            const auto write = [&](auto element, compute_t a, compute_t v) {
               const compute_t gradient = weight * bernoulli_grad_logits(a, v);
-              grad[d] = gradient;
-              sum[d] += gradient;
+              element.store(grad, gradient);
+              element.add(sum, gradient);
             };
             if constexpr (with_log_prob) {
               log_prob[row] = row_log_prob<compute_t>(D, logits, x, write);
             } else {
               for_tiles(D, [&](int64_t column, int64_t columns) {
                 Tile<compute_t> logits_tile, x_tile;
-                const compute_t* a = logits(logits_tile, column, columns);
-                const compute_t* v = x_tile.read(x + column, columns);
-                for_lanes<compute_t>(0, columns, [&](int64_t d, int) { write(column + d, a[d], v[d]); });
+                for_lanes<compute_t>(
+                    columns, [&](auto element, compute_t a, compute_t v) { write(element.after(column), a, v); },
+                    logits(logits_tile, column, columns), x_tile.read(x + column, columns));
               });
             }
           }

@@ -44,7 +44,8 @@ at::Tensor standard_gaussian_log_prob_backward(const at::Tensor& grad,  // [*B]
           const compute_t* v = z_tile.read(z_data + offset.of[0] + column, columns);
           auto* out = grad_z + row * call.K + column;
           compute_t* result = result_tile.place_for(out);
-          for_lanes<compute_t>(0, columns, [&](int64_t k, int) { result[k] = -upstream * v[k]; });
+          for_lanes<compute_t>(
+              columns, [&](auto element, compute_t value) { element.store(result, -upstream * value); }, v);
           result_tile.store(out, columns);
         });
       }

@@ -120,19 +120,81 @@ struct Lanes {
   }
 };
 
-// body(i, lane) for i in [begin, end), lane = (i - begin) mod width.
-template <typename T, typename Body>
-C10_ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, const Body& body) {
-  constexpr int width = Lanes<T>::width;
-  int64_t i = begin;
-  for (; i + width <= end; i += width) {
-#pragma omp simd
-    for (int l = 0; l < width; ++l) {
-      body(i + l, l);
+// An element in for_lanes, by its index and its lane. The last vector is worked through whole even if the elements end
+// before it does: there `holds` says whether there is one.
+template <typename Holds>
+struct Element {
+  int64_t index;
+  int lane;
+  Holds holds;
+
+  C10_ALWAYS_INLINE Element after(int64_t columns) const { return {columns + index, lane, holds}; }
+
+  template <typename T>
+  C10_ALWAYS_INLINE void store(T* to, T value) const {
+    if (holds) {
+      to[index] = value;
     }
   }
-  for (int l = 0; i + l < end; ++l) {
-    body(i + l, l);
+
+  template <typename T>
+  C10_ALWAYS_INLINE void add(T* to, T value) const {
+    if (holds) {
+      to[index] += value;
+    }
+  }
+
+  template <bool adds, typename T>
+  C10_ALWAYS_INLINE void put(T* to, T value) const {
+    adds ? add(to, value) : store(to, value);
+  }
+
+  template <typename T>
+  C10_ALWAYS_INLINE void add(Lanes<T>& sum, T value) const {
+    sum.lane[lane] += holds ? value : T(0);
+  }
+
+  template <typename T>
+  C10_ALWAYS_INLINE void multiply(Lanes<T>& product, T value) const {
+    product.lane[lane] *= holds ? value : T(1);
+  }
+};
+
+// The last elements of an operand, with zeros after them. They are put there before anything is computed: a masked load
+// alone leaves in the other lanes what was in the register, and arithmetic on what happens to look like a subnormal
+// takes a hundred cycles.
+template <typename T, int width>
+struct RaggedEnd {
+  T lane[width];
+
+  C10_ALWAYS_INLINE RaggedEnd(const T* from, int64_t count) {
+#pragma omp simd
+    for (int l = 0; l < width; ++l) {
+      lane[l] = l < count ? from[l] : T(0);
+    }
+  }
+};
+
+// body(element, operands there ...) for count elements, as many at once as a vector has of T. The ragged end is a
+// vector under a mask, not a loop: one element takes as long as fifteen.
+template <typename T, typename Body, typename... Operands>
+C10_ALWAYS_INLINE void for_lanes(int64_t count, const Body& body, const Operands*... operand) {
+  constexpr int width = Lanes<T>::width;
+  int64_t i = 0;
+  for (; i + width <= count; i += width) {
+#pragma omp simd
+    for (int l = 0; l < width; ++l) {
+      body(Element<std::true_type>{i + l, l, {}}, operand[i + l]...);
+    }
+  }
+  const auto finish = [&](const RaggedEnd<Operands, width>&... end) {
+#pragma omp simd
+    for (int l = 0; l < width; ++l) {
+      body(Element<bool>{i + l, l, i + l < count}, end.lane[l]...);
+    }
+  };
+  if (i < count) {
+    finish({operand + i, count - i}...);
   }
 }
 
@@ -145,24 +207,22 @@ constexpr int64_t kTile = 1024;
 template <typename compute_t>
 class Tile {
  public:
+  C10_ALWAYS_INLINE Tile() {}  // as it comes: Tile() would otherwise fill it with zeros
+
   template <typename scalar_t>
   C10_ALWAYS_INLINE const compute_t* read(const scalar_t* from, int64_t count) {
     if constexpr (std::is_same_v<scalar_t, compute_t>) {
       return from;
     } else {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        value_[i] = static_cast<compute_t>(from[i]);
-      }
+      for_lanes<scalar_t>(
+          count, [&](auto element, scalar_t value) { element.store(value_, static_cast<compute_t>(value)); }, from);
       return value_;
     }
   }
 
   C10_ALWAYS_INLINE const compute_t* sum_of(const compute_t* a, const compute_t* b, int64_t count) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      value_[i] = a[i] + b[i];
-    }
+    for_lanes<compute_t>(
+        count, [&](auto element, compute_t left, compute_t right) { element.store(value_, left + right); }, a, b);
     return value_;
   }
 
@@ -179,10 +239,8 @@ class Tile {
   template <typename scalar_t>
   C10_ALWAYS_INLINE void store(scalar_t* to, int64_t count) const {
     if constexpr (!std::is_same_v<scalar_t, compute_t>) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        to[i] = static_cast<scalar_t>(value_[i]);
-      }
+      for_lanes<scalar_t>(
+          count, [&](auto element, compute_t value) { element.store(to, static_cast<scalar_t>(value)); }, value_);
     }
   }
 
@@ -198,15 +256,15 @@ C10_ALWAYS_INLINE void for_tiles(int64_t width, const Body& body) {
   }
 }
 
-// The sums of term(operands at i ...) over each lane.
+// The sums over each lane of term(operands ...).
 template <typename compute_t, typename Term, typename... Operands>
 C10_ALWAYS_INLINE Lanes<compute_t> lane_sums(int64_t count, const Term& term, const Operands*... operand) {
   Lanes<compute_t> sum(0);
-  for_lanes<compute_t>(0, count, [&](int64_t i, int l) { sum.lane[l] += term(operand[i]...); });
+  for_lanes<compute_t>(count, [&](auto element, Operands... value) { element.add(sum, term(value...)); }, operand...);
   return sum;
 }
 
-// The sum over a row of term(operands at i ...), the operands in compute_t.
+// The sum over a row of term(operands ...), the operands in compute_t.
 template <typename compute_t, typename Term, typename... Operands>
 C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term, const Operands*... row) {
   Lanes<compute_t> sum(0);
