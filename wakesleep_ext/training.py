@@ -142,7 +142,11 @@ class Trainer:
         """
         while self.step < self.config.epochs * self.steps_per_epoch:
             start = time.perf_counter()
-            losses = torch.stack([self._step(index, on_step) for index in self._batches()]).cpu()
+            of_steps = []
+            for index in self._batches():
+                of_steps.append(self.take_step(index))
+                on_step()
+            losses = torch.stack(of_steps).cpu()
             self._check_finite(losses)
             wake_loss, sleep_loss = losses.double().mean(0).tolist()
             yield Epoch(
@@ -159,8 +163,16 @@ class Trainer:
         order = ops.gaussian_rsample(zeros, zeros, key=self._key(_Draw.ORDER)).argsort()
         return tuple(order.split(self.batch_size)[: self.steps_per_epoch])
 
-    def _step(self, index: Tensor, on_step: Callable[[], object]) -> Tensor:
-        """One wake step and one sleep step; their losses, `[2]`."""
+    def take_step(self, index: Tensor) -> Tensor:
+        """One wake step on a batch, then one sleep step on as many dreams.
+
+        Args:
+            index: int64 `[batch_size]`, which images the batch has.
+
+        Returns:
+            Wake loss and sleep loss, `[2]`, nats per image and per dream. They are not looked at, since that would stop
+            a GPU; :meth:`epochs` does.
+        """
         recognition, generative = self.machine.recognition, self.machine.generative
         config = self.config
 
@@ -178,7 +190,6 @@ class Trainer:
         self._descend("sleep", sleep_loss, config.sleep_learning_rate)
 
         self.step += 1
-        on_step()
         return torch.stack((wake_loss.detach(), sleep_loss.detach()))
 
     def _key(self, draw: _Draw) -> Tensor:
