@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from wakesleep_ext.benchmark import read, report
-from wakesleep_ext.benchmark.op_suite import headline
+from wakesleep_ext.benchmark import read, report, suite_of
 from wakesleep_ext.benchmark.result import Result
 from wakesleep_ext.checkpoint import write_atomically
 
@@ -33,15 +32,17 @@ def refresh(text: str, folder: Path) -> str:
 
 
 def _section(path: Path, result: Result) -> str:
-    picture = f"![Bars: how many times as fast as eager PyTorch each op is]({path.with_suffix('.png')})"
-    return f"{picture}\n\n{report.text({**result, 'records': headline(result['records'])})}"
+    suite = suite_of(result)
+    picture = f"![Bars: how many times as fast as eager PyTorch each {suite.noun} is]({path.with_suffix('.png')})"
+    return f"{picture}\n\n{report.text({**result, 'records': suite.headline(result['records'])}, suite)}"
 
 
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for path in results(text):
-        report.plot(ROOT / path.with_suffix(".png"), read(ROOT / path))
+        result = read(ROOT / path)
+        report.plot(ROOT / path.with_suffix(".png"), result, suite_of(result))
     write_atomically(readme, refresh(text, ROOT).encode())
 
 

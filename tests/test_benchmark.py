@@ -24,7 +24,7 @@ from torch import Tensor
 from wakesleep_ext import cli, ops
 from wakesleep_ext.benchmark import Plan, bench, command, goals, measure, report
 from wakesleep_ext.benchmark import result as results
-from wakesleep_ext.benchmark.op_suite import OPS, OpCase, cases, headline
+from wakesleep_ext.benchmark.op_suite import GOALS, OPS, SUITE, OpCase, cases, headline
 
 ROOT = Path(__file__).resolve().parent.parent
 OP = {op.name: op for op in OPS}
@@ -96,7 +96,7 @@ def check_result(case: OpCase, candidate: str) -> None:
     for name, output in zip(case.op.outputs, outputs(case, result), strict=True):
         assert output.shape == case.shape_of(name)
         assert output.dtype == case.dtype_of(name)
-    error = case.error(inputs, result)
+    error = case.error(candidate, inputs, result)
     if error is not None:
         assert error <= max(torch.finfo(case.dtype).eps, 1e-14) * (4 if case.dtype == torch.float32 else 1)
     if case.op.draws:
@@ -131,13 +131,13 @@ def test_compiled_code_computes_the_op() -> None:
 def test_a_wrong_result_has_a_large_error(backward: bool) -> None:
     case = OpCase(OP["gaussian_rsample_log_prob"], (40, 64), backward=backward)
     inputs, result = result_of(case, "fused")
-    right = case.error(inputs, result)
+    right = case.error("fused", inputs, result)
     assert right is not None
     assert right < 1e-6
     wrong = result[1][1] if backward else result[1]  # the gradient of logvar, or log q
     with torch.no_grad():
         wrong[7] += 0.01 * wrong.abs().max()
-    error = case.error(inputs, result)
+    error = case.error("fused", inputs, result)
     assert error == pytest.approx(0.01, rel=0.2)
 
 
@@ -182,6 +182,15 @@ def test_peak_bytes() -> None:
     assert measure.peak_bytes(lambda: (torch.ones(1000) + torch.ones(1000)).sum(), CPU) == 3 * 4000
     logits, x = torch.zeros(100, 784), torch.zeros(100, 784)
     assert 400 <= measure.peak_bytes(lambda: ops.bernoulli_log_prob(logits, x), CPU) < logits.nbytes
+
+
+def test_launches_are_the_kernels_that_the_profiler_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure.launches(lambda: None, CPU) is None
+    events = [{"cat": "kernel"}, {"cat": "gpu_memcpy"}, {"cat": "kernel"}, {"name": "[memory]"}]
+    monkeypatch.setattr(measure, "trace", lambda call, activity: events)
+    assert measure.launches(lambda: None, torch.device("cuda")) == 2
+    monkeypatch.setattr(measure, "trace", lambda call, activity: events[1::2][:1])
+    assert measure.launches(lambda: None, torch.device("cuda")) is None  # where the profiler has no access
 
 
 def test_copies_tell_the_bandwidth() -> None:
@@ -231,7 +240,7 @@ class Addition(measure.Case[float]):
             raise RuntimeError("no working C++ compiler\nand much else")
         return [partial(sum, [one, math.nan if candidate == "astray" else 2.0]) for one in inputs]
 
-    def error(self, inputs: float, result: float) -> float:
+    def error(self, candidate: str, inputs: float, result: float) -> float:
         return abs(result - 3.0)
 
 
@@ -262,7 +271,7 @@ def test_what_is_ours_is_never_left_out() -> None:
 @pytest.fixture
 def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [case for case in SMALL if case.shape[1:] == (64,) and case.dtype == torch.float32]
-    monkeypatch.setitem(command._SUITES, "ops", lambda device, quick: few)
+    monkeypatch.setitem(command._SUITES, "ops", replace(SUITE, cases=lambda device, quick: few))
     monkeypatch.setattr(command, "_SECONDS_PER_CASE", 0.0)
     monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
 
@@ -279,7 +288,8 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
     assert torch.get_num_threads() == before
 
     written = json.loads(file.read_text())
-    assert list(written) == ["machine", "copy_bandwidth_gbs", "records"]
+    assert list(written) == ["suite", "machine", "copy_bandwidth_gbs", "records"]
+    assert written["suite"] == "ops"
     about = written["machine"]
     assert list(about) == list(results.Machine.__annotations__)
     assert about["command"] == f"wakesleep bench {options}"
@@ -294,6 +304,7 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
         assert each["max_error"] < 1e-6
         assert each["bandwidth_fraction"] is None  # so small a case is overhead
         assert each["peak_bytes"] > 0
+        assert each["launches"] is None  # on a CPU
     assert [(r["op"], r["pass"], r["shape"], r["candidate"]) for r in written["records"]] == [
         (op, backward, [40, 64], candidate)
         for op in ("gaussian_log_prob", "gaussian_kl")
@@ -418,7 +429,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_a_result_in_words() -> None:
-    text = report.text(RESULT)
+    text = report.text(RESULT, SUITE)
     assert cells(text) == cells(TEXT)
     for table in text.split("\n\n")[1:4:2]:
         assert len({len(line) for line in table.splitlines()}) == 1  # legible as it stands, too
@@ -463,6 +474,7 @@ def with_record(**others: Any) -> str:
         (with_record(median_us="fast"), r"r.json: result.records\[0\].median_us: expected float, got 'fast'"),
         (with_record(median_us=0.0), r"r.json: result.records\[0\].median_us: expected > 0, got 0.0"),
         (with_record(shape=["a"]), r"r.json: result.records\[0\].shape\[0\]: expected int, got 'a'"),
+        (with_record(launches="few"), r"r.json: result.records\[0\].launches: expected int \| None, got 'few'"),
         (with_record(max_error="none"), r"r.json: result.records\[0\].max_error: expected float \| None, got 'none'"),
     ],
 )
@@ -475,8 +487,25 @@ def test_what_is_no_result_is_refused(tmp_path: Path, text: str, message: str) -
 
 def test_records_may_say_more(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    path.write_text(with_record(launches=3))
-    assert results.read(path)["records"][0]["launches"] == 3  # type: ignore[typeddict-item]
+    path.write_text(with_record(watts=3))
+    assert results.read(path)["records"][0]["watts"] == 3  # type: ignore[typeddict-item]
+
+
+def test_launches_are_shown_where_there_are_any() -> None:
+    counted = result(record("fused", 1.0, launches=1), record("eager", 2.0, launches=12), record("fused", 1.0, **LARGE))
+    large, small = (
+        cells(report.text(counted, SUITE).split("\n\n")[1]),
+        cells(report.text(counted, SUITE).split("\n\n")[3]),
+    )
+    assert "launches (eager)" not in large[0]
+    assert (small[0][-2], small[2][-2]) == ("launches (eager)", "1 (12)")
+
+
+def test_a_result_of_an_unknown_suite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    results.write(path, {**RESULT, "suite": "epochs"})
+    assert cli.main(["bench", "--show", str(path)]) == 1
+    assert capsys.readouterr().err == "wakesleep: expected a result of ops or step, got one of epochs\n"
 
 
 def shows(path: Path, result: results.Result) -> bool:
@@ -487,14 +516,14 @@ def shows(path: Path, result: results.Result) -> bool:
 
 def test_a_picture_knows_its_result(tmp_path: Path) -> None:
     path = tmp_path / "speed.png"
-    report.plot(path, RESULT)
+    report.plot(path, RESULT, SUITE)
     assert shows(path, RESULT)
     assert not shows(path, result(record("fused", 5.0), *RESULT["records"][1:]))
     with Image.open(path) as image:
         colours = {rgb for _, rgb in image.convert("RGB").getcolors(1 << 24)}
     assert {(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)} <= colours  # fused and compile; distributions was not measured
     with pytest.raises(results.ResultError, match="nothing to draw"):
-        report.plot(path, result(record("fused", 5.0)))
+        report.plot(path, result(record("fused", 5.0)), SUITE)
     assert shows(path, RESULT)
 
 
@@ -558,20 +587,20 @@ def test_goals_are_held_to_the_largest_case(tmp_path: Path, capsys: pytest.Captu
     assert f"{forward}| eager and distributions | 4.0×               | ≥ 5×                | missed       |" in text  # noqa: RUF001
     assert f"{forward}| compile                 | 4.1×               | ≥ 4×                | met          |" in text  # noqa: RUF001
     assert f"{forward}| a copy                  | 0.55 of copy speed | ≥ 0.6 of copy speed | missed       |" in text
-    assert text.count("not measured") == len(goals.GOALS) - 3
+    assert text.count("not measured") == len(GOALS) - 3
     assert "1 of 13 goals are met" in text
     assert (
         "1 of 2 cases are slower than eager:\n1.11 times as long: bernoulli_log_prob forward float32 [100, 784]" in text
     )
 
-    text = goals.text(result(*records, simd="AVX2", threads=1))
+    text = goals.text(result(*records, simd="AVX2", threads=1), SUITE)
     assert f"{forward}| eager and distributions | 4.0×               | ≥ 3×                | met          |" in text  # noqa: RUF001
 
 
 def test_every_goal_can_be_measured() -> None:
     plain = {(case.op.name, case.labels["pass"], "compile") for case in cases(quick=True)}
-    assert {(goal.op, goal.pass_name) for goal in goals.GOALS} <= {labels[:2] for labels in plain}
-    assert {other for goal in goals.GOALS for other in goal.others} <= set(OpCase.candidates)
+    assert {(goal.op, goal.pass_name) for goal in GOALS} <= {labels[:2] for labels in plain}
+    assert {other for goal in GOALS for other in goal.others} <= set(OpCase.candidates)
 
 
 # ---- the README ------------------------------------------------------------------------------------------------------
@@ -605,7 +634,7 @@ def test_a_readme_is_brought_up_to_date(update_readme: Any, tmp_path: Path, monk
     assert "old" not in text
     assert text.startswith("# Speed\n<!-- speed: results/abacus.json -->\n\n![")
     assert text.endswith("\n<!-- end of speed -->\nafter\n")
-    assert report.text(result(*RESULT["records"][:5])) in text
+    assert report.text(result(*RESULT["records"][:5]), SUITE) in text
     assert shows(tmp_path / "results/abacus.png", RESULT)
     update_readme.main()
     assert readme.read_text() == text

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 
 from wakesleep_ext.benchmark import goals as wanted
-from wakesleep_ext.benchmark import op_suite, report, result
+from wakesleep_ext.benchmark import op_suite, report, result, step_suite
 from wakesleep_ext.benchmark.measure import Case, keep_freed_memory, on_threads, take
+from wakesleep_ext.benchmark.suite import Suite
 from wakesleep_ext.usage import Device, UsageError, find_device
 
-_SUITES: dict[str, Callable[[str, bool], Sequence[Case[Any]]]] = {"ops": op_suite.cases}
-"""The cases for a kind of device, few or all."""
+_SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
 
 _SECONDS_PER_CASE = 1.0
 _QUICK_SECONDS_PER_CASE = 0.5
@@ -31,18 +31,18 @@ _QUICK_SECONDS_PER_CASE = 0.5
 class Plan:
     """What to measure, where, and beside whom."""
 
-    suite: Literal["ops"] = "ops"
-    """What to measure."""
+    suite: Literal["ops", "step"] = "ops"
+    """What to measure: the ops, or whole training steps."""
     op: str = "*"
-    """Which of it: a name, or a pattern such as "gaussian_*"."""
+    """Which of it: the name of an op or a net, or a pattern such as "gaussian_*"."""
     device: Device = "auto"
     """Where to compute; auto takes the GPU if there is one."""
     threads: int | None = None
     """CPU threads, the same for all; as many as torch takes by default."""
     quick: bool = False
-    """The largest cases only, in a minute or so; all of them take six or more."""
+    """A few cases only, in a minute or so; all of them take six or more."""
     candidates: tuple[str, ...] = ()
-    """Whom to measure, of fused, eager, distributions and compile; all by default."""
+    """Whom to measure, of fused, eager, distributions, compile, and for a step products; all by default."""
 
     def command(self, device: torch.device, threads: int) -> str:
         """What takes the same figures again on the same machine."""
@@ -63,14 +63,15 @@ def bench(
     goals: bool = False,
     show: Path | None = None,
 ) -> int:
-    """Measure the ops beside eager torch, torch.distributions and torch.compile; 1 if one is wrong or has slowed down.
+    """Measure ops or a training step beside eager torch, torch.distributions and torch.compile; 1 if one is wrong or
+    has slowed down.
 
     Args:
         plan: What to measure.
         json: Write the figures to this file.
         plot: Draw them to this file, a PNG.
         compare: An earlier result: name the cases that have become slower since.
-        goals: Hold the figures to the goals that are set for one thread of a CPU.
+        goals: Hold the figures to the goals that are set for a CPU.
         show: Measure nothing, take the figures from this file.
     """
     if plot and plot.suffix != ".png":
@@ -84,11 +85,12 @@ def bench(
         figures = result.read(show) if show else _watched(plan)
         if json:
             result.write(json, figures)
-        print(report.text(figures))
+        suite = suite_of(figures)
+        print(report.text(figures, suite))
         if goals:
-            print(f"\n{wanted.text(figures)}")
+            print(f"\n{wanted.text(figures, suite)}")
         if plot:
-            report.plot(plot, figures)
+            report.plot(plot, figures, suite)
         slower = result.regressions(earlier, figures) if earlier else []
     except result.ResultError as error:
         raise UsageError(str(error)) from error
@@ -119,7 +121,7 @@ def run(
     threads = torch.get_num_threads() if plan.threads is None else plan.threads
     if threads < 1:
         raise UsageError(f"expected --threads of at least 1, got {threads}")
-    every = _SUITES[plan.suite](device.type, plan.quick)
+    every = _SUITES[plan.suite].cases(device.type, plan.quick)
     cases = [case for case in every if fnmatchcase(case.labels["op"], plan.op)]
     if not cases:
         known = dict.fromkeys(case.labels["op"] for case in every)
@@ -132,7 +134,19 @@ def run(
     keep_freed_memory()
     with on_threads(threads):
         bandwidth, records = take(progress(cases), candidates, device, seconds, warn)
-    return {"machine": machine, "copy_bandwidth_gbs": bandwidth, "records": records}
+    return {"suite": plan.suite, "machine": machine, "copy_bandwidth_gbs": bandwidth, "records": records}
+
+
+def suite_of(figures: result.Result) -> Suite:
+    """The suite that a result is of.
+
+    Raises:
+        ResultError: there is no such suite.
+    """
+    name = figures.get("suite", "ops")
+    if name not in _SUITES:
+        raise result.ResultError(f"expected a result of {' or '.join(_SUITES)}, got one of {name}")
+    return _SUITES[name]
 
 
 def _watched(plan: Plan) -> result.Result:

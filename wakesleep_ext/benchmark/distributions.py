@@ -1,9 +1,9 @@
-"""The ops as one writes them with torch.distributions."""
+"""The ops, and the losses of wake-sleep, as one writes them with torch.distributions."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
 
 
@@ -37,6 +37,24 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
 def bernoulli_sample(logits: Tensor, sample_shape: tuple[int, ...] = (), dtype: torch.dtype | None = None) -> Tensor:
     x = _bernoulli(logits).sample(torch.Size(sample_shape))
     return x if dtype is None else x.to(dtype)
+
+
+def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samples: int) -> Tensor:
+    """As :func:`wakesleep_ext.objectives.wake_theta_loss`."""
+    with torch.no_grad():
+        mu, logvar = recognition(x).chunk(2, -1)
+        z = _gaussian(mu, logvar).sample(torch.Size((num_samples,)))
+    return -_bernoulli(generative(z)).log_prob(x).mean()
+
+
+def sleep_loss(recognition: nn.Module, generative: nn.Module, num_dreams: int, latent: int) -> Tensor:
+    """As :func:`wakesleep_ext.objectives.sleep_phi_loss`."""
+    with torch.no_grad():
+        mean = torch.zeros(num_dreams, latent, device=next(generative.parameters()).device)
+        z = Normal(mean, 1.0, validate_args=False).sample()
+        x = _bernoulli(generative(z)).sample()
+    mu, logvar = recognition(x).chunk(2, -1)
+    return -_gaussian(mu, logvar).log_prob(z).mean()
 
 
 def _gaussian(mu: Tensor, logvar: Tensor) -> Distribution:

@@ -1,11 +1,12 @@
-"""The ops as one writes them by hand in torch, in the fastest of the customary forms; also what torch.compile gets."""
+"""The ops, and the losses of wake-sleep, as one writes them by hand in torch, in the fastest of the customary forms;
+also what torch.compile gets."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _LOG_TWO_PI = math.log(2 * math.pi)
@@ -42,3 +43,21 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
 def bernoulli_sample(logits: Tensor, sample_shape: tuple[int, ...] = (), dtype: torch.dtype | None = None) -> Tensor:
     x = torch.bernoulli(logits.sigmoid().expand(sample_shape + logits.shape))
     return x if dtype is None else x.to(dtype)
+
+
+def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samples: int) -> Tensor:
+    """As :func:`wakesleep_ext.objectives.wake_theta_loss`."""
+    with torch.no_grad():
+        mu, logvar = recognition(x).chunk(2, -1)
+        z = gaussian_rsample(mu, logvar, (num_samples,))
+    logits = generative(z)
+    return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="sum") / (num_samples * len(x))
+
+
+def sleep_loss(recognition: nn.Module, generative: nn.Module, num_dreams: int, latent: int) -> Tensor:
+    """As :func:`wakesleep_ext.objectives.sleep_phi_loss`."""
+    with torch.no_grad():
+        z = torch.randn(num_dreams, latent, device=next(generative.parameters()).device)
+        x = bernoulli_sample(generative(z))
+    mu, logvar = recognition(x).chunk(2, -1)
+    return -gaussian_log_prob(mu, logvar, z).mean()

@@ -47,6 +47,9 @@ class Case(ABC, Generic[Inputs]):
     candidates: ClassVar[tuple[str, ...]]
     """Who can do it; the first is ours."""
 
+    arithmetic_bound: ClassVar[bool] = False
+    """Whether arithmetic takes most of the time, however large the arrays: nothing is then compared with a copy."""
+
     @property
     @abstractmethod
     def labels(self) -> Labels:
@@ -71,8 +74,9 @@ class Case(ABC, Generic[Inputs]):
         """A candidate, bound to each of these inputs."""
 
     @abstractmethod
-    def error(self, inputs: Inputs, result: Any) -> float | None:
-        """Of what a call has returned, against float64 (see :func:`relative_error`); None if it cannot be told."""
+    def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
+        """Of what a candidate's first call has returned, against float64 (see :func:`relative_error`); None if it
+        cannot be told."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self.labels.values()))
@@ -85,6 +89,7 @@ class Measurement(NamedTuple):
     iqr_us: float
     max_error: float | None
     peak_bytes: int
+    launches: int | None
 
 
 def take(
@@ -126,6 +131,7 @@ def take(
             "bytes": case.bytes,
             "bandwidth_fraction": fraction(case, measurement.median_us),
             "peak_bytes": measurement.peak_bytes,
+            "launches": measurement.launches,
         }
         for case, candidate, measurement in found
     ]
@@ -143,6 +149,7 @@ def measure(
     calls: dict[str, list[Call]] = {}
     errors: dict[str, float | None] = {}
     peaks: dict[str, int] = {}
+    launched: dict[str, int | None] = {}
     for candidate in candidates:
         try:
             bound = case.calls(candidate, inputs)
@@ -152,21 +159,24 @@ def measure(
                 raise
             warn(f"{candidate} left out: {_first_line(failure)}")
             continue
-        error = case.error(inputs[0], result)
+        error = case.error(candidate, inputs[0], result)
         if error is not None and not math.isfinite(error):
             raise ArithmeticError(f"{candidate} gives NaN or infinity: {case}")
         del result
         calls[candidate], errors[candidate], peaks[candidate] = bound, error, peak_bytes(bound[0], device)
+        launched[candidate] = launches(bound[0], device)
     times = interleave(calls, device, seconds)
     return {
-        candidate: Measurement(*median_and_spread(times[candidate]), errors[candidate], peaks[candidate])
+        candidate: Measurement(
+            *median_and_spread(times[candidate]), errors[candidate], peaks[candidate], launched[candidate]
+        )
         for candidate in calls
     }
 
 
 def bandwidth_bound(case: Case[Any], device: torch.device) -> bool:
     """Whether a case is measured beyond the cache, and its time compared with that of a copy."""
-    return case.footprint >= _BANDWIDTH_BOUND_FROM[device.type]
+    return not case.arithmetic_bound and case.footprint >= _BANDWIDTH_BOUND_FROM[device.type]
 
 
 def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
@@ -243,18 +253,36 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_bytes())["traceEvents"] if event["name"] == "[memory]"]
     allocated = peak = 0
+    events = [event for event in trace(call, ProfilerActivity.CPU) if event["name"] == "[memory]"]
     for event in sorted(events, key=lambda event: event["ts"]):
         allocated += event["args"]["Bytes"]
         peak = max(peak, allocated)
     return peak
+
+
+def launches(call: Call, device: torch.device) -> int | None:
+    """Kernels that a call launches on a GPU, those within a graph included; None on a CPU, or where none are seen."""
+    if device.type != "cuda":
+        return None
+
+    def to_the_end() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return sum(event.get("cat") == "kernel" for event in trace(to_the_end, ProfilerActivity.CUDA)) or None
+
+
+def trace(call: Call, activity: ProfilerActivity) -> list[dict[str, Any]]:
+    """What torch's profiler sees of a call, as events of Chrome's trace format."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
+    with profile(activities=[activity], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events: list[dict[str, Any]] = json.loads(file.read_bytes())["traceEvents"]
+    return events
 
 
 class Copy:

@@ -18,7 +18,8 @@ from torch import Tensor
 from wakesleep_ext import ops, reference
 from wakesleep_ext.benchmark import distributions, eager
 from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
-from wakesleep_ext.benchmark.result import Record
+from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows
+from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite, shape
 
 _PER_EVENT = ("log_prob", "kl")
 _HALF = (torch.bfloat16, torch.float16)
@@ -214,7 +215,7 @@ class OpCase(Case[Inputs]):
         # code on disk that was compiled for another number of threads does not count as the same, if the options tell
         return torch.compile(formula, fullgraph=True, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
 
-    def error(self, inputs: Inputs, result: Any) -> float | None:
+    def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
         """Of log-densities and gradients. Draws are random, but the rest follows from them: it is held to those of the
         z that was drawn. None where there is nothing else, or where z is rounded to a half type and says too little.
         """
@@ -285,16 +286,116 @@ def _cases(device: str, quick: bool) -> Iterator[OpCase]:
             yield case((most, odd))
             if op.sampled:
                 yield case((*_SAMPLES_AND_BATCH, width))
-            for rows in _ROWS:
-                yield case((rows, width))
+            for batch in _ROWS:
+                yield case((batch, width))
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def sections(records: Iterable[Record]) -> list[Section]:
+    """The cases beyond the cache, and those within."""
+    large: list[Row] = []
+    small: list[Row] = []
+    for row in rows(records):
+        (small if next(iter(row.values()))["bandwidth_fraction"] is None else large).append(row)
+    both = (("Beyond the cache:", large), ("Within the cache, where overhead counts:", small))
+    return [(heading, part) for heading, part in both if part]
 
 
 def headline(records: Iterable[Record]) -> list[Record]:
-    """What a reader wants to see first: float32, at 100 events and at the most that were measured."""
+    """Float32, at 100 events and at the most that were measured."""
     widths = {op.name: op.widths[0] for op in OPS}
     plain = [r for r in records if r["dtype"] == "float32" and r["shape"][1:] == [widths.get(r["op"])]]
     most = {r["op"]: max(other["shape"][0] for other in plain if other["op"] == r["op"]) for r in plain}
     return [r for r in plain if r["shape"][0] in (100, most[r["op"]])]
+
+
+class Goal(NamedTuple):
+    """An op in float32, its working set beyond the cache, compared with the fastest of some others, or with a copy."""
+
+    op: str
+    pass_name: str
+    others: tuple[str, ...]
+    at_least: float
+    """Times as fast as the others; or of copy speed, where there are none."""
+    with_avx2: float | None = None
+    """The same without AVX-512, where it differs."""
+
+
+_EAGER = ("eager", "distributions")
+_BACKWARD = "forward+backward"
+
+GOALS = (
+    Goal("bernoulli_log_prob", "forward", _EAGER, 5, with_avx2=3),
+    Goal("bernoulli_log_prob", "forward", ("compile",), 4),
+    Goal("bernoulli_log_prob", "forward", (), 0.6),
+    Goal("bernoulli_log_prob", _BACKWARD, _EAGER, 4),
+    Goal("bernoulli_log_prob", _BACKWARD, ("compile",), 3.5),
+    Goal("bernoulli_log_prob", _BACKWARD, (), 0.5),
+    Goal("gaussian_rsample_log_prob", "forward", _EAGER, 20, with_avx2=8),
+    Goal("gaussian_rsample_log_prob", "forward", ("compile",), 15),
+    Goal("gaussian_log_prob", "forward", ("distributions",), 15),
+    Goal("gaussian_log_prob", "forward", ("compile",), 1),
+    Goal("gaussian_log_prob", "forward", (), 0.7),
+    Goal("bernoulli_sample", "forward", ("eager",), 15, with_avx2=8),
+    Goal("bernoulli_sample", "forward", ("compile",), 10),
+)
+
+
+def outcomes(result: Result) -> list[Outcome]:
+    """The goals, each held to the largest case of its op and pass."""
+    large: dict[tuple[str, str], Row] = {}
+    for row in sorted(rows(headline(result["records"])), key=lambda row: next(iter(row.values()))["bytes"]):
+        if (fused := row.get("fused")) and fused["bandwidth_fraction"] is not None:
+            large[fused["op"], fused["pass"]] = row  # the largest is the last
+    found = []
+    for goal in GOALS:
+        wanted = goal.with_avx2 if goal.with_avx2 and result["machine"]["simd"] == "AVX2" else goal.at_least
+        case = large.get((goal.op, goal.pass_name))
+        measured = _measured(goal, case) if case else None
+        unit = TIMES if goal.others else " of copy speed"
+        cells = {
+            "op": f"`{goal.op}`",
+            "pass": goal.pass_name,
+            "beside": " and ".join(goal.others) or "a copy",
+            "measured": NONE if measured is None else f"{measured:.{1 if goal.others else 2}f}{unit}",
+            "goal": f"≥ {wanted:g}{unit}",
+        }
+        found.append(Outcome(cells, None if measured is None else measured >= wanted))
+    return found
+
+
+def _measured(goal: Goal, row: Row) -> float | None:
+    if not goal.others:
+        return row["fused"]["bandwidth_fraction"]
+    found = [ratio(row, other) for other in goal.others]
+    return None if None in found else min(value for value in found if value is not None)
+
+
+def _label(record: Record) -> str:
+    backward = " + backward" if record["pass"] == _BACKWARD else ""
+    return f"{record['op']}{backward}\n{shape(record)}"
+
+
+SUITE = Suite(
+    noun="op",
+    cases=cases,
+    rivals=OpCase.candidates[1:],
+    faster_than=("eager",),
+    sections=sections,
+    headline=headline,
+    columns={
+        "op": lambda record: f"`{record['op']}`",
+        "pass": lambda record: record["pass"],
+        "dtype": lambda record: record["dtype"],
+        "shape": shape,
+    },
+    label=_label,
+    yardstick=("of copy speed", lambda row: row["fused"]["bandwidth_fraction"], "{:.0%}"),
+    goals=outcomes,
+    goals_are_for="1 thread of a CPU with AVX-512 or AVX2",
+)
 
 
 def _forward_and_backward(

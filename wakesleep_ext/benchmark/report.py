@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from wakesleep_ext import checkpoint
-from wakesleep_ext.benchmark.op_suite import headline
 from wakesleep_ext.benchmark.result import Record, Result, ResultError, Row, place, ratio, rows
+from wakesleep_ext.benchmark.suite import NONE, TIMES, Suite
 
-_TIMES, _NONE = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
-_NAMES = {"fused": "wakesleep_ext", "distributions": "torch.distributions", "compile": "torch.compile"}
-_COLOURS = {"fused": "#d55e00", "distributions": "#999999", "compile": "#0072b2"}
-"""Of Okabe and Ito's palette, which the colour-blind tell apart."""
+_BARS = {
+    "fused": ("wakesleep_ext", "#d55e00"),
+    "distributions": ("torch.distributions", "#999999"),
+    "compile": ("torch.compile", "#0072b2"),
+    "compile with graphs": ("torch.compile with graphs", "#56b4e9"),
+    "products": ("its matrix products alone", "#009e73"),
+}
+"""Names, and colours of Okabe and Ito's palette, which the colour-blind tell apart."""
 
 DIGEST = "SHA-256 of the records"
 """What a picture says of itself: see :func:`digest`."""
@@ -24,45 +28,36 @@ DIGEST = "SHA-256 of the records"
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def text(result: Result) -> str:
-    """All records in Markdown, large cases and small ones apart, and where they were taken."""
-    parts = [f"{heading}\n\n{table(part)}" for heading, part in sections(result["records"])]
-    return "\n\n".join([*parts, caption(result)])
+def text(result: Result, suite: Suite) -> str:
+    """All records of a suite in Markdown, what follows from them, and where they were taken."""
+    parts = [f"{heading}\n\n{table(part, suite)}" for heading, part in suite.sections(result["records"])]
+    return "\n\n".join([*parts, *suite.notes(rows(result["records"])), caption(result)])
 
 
-def sections(records: Iterable[Record]) -> list[tuple[str, list[Row]]]:
-    """The cases with a heading: those beyond the cache, and those within; none that is empty."""
-    large: list[Row] = []
-    small: list[Row] = []
-    for row in rows(records):
-        (small if next(iter(row.values()))["bandwidth_fraction"] is None else large).append(row)
-    both = (("Beyond the cache:", large), ("Within the cache, where overhead counts:", small))
-    return [(heading, part) for heading, part in both if part]
-
-
-def table(cases: Sequence[Row]) -> str:
+def table(cases: Sequence[Row], suite: Suite) -> str:
     """A Markdown table, a line for each case.
 
-    The fused op's time, median ± half the interquartile range; how many times as long the others take; the fraction of
-    copy bandwidth at which it moves the bytes that must be moved; the most memory that it allocates and its largest
-    error, with those of eager in brackets.
+    Our time, median ± half the interquartile range; how many times as long the others take; what the suite holds our
+    time to; the most memory that is allocated, the largest error, and the kernels launched on a GPU, with those of
+    eager in brackets.
     """
-    others = [name for name in ("eager", "distributions", "compile") if any(name in row for row in cases)]
-    titles = ("op", "pass", "dtype", "shape", "time", *(f"{name} takes" for name in others))
-    lines = [(*titles, "of copy speed", "memory (eager)", "error (eager)")]
+    others = [name for name in suite.rivals if any(name in row for row in cases)]
+    yardstick, measured, form = suite.yardstick
+    beside_eager = {"memory": _memory, "error": _error}
+    if any("launches" in record and record["launches"] is not None for row in cases for record in row.values()):
+        beside_eager["launches"] = _launches
+    titles = (*suite.columns, "time", *(f"{name} takes" for name in others), yardstick)
+    lines = [(*titles, *(f"{name} (eager)" for name in beside_eager))]
     for row in cases:
         some, fused, eager = next(iter(row.values())), row.get("fused"), row.get("eager")
+        held = measured(row) if fused else None
         lines.append(
             (
-                f"`{some['op']}`",
-                some["pass"],
-                some["dtype"],
-                shape(some),
+                *(cell(some) for cell in suite.columns.values()),
                 _time(fused),
-                *(_NONE if (found := ratio(row, name)) is None else f"{found:.1f}{_TIMES}" for name in others),
-                _fraction(fused),
-                f"{_memory(fused)} ({_memory(eager)})",
-                f"{_error(fused)} ({_error(eager)})",
+                *(NONE if (found := ratio(row, name)) is None else f"{found:.1f}{TIMES}" for name in others),
+                NONE if held is None else form.format(held),
+                *(f"{cell(fused)} ({cell(eager)})" for cell in beside_eager.values()),
             )
         )
     return markdown(lines)
@@ -84,24 +79,16 @@ def caption(result: Result) -> str:
     return f"{where}; copies at {result['copy_bandwidth_gbs']:.1f} GB/s. Measured by `{about['command']}`."
 
 
-def shape(record: Record) -> str:
-    return f" {_TIMES} ".join(f"{size:,}" for size in record["shape"])
-
-
 def _time(record: Record | None) -> str:
     if record is None:
-        return _NONE
+        return NONE
     unit, scale = ("ms", 1e3) if record["median_us"] >= 1e3 else ("µs", 1.0)
     return f"{record['median_us'] / scale:.2f} ± {record['iqr_us'] / scale / 2:.2f} {unit}"
 
 
-def _fraction(record: Record | None) -> str:
-    return _NONE if record is None or record["bandwidth_fraction"] is None else f"{record['bandwidth_fraction']:.0%}"
-
-
 def _memory(record: Record | None) -> str:
     if record is None:
-        return _NONE
+        return NONE
     size = record["peak_bytes"]
     if size < 1000:
         return f"{size} B"
@@ -109,14 +96,19 @@ def _memory(record: Record | None) -> str:
 
 
 def _error(record: Record | None) -> str:
-    return _NONE if record is None or record["max_error"] is None else f"{record['max_error']:.0e}"
+    return NONE if record is None or record["max_error"] is None else f"{record['max_error']:.0e}"
+
+
+def _launches(record: Record | None) -> str:
+    count = record.get("launches") if record else None
+    return NONE if count is None else str(count)
 
 
 # ---- picture ---------------------------------------------------------------------------------------------------------
 
 
-def plot(path: Path, result: Result) -> None:
-    """Bars per op: how many times as fast as eager, on a logarithmic scale; small cases and large ones side by side.
+def plot(path: Path, result: Result, suite: Suite) -> None:
+    """Bars per case: how many times as fast as eager, on a logarithmic scale; the suite's sections side by side.
 
     Args:
         path: the picture that is written, a PNG. It carries the :func:`digest` of the records.
@@ -130,32 +122,35 @@ def plot(path: Path, result: Result) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     panels = []
-    for heading, part in sections(headline(result["records"])):
+    for heading, part in suite.sections(suite.headline(result["records"])):
         if compared := [row for row in part if "eager" in row and len(row) > 1]:
             panels.append((heading, compared))
     if not panels:
         raise ResultError("nothing to draw: a picture compares with eager, in float32")
+    drawn = [name for name in _BARS if any(name in row for _, part in panels for row in part)]
+    width = 0.81 / max(len(drawn), 3)
     height = 1.2 + 0.5 * max(len(part) for _, part in panels)
     figure = Figure(figsize=(5.5 * len(panels), height), dpi=150, layout="constrained")
     figure.suptitle(f"Times as fast as eager PyTorch, {place(result)}", fontsize=11)
     for axes, (heading, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for place_, candidate in enumerate(_COLOURS):
+        for place_, candidate in enumerate(drawn):
             here = [index for index, row in enumerate(part) if candidate in row]
             speedups = [part[i]["eager"]["median_us"] / part[i][candidate]["median_us"] for i in here]
-            heights = [index + 0.27 * (place_ - 1) for index in here]
+            heights = [index + width * (place_ - (len(drawn) - 1) / 2) for index in here]
             # bars that start from 1: a loss points to the left
-            axes.barh(heights, [s - 1 for s in speedups], 0.25, 1, color=_COLOURS[candidate], label=_NAMES[candidate])
+            name, colour = _BARS[candidate]
+            axes.barh(heights, [s - 1 for s in speedups], 0.93 * width, 1, color=colour, label=name)
             if candidate == "fused":
                 for at, speedup in zip(heights, speedups, strict=True):
-                    axes.annotate(f" {speedup:.1f}{_TIMES}", (max(speedup, 1), at), va="center", fontsize=7)
+                    axes.annotate(f" {speedup:.1f}{TIMES}", (max(speedup, 1), at), va="center", fontsize=7)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{_TIMES}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.tick_params(axis="x", labelsize=8)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.margins(x=0.12, y=0.02)
-        axes.set_yticks(range(len(part)), [_label(row["eager"]) for row in part], fontsize=8)
+        axes.set_yticks(range(len(part)), [suite.label(row["eager"]) for row in part], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(heading.rstrip(":"), fontsize=10)
         axes.grid(axis="x", alpha=0.25)
@@ -170,8 +165,3 @@ def plot(path: Path, result: Result) -> None:
 def digest(result: Result) -> str:
     """SHA-256 of the records, in hexadecimal: tells which result a picture shows."""
     return hashlib.sha256(json.dumps(result["records"]).encode()).hexdigest()
-
-
-def _label(record: Record) -> str:
-    backward = " + backward" if record["pass"] == "forward+backward" else ""
-    return f"{record['op']}{backward}\n{shape(record)}"

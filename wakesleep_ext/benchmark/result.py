@@ -17,8 +17,8 @@ import torch
 
 from wakesleep_ext import checkpoint
 
-Record = TypedDict(
-    "Record",
+_Record = TypedDict(
+    "_Record",
     {
         "op": str,
         "pass": str,
@@ -33,11 +33,18 @@ Record = TypedDict(
         "peak_bytes": int,
     },
 )
-"""A candidate on a case.
 
-Median time of a call and its interquartile range in microseconds; the largest error against float64, relative, null
-where only a draw could be compared; the bytes that have to be moved; the fraction of copy bandwidth at which they were,
-null where the case fits the cache and the time is overhead; and the most bytes allocated at once."""
+
+class Record(_Record, total=False):
+    """A candidate on a case.
+
+    Median time of a call and its interquartile range in microseconds; the largest error against float64, relative, null
+    where only a draw could be compared; the bytes that have to be moved; the fraction of copy bandwidth at which they
+    were, null where it is not their transfer that takes the time; and the most bytes allocated at once.
+    """
+
+    launches: int | None
+    """Kernels that a call launches on a GPU, null on a CPU; older files do not tell."""
 
 
 class Machine(TypedDict):
@@ -60,12 +67,17 @@ class Machine(TypedDict):
     command: str
 
 
-class Result(TypedDict):
-    """A run of a suite."""
-
+class _Result(TypedDict):
     machine: Machine
     copy_bandwidth_gbs: float
     records: list[Record]
+
+
+class Result(_Result, total=False):
+    """A run of a suite."""
+
+    suite: str
+    """Its name; files older than the second suite do not tell."""
 
 
 class ResultError(ValueError):
@@ -113,9 +125,10 @@ def _check(where: str, value: Any, hint: Any) -> None:
             _check(f"{where}[{number}]", element, *get_args(hint))
     elif is_typeddict(hint) and isinstance(value, dict):
         for name, inner in get_type_hints(hint).items():
-            if name not in value:
+            if name in value:
+                _check(f"{where}.{name}", value[name], inner)
+            elif name in hint.__required_keys__:
                 raise ValueError(f"{where}: has no {name}")
-            _check(f"{where}.{name}", value[name], inner)
     elif is_typeddict(hint) or get_origin(hint) is list or not isinstance(value, hint):
         expected = "an object" if is_typeddict(hint) else getattr(hint, "__name__", hint)
         raise ValueError(f"{where}: expected {expected}, got {value!r:.40}")

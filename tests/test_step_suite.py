@@ -1,0 +1,265 @@
+"""`wakesleep bench --suite step`: that every candidate takes the step it is to take, and how its figures are told."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from wakesleep_ext import cli
+from wakesleep_ext.benchmark import command, measure, step_suite
+from wakesleep_ext.benchmark import result as results
+from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, CudaStepCase, StepCase, cases
+from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
+from wakesleep_ext.random import draw_key
+
+CPU = torch.device("cpu")
+SMALL = StepCase((30, 12, 10, 4), batch=16, num_samples=3)
+
+
+def call_of(case: StepCase, candidate: str) -> measure.Call:
+    (call,) = case.calls(candidate, [case.inputs(CPU)])
+    return call
+
+
+# ---- the suite -------------------------------------------------------------------------------------------------------
+
+
+def test_the_suite_has_every_size() -> None:
+    every = cases()
+    assert len(set(every)) == len(every) == 12
+    sizes = {(case.batch, case.num_samples) for case in every if case.net == NET}
+    assert sizes == {(batch, num_samples) for batch in (20, 100, 1000) for num_samples in (1, 5, 50)}
+    assert {case.num_samples for case in every if case.net == WIDE_NET} == {1, 5, 50}
+    assert set(cases(quick=True)) < set(every)
+    assert set(step_suite._AT_MOST) <= {(case.batch, case.num_samples) for case in every if case.net == NET}
+    assert {case.candidates for case in cases("cuda")} == {
+        ("fused", "eager", "distributions", "compile", "compile with graphs", "products")
+    }
+
+
+def test_a_step_is_not_compared_with_a_copy() -> None:
+    case = StepCase(WIDE_NET, 100, 50)
+    parameters = sum(p.numel() for p in case.machine(case.inputs(CPU).images).parameters())
+    assert case.footprint == 4 * 4 * parameters + 100 * 784
+    assert case.bytes == 2 * 4 * (3 * parameters) + 2 * 4 * parameters + 100 * 784
+    assert case.footprint > 2**22
+    assert not measure.bandwidth_bound(case, CPU)
+    assert case.labels == {
+        "op": "784-500-500-100",
+        "pass": "wake+sleep",
+        "dtype": "float32",
+        "shape": [50, 100, 784],
+    }
+
+
+# ---- the candidates --------------------------------------------------------------------------------------------------
+
+
+def losses_of(call: measure.Call, steps: int) -> Tensor:
+    """Of so many steps, `[steps, 2]`."""
+    found = [call() for _ in range(steps)]
+    return torch.stack([losses for losses in found if isinstance(losses, Tensor)])
+
+
+def check_training(losses: Tensor) -> None:
+    assert losses.isfinite().all()
+    assert (losses[-60:].mean(0) < 0.98 * losses[:60].mean(0)).all()
+
+
+@pytest.mark.parametrize("candidate", ["fused", "eager", "distributions"])
+def test_candidates_train(candidate: str) -> None:
+    torch.manual_seed(0)
+    check_training(losses_of(call_of(SMALL, candidate), 300))
+
+
+def test_compiled_code_trains() -> None:
+    torch.manual_seed(0)
+    losses = losses_of(call_of(SMALL, "compile"), 300)
+    check_training(losses)
+    check_initial(losses[:1])
+
+
+def test_rivals_take_the_losses_of_the_objectives() -> None:
+    torch.manual_seed(0)
+    check_initial(torch.cat([losses_of(call_of(SMALL, "eager"), 1) for _ in range(40)]))
+
+
+def test_both_customary_forms_take_the_same_step() -> None:
+    """They draw alike."""
+    of_seed = []
+    for candidate in ("eager", "distributions"):
+        torch.manual_seed(0)
+        of_seed.append(losses_of(call_of(SMALL, candidate), 20))
+    torch.testing.assert_close(*of_seed)
+
+
+def check_initial(losses: Tensor) -> None:
+    """Losses at the initial weights have the right mean, within five standard errors."""
+    images, batch = SMALL.inputs(CPU)
+    machine = SMALL.machine(images)
+    networks = machine.recognition, machine.generative
+    with torch.no_grad():
+        right = torch.tensor(
+            [
+                (
+                    wake_theta_loss(*networks, images.binarize(draw_key(), batch), SMALL.num_samples),
+                    sleep_phi_loss(*networks, SMALL.batch, SMALL.net[-1]),
+                )
+                for _ in range(400)
+            ]
+        )
+    error = right.std(0) * (1 / len(losses) + 1 / len(right)) ** 0.5
+    assert ((losses.mean(0) - right.mean(0)).abs() < 5 * error).all()
+
+
+class Products(TorchDispatchMode):
+    """Which matrix products are made, of how many rows, columns, and terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            a, b = args[-2:]
+            self.sizes[(*a.shape, b.shape[-1])] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_are_those_of_the_step() -> None:
+    calls = {candidate: call_of(SMALL, candidate) for candidate in ("products", "eager", "distributions")}
+    sizes, flops = {}, {}
+    for candidate, call in calls.items():
+        with Products() as products:
+            call()
+        with FlopCounterMode(display=False) as counter:
+            call()
+        sizes[candidate], flops[candidate] = products.sizes, counter.get_total_flops()
+    assert sizes["products"] == sizes["eager"] == sizes["distributions"]
+    assert sizes["products"].total() == 4 * 3 + 2 * (3 + 2)
+    assert flops["products"] == flops["eager"] == flops["distributions"] > 0
+
+
+def test_a_wrong_loss_has_a_large_error() -> None:
+    inputs = SMALL.inputs(CPU)
+    (call,) = SMALL.calls("fused", [inputs])
+    losses = call()
+    assert isinstance(losses, Tensor)
+    error = SMALL.error("fused", inputs, losses)
+    assert error is not None
+    assert error < 1e-6
+    assert SMALL.error("fused", inputs, 1.01 * losses) == pytest.approx(0.01, rel=0.01)
+    assert SMALL.error("eager", inputs, losses) is None
+
+
+# ---- results and reports ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_suite, "NET", (20, 8, 8, 3))
+    monkeypatch.setattr(step_suite, "WIDE_NET", (20, 9, 9, 3))
+    monkeypatch.setattr(command, "_SECONDS_PER_CASE", 0.0)
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture = tmp_path / "step.json", tmp_path / "step.png"
+    options = "--suite step --device cpu --threads 1 --candidates fused eager distributions products"
+    assert cli.main(["bench", *shlex.split(options), "--goals", "--json", str(file), "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert written["suite"] == "step"
+    assert written["machine"]["command"].startswith("wakesleep bench --device cpu --threads 1 --suite step ")
+    assert len(written["records"]) == 12 * 4
+    for each in written["records"]:
+        assert list(each) == list(results.Record.__annotations__)
+        assert each["bandwidth_fraction"] is None
+        assert each["launches"] is None
+        assert (each["max_error"] is not None) == (each["candidate"] == "fused")
+        assert (each["peak_bytes"] > 0) == (each["candidate"] != "products")
+    assert picture.stat().st_size > 10_000
+    assert "A step of 20-8-8-3:" in out
+    assert "A step of 20-9-9-3:" in out
+    assert cli.main(["bench", "--show", str(file), "--compare", str(file), "--goals"]) == 0
+    assert capsys.readouterr().out == out
+
+
+def step(batch: int, num_samples: int, **medians: float) -> list[results.Record]:
+    case = CudaStepCase(NET, batch, num_samples)
+    return [
+        {
+            **case.labels,
+            "candidate": candidate.replace("_", " "),
+            "median_us": median,
+            "iqr_us": 20.0,
+            "max_error": 2e-7 if candidate == "fused" else None,
+            "bytes": case.bytes,
+            "bandwidth_fraction": None,
+            "peak_bytes": 1_500_000 if candidate == "fused" else 4_000_000,
+            "launches": None,
+        }
+        for candidate, median in medians.items()
+    ]
+
+
+TOLD = """\
+A step of 784-200-200-50:
+
+| batch | L | time            | eager takes | distributions takes | compile takes | over its products | memory (eager)  | error (eager) |
+|-------|---|-----------------|-------------|---------------------|---------------|-------------------|-----------------|---------------|
+| 20    | 1 | 1.50 ± 0.01 ms  | 1.7×        | –                   | 1.6×          | 1.50×             | 1.5 MB (4.0 MB) | 2e-07 (–)     |
+| 100   | 5 | 20.00 ± 0.01 ms | 1.3×        | 1.5×                | 0.9×          | 1.38×             | 1.5 MB (4.0 MB) | 2e-07 (–)     |
+
+At this rate the whole of Burda's protocol, 9.84 million steps of batch 20 with L = 1, takes: fused 4.1 h, eager 6.8 h, compile 6.6 h, products 2.7 h.
+
+Abacus 3000, AVX2, 1 thread; torch 2.13.0, commit 0123456; copies at 20.0 GB/s. Measured by `wakesleep bench --suite step`.
+
+| batch | L  | measured           | goal                  |              |
+|-------|----|--------------------|-----------------------|--------------|
+| 20    | 1  | 1.50× its products | ≤ 1.6×                | met          |
+| 100   | 5  | 1.38× its products | ≤ 1.35×, better 1.25× | missed       |
+| 100   | 50 | –                  | ≤ 1.35×, better 1.25× | not measured |
+
+1 of 3 goals are met; they are set for 1 or 2 threads of a CPU, this is AVX2, 1 thread.
+0 of 2 cases are slower than eager.
+0 of 1 cases are slower than distributions.
+1 of 2 cases are slower than compile:
+1.11 times as long: 784-200-200-50 wake+sleep float32 [5, 100, 784]
+"""  # noqa: E501, RUF001
+
+
+def test_a_result_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [
+        *step(20, 1, fused=1500.0, eager=2500.0, compile=2400.0, products=1000.0),
+        *step(100, 5, fused=20_000.0, eager=26_000.0, distributions=30_000.0, compile=18_000.0, products=14_500.0),
+    ]
+    machine: results.Machine = {
+        "device": "cpu",
+        "processor": "Abacus 3000",
+        "simd": "AVX2",
+        "cores": 2,
+        "threads": 1,
+        "gpu": None,
+        "python": "3.11.7",
+        "torch": "2.13.0",
+        "cuda": None,
+        "wakesleep_ext": "0.1.0",
+        "commit": "0123456789abcdef",
+        "modified": False,
+        "command": "wakesleep bench --suite step",
+    }
+    path = tmp_path / "step.json"
+    results.write(path, {"suite": "step", "machine": machine, "copy_bandwidth_gbs": 20.0, "records": records})
+    assert cli.main(["bench", "--show", str(path), "--goals"]) == 0
+    assert capsys.readouterr().out == TOLD

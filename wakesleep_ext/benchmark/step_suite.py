@@ -1,0 +1,322 @@
+"""A whole step of wake-sleep as cases to be measured: nets, batches and numbers of samples, and the candidates.
+
+A step binarises a batch of grey images, trains the generative network on what the recognition network makes of them,
+then the recognition network on as many dreams. A shape is `[L, B, D]`: L samples of z for each of B images of D pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep_ext.benchmark import distributions, eager
+from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
+from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows
+from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite
+from wakesleep_ext.data import Images
+from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.training import TrainConfig, Trainer
+
+_Loss = Callable[..., Tensor]
+
+NET = (784, 200, 200, 50)
+WIDE_NET = (784, 500, 500, 100)
+_BATCHES, _NUM_SAMPLES = (20, 100, 1000), (1, 5, 50)
+
+_IMAGES = 2000
+_INK = 0.2
+"""Part of the pixels that are not black; in MNIST 19%."""
+
+
+class Inputs(NamedTuple):
+    """What a step gets, besides the networks, which every candidate has of its own."""
+
+    images: Images
+    batch: Tensor
+    """Which of them, int64 `[B]`."""
+
+
+@dataclass(frozen=True)
+class StepCase(Case[Inputs]):
+    """A step in float32; every call is one more step on the same batch."""
+
+    candidates: ClassVar[tuple[str, ...]] = ("fused", "eager", "distributions", "compile", "products")
+    arithmetic_bound: ClassVar[bool] = True
+
+    net: tuple[int, ...]
+    """Widths of the recognition network from x to z; the generative network has the same in reverse."""
+    batch: int
+    num_samples: int
+
+    @property
+    def labels(self) -> Labels:
+        return {
+            "op": "-".join(map(str, self.net)),
+            "pass": "wake+sleep",
+            "dtype": "float32",
+            "shape": [self.num_samples, self.batch, self.net[0]],
+        }
+
+    @property
+    def training(self) -> TrainConfig:
+        return TrainConfig(batch_size=self.batch, num_samples=self.num_samples)
+
+    @property
+    def _parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in HelmholtzMachine(self._model).parameters())
+
+    @property
+    def _model(self) -> ModelConfig:
+        observed, *hidden, latent = self.net
+        return ModelConfig(observed, latent, tuple(hidden), tuple(reversed(hidden)))
+
+    @property
+    def bytes(self) -> int:
+        """Parameters and both of Adam's moments read and written, gradients written and read, and the batch read."""
+        return 8 * torch.float32.itemsize * self._parameters + self.batch * self.net[0]
+
+    @property
+    def footprint(self) -> int:
+        """Of parameters, gradients and Adam's moments, and the batch."""
+        return 4 * torch.float32.itemsize * self._parameters + self.batch * self.net[0]
+
+    def inputs(self, device: torch.device) -> Inputs:
+        generator = torch.Generator().manual_seed(1234)
+        grey = torch.randint(256, (_IMAGES, self.net[0]), generator=generator)
+        grey *= torch.rand(grey.shape, generator=generator) < _INK
+        images = Images(grey.to(device, torch.uint8), white=255, shape=(1, self.net[0]))
+        return Inputs(images, torch.randperm(_IMAGES, generator=generator)[: self.batch].to(device))
+
+    def machine(self, images: Images) -> HelmholtzMachine:
+        """Networks of their own, always of the same weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1234)
+            machine = HelmholtzMachine(self._model, images.mean().cpu())
+        return machine.to(images.grey.device)
+
+    def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
+        return [self._call(candidate, one) for one in inputs]
+
+    def _call(self, candidate: str, inputs: Inputs) -> Call:
+        machine = self.machine(inputs.images)
+        if candidate == "fused":
+            return partial(Trainer(machine, inputs.images, self.training).take_step, inputs.batch)
+        if candidate == "products":
+            return _products(machine, self.batch, self.num_samples)
+        return self._by_hand(machine, inputs, *_losses(candidate))
+
+    def _by_hand(self, machine: HelmholtzMachine, inputs: Inputs, wake_loss: _Loss, sleep_loss: _Loss) -> Call:
+        """The step around two losses, as one writes it."""
+        recognition, generative = nn.Sequential(*machine.recognition), nn.Sequential(*machine.generative)
+        wake, sleep = (_adam(network, self.training) for network in (generative, recognition))
+        (images, batch), latent = inputs, self.net[-1]
+
+        def take_step() -> Tensor:
+            x = torch.bernoulli(images.grey.index_select(0, batch) / images.white)
+            losses = (
+                _descend(wake, wake_loss(recognition, generative, x, self.num_samples)),
+                _descend(sleep, sleep_loss(recognition, generative, self.batch, latent)),
+            )
+            return torch.stack(losses)
+
+        return take_step
+
+    def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
+        """Of our losses: those of the same step in float64 follow from the same keys. The draws of the others cannot be
+        repeated, and the matrix products have no losses."""
+        if candidate != "fused":
+            return None
+        wide = Trainer(self.machine(inputs.images).double(), inputs.images, self.training)
+        return relative_error([result], [wide.take_step(inputs.batch)])
+
+
+@dataclass(frozen=True)
+class CudaStepCase(StepCase):
+    """There are graphs on a GPU."""
+
+    candidates: ClassVar[tuple[str, ...]] = (*StepCase.candidates[:-1], "compile with graphs", "products")
+
+
+def cases(device: str = "cpu", quick: bool = False) -> list[StepCase]:
+    """All cases for a kind of device, `"cpu"` or `"cuda"`; or two small ones of the narrow net."""
+    return list(_cases(CudaStepCase if device == "cuda" else StepCase, quick))
+
+
+def _cases(case: type[StepCase], quick: bool) -> Iterator[StepCase]:
+    if quick:
+        yield case(NET, 20, 1)
+        yield case(NET, 100, 5)
+        return
+    for batch in _BATCHES:
+        for num_samples in _NUM_SAMPLES:
+            yield case(NET, batch, num_samples)
+    for num_samples in _NUM_SAMPLES:
+        yield case(WIDE_NET, 100, num_samples)
+
+
+def _losses(candidate: str) -> tuple[_Loss, _Loss]:
+    """Wake loss and sleep loss as a candidate has them."""
+    if candidate == "distributions":
+        return distributions.wake_loss, distributions.sleep_loss
+    if candidate == "eager":
+        return eager.wake_loss, eager.sleep_loss
+    torch.compiler.reset()  # or shape after shape would meet the recompilation limit, and run uncompiled
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    if candidate == "compile with graphs":
+        with_graphs = partial(compiled, mode="reduce-overhead")
+        return _copied(with_graphs(eager.wake_loss)), _copied(with_graphs(eager.sleep_loss))
+    # code on disk that was compiled for another number of threads does not count as the same, if the options tell
+    on_threads = partial(compiled, options={"cpp.threads": torch.get_num_threads()})
+    return on_threads(eager.wake_loss), on_threads(eager.sleep_loss)
+
+
+def _copied(loss: _Loss) -> _Loss:
+    """What a graph has returned is overwritten as it is replayed."""
+    return lambda *arguments: loss(*arguments).clone()
+
+
+def _adam(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    rate, betas, epsilon = config.wake_learning_rate, config.adam_betas, config.adam_epsilon
+    return torch.optim.Adam(network.parameters(), rate, betas, epsilon, fused=True)
+
+
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def _products(machine: HelmholtzMachine, batch: int, num_samples: int) -> Call:
+    """The matrix products of a step, and nothing else: what no implementation can do without."""
+    passes = (
+        _Products(machine.recognition, batch, backward=False),
+        _Products(machine.generative, num_samples * batch, backward=True),
+        _Products(machine.generative, batch, backward=False),
+        _Products(machine.recognition, batch, backward=True),
+    )
+
+    def multiply() -> None:
+        for products in passes:
+            products.forward()
+            products.backward()
+
+    return multiply
+
+
+class _Products:
+    """Those of one network on some rows, into memory that is there already."""
+
+    def __init__(self, network: nn.Sequential, rows: int, backward: bool) -> None:
+        self.weights = [layer.weight.detach() for layer in network if isinstance(layer, nn.Linear)]
+        like = self.weights[0]
+        widths = [like.shape[1], *(len(weight) for weight in self.weights)]
+        self.layers = [like.new_empty(rows, width).normal_() for width in widths]
+        self.gradients = [torch.randn_like(layer) for layer in self.layers] if backward else []
+        self.weight_gradients = [torch.empty_like(weight) for weight in self.weights] if backward else []
+
+    def forward(self) -> None:
+        for weight, (below, above) in zip(self.weights, pairwise(self.layers), strict=True):
+            torch.mm(below, weight.t(), out=above)
+
+    def backward(self) -> None:
+        """None for the first layer's input, which is data or was drawn without gradient."""
+        for number in reversed(range(len(self.weight_gradients))):
+            above = self.gradients[number + 1]
+            torch.mm(above.t(), self.layers[number], out=self.weight_gradients[number])
+            if number:
+                torch.mm(above, self.weights[number], out=self.gradients[number])
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+BURDA_STEPS = 9_840_000
+"""Of batch 20 with L = 1, in the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders", ICLR
+2016): 3,280 passes over 60,000 images."""
+
+_AT_MOST = {
+    # batch and L of the narrow net: times its matrix products, and what would be better still
+    (20, 1): (1.6, None),
+    (100, 5): (1.35, 1.25),
+    (100, 50): (1.35, 1.25),
+}
+
+
+def sections(records: Iterable[Record]) -> list[Section]:
+    """The cases net by net."""
+    nets: dict[str, list[Row]] = {}
+    for row in rows(records):
+        nets.setdefault(_some(row)["op"], []).append(row)
+    return [(f"A step of {net}:", part) for net, part in nets.items()]
+
+
+def outcomes(result: Result) -> list[Outcome]:
+    """The goals, all of the narrow net."""
+    narrow, found = _narrow(rows(result["records"])), []
+    for (batch, num_samples), (wanted, better) in _AT_MOST.items():
+        row = narrow.get((batch, num_samples))
+        measured = _over_products(row) if row else None
+        cells = {
+            "batch": str(batch),
+            "L": str(num_samples),
+            "measured": NONE if measured is None else f"{measured:.2f}{TIMES} its products",
+            "goal": f"≤ {wanted:g}{TIMES}" + (f", better {better:g}{TIMES}" if better else ""),
+        }
+        found.append(Outcome(cells, None if measured is None else measured <= wanted))
+    return found
+
+
+def notes(cases: Sequence[Row]) -> list[str]:
+    """How long the whole of Burda's protocol would take."""
+    row = _narrow(cases).get((20, 1))
+    if row is None:
+        return []
+    times = [f"{name} {_duration(1e-6 * BURDA_STEPS * record['median_us'])}" for name, record in row.items()]
+    protocol = f"the whole of Burda's protocol, {BURDA_STEPS / 1e6:.2f} million steps of batch 20 with L = 1"
+    return [f"At this rate {protocol}, takes: {', '.join(times)}."]
+
+
+def _narrow(cases: Iterable[Row]) -> dict[tuple[int, int], Row]:
+    """The narrow net's cases by batch and L."""
+    labels = StepCase(NET, 1, 1).labels
+    of_net = [(record["shape"], row) for row in cases if (record := _some(row))["op"] == labels["op"]]
+    return {(batch, num_samples): row for (num_samples, batch, _), row in of_net}
+
+
+def _over_products(row: Row) -> float | None:
+    """Our time in units of the matrix products'."""
+    found = ratio(row, "products")
+    return None if found is None else 1 / found
+
+
+def _some(row: Row) -> Record:
+    return next(iter(row.values()))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+_RIVALS = tuple(name for name in CudaStepCase.candidates if name not in ("fused", "products"))
+
+SUITE = Suite(
+    noun="step",
+    cases=cases,
+    rivals=_RIVALS,
+    faster_than=_RIVALS,
+    sections=sections,
+    headline=list,
+    columns={"batch": lambda record: f"{record['shape'][1]:,}", "L": lambda record: str(record["shape"][0])},
+    label=lambda record: f"batch {record['shape'][1]:,}\nL = {record['shape'][0]}",
+    yardstick=("over its products", _over_products, f"{{:.2f}}{TIMES}"),
+    goals=outcomes,
+    goals_are_for="1 or 2 threads of a CPU",
+    notes=notes,
+)
