@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_benchmark import record, result
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wakesleep_ext import cli
 from wakesleep_ext.benchmark import command, measure, step_suite
 from wakesleep_ext.benchmark import result as results
-from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, CudaStepCase, StepCase, cases
+from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, StepCase, cases
 from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
 from wakesleep_ext.random import draw_key
 
@@ -196,22 +198,21 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
 
 
 def step(batch: int, num_samples: int, **medians: float) -> list[results.Record]:
-    case = CudaStepCase(NET, batch, num_samples)
-    return [
-        {
-            **case.labels,
-            "candidate": candidate.replace("_", " "),
-            "median_us": median,
-            "iqr_us": 20.0,
-            "max_error": 2e-7 if candidate == "fused" else None,
-            "bytes": case.bytes,
-            "bandwidth_fraction": None,
-            "peak_bytes": 1_500_000 if candidate == "fused" else 4_000_000,
-            "launches": None,
-        }
-        for candidate, median in medians.items()
-    ]
+    labels = StepCase(NET, batch, num_samples).labels
+    unlike: dict[str, Any] = {"fused": {"max_error": 2e-7, "peak_bytes": 1_500_000}}
+    rest = {"max_error": None, "peak_bytes": 4_000_000}
+    return [record(name, median, 20.0, **labels, **unlike.get(name, rest)) for name, median in medians.items()]
 
+
+RESULT: results.Result = {
+    "suite": "step",
+    **result(
+        *step(20, 1, fused=1500.0, eager=2500.0, compile=2400.0, products=1000.0),
+        *step(100, 5, fused=20_000.0, eager=26_000.0, distributions=30_000.0, compile=18_000.0, products=14_500.0),
+        threads=1,
+        command="wakesleep bench --suite step",
+    ),
+}
 
 TOLD = """\
 A step of 784-200-200-50:
@@ -240,26 +241,26 @@ Abacus 3000, AVX2, 1 thread; torch 2.13.0, commit 0123456; copies at 20.0 GB/s. 
 
 
 def test_a_result_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = [
-        *step(20, 1, fused=1500.0, eager=2500.0, compile=2400.0, products=1000.0),
-        *step(100, 5, fused=20_000.0, eager=26_000.0, distributions=30_000.0, compile=18_000.0, products=14_500.0),
-    ]
-    machine: results.Machine = {
-        "device": "cpu",
-        "processor": "Abacus 3000",
-        "simd": "AVX2",
-        "cores": 2,
-        "threads": 1,
-        "gpu": None,
-        "python": "3.11.7",
-        "torch": "2.13.0",
-        "cuda": None,
-        "wakesleep_ext": "0.1.0",
-        "commit": "0123456789abcdef",
-        "modified": False,
-        "command": "wakesleep bench --suite step",
-    }
     path = tmp_path / "step.json"
-    results.write(path, {"suite": "step", "machine": machine, "copy_bandwidth_gbs": 20.0, "records": records})
+    results.write(path, RESULT)
+    assert results.read(path) == RESULT
     assert cli.main(["bench", "--show", str(path), "--goals"]) == 0
     assert capsys.readouterr().out == TOLD
+
+
+def test_a_step_that_has_slowed_down_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    results.write(old, RESULT)
+    results.write(new, {**RESULT, "records": step(20, 1, fused=3000.0, eager=2500.0)})
+    assert cli.main(["bench", "--show", str(new), "--compare", str(old)]) == 1
+    assert "784-200-200-50 wake+sleep float32 [1, 20, 784]: takes 2.00 times as long" in capsys.readouterr().err
+
+
+@pytest.mark.source_tree
+def test_a_readme_can_show_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "scripts")
+    results.write(tmp_path / "step.json", RESULT)
+    text = "<!-- speed: step.json -->\n<!-- end of speed -->\n"
+    refreshed = importlib.import_module("update_readme").refresh(text, tmp_path)
+    assert TOLD[: TOLD.index("| batch | L  |")].strip() in refreshed
+    assert "how many times as fast as eager PyTorch each step is](step.png)" in refreshed
