@@ -219,8 +219,8 @@ A step of 784-200-200-50:
 
 | batch | L | time            | eager takes | distributions takes | compile takes | over its products | memory (eager)  | error (eager) |
 |-------|---|-----------------|-------------|---------------------|---------------|-------------------|-----------------|---------------|
-| 20    | 1 | 1.50 ± 0.01 ms  | 1.7×        | –                   | 1.6×          | 1.50×             | 1.5 MB (4.0 MB) | 2e-07 (–)     |
-| 100   | 5 | 20.00 ± 0.01 ms | 1.3×        | 1.5×                | 0.9×          | 1.38×             | 1.5 MB (4.0 MB) | 2e-07 (–)     |
+| 20    | 1 | 1.50 ± 0.01 ms  | 1.67×       | –                   | 1.60×         | 1.50×             | 1.5 MB (4.0 MB) | 2e-07 (–)     |
+| 100   | 5 | 20.00 ± 0.01 ms | 1.30×       | 1.50×               | 0.90×         | 1.38×             | 1.5 MB (4.0 MB) | 2e-07 (–)     |
 
 At this rate the whole of Burda's protocol, 9.84 million steps of batch 20 with L = 1, takes: fused 4.1 h, eager 6.8 h, compile 6.6 h, products 2.7 h.
 

@@ -55,7 +55,7 @@ def table(cases: Sequence[Row], suite: Suite) -> str:
             (
                 *(cell(some) for cell in suite.columns.values()),
                 _time(fused),
-                *(NONE if (found := ratio(row, name)) is None else f"{found:.1f}{TIMES}" for name in others),
+                *(_times(ratio(row, name), suite.decimals) for name in others),
                 NONE if held is None else form.format(held),
                 *(f"{cell(fused)} ({cell(eager)})" for cell in beside_eager.values()),
             )
@@ -84,6 +84,10 @@ def _time(record: Record | None) -> str:
         return NONE
     unit, scale = ("ms", 1e3) if record["median_us"] >= 1e3 else ("µs", 1.0)
     return f"{record['median_us'] / scale:.2f} ± {record['iqr_us'] / scale / 2:.2f} {unit}"
+
+
+def _times(ratio: float | None, decimals: int) -> str:
+    return NONE if ratio is None else f"{ratio:.{decimals}f}{TIMES}"
 
 
 def _memory(record: Record | None) -> str:
@@ -142,7 +146,8 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
             axes.barh(heights, [s - 1 for s in speedups], 0.93 * width, 1, color=colour, label=name)
             if candidate == "fused":
                 for at, speedup in zip(heights, speedups, strict=True):
-                    axes.annotate(f" {speedup:.1f}{TIMES}", (max(speedup, 1), at), va="center", fontsize=7)
+                    beyond = f" {_times(speedup, suite.decimals)}"
+                    axes.annotate(beyond, (max(speedup, 1), at), va="center", fontsize=7)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))

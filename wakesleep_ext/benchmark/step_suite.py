@@ -318,5 +318,6 @@ SUITE = Suite(
     yardstick=("over its products", _over_products, f"{{:.2f}}{TIMES}"),
     goals=outcomes,
     goals_are_for="1 or 2 threads of a CPU",
+    decimals=2,
     notes=notes,
 )

@@ -50,6 +50,8 @@ class Suite:
     """The goals that are set for it, in view of a result."""
     goals_are_for: str
     """The machine that they are set for."""
+    decimals: int = 1
+    """Of how many times as long the rivals take."""
     notes: Callable[[Sequence[Row]], list[str]] = lambda cases: []
     """What follows from the figures: paragraphs below the tables."""
 
