@@ -1,5 +1,5 @@
-// Under autocast a Bernoulli head multiplies in the lower precision, as nn.Linear does. Its log-likelihoods come back
-// in float32, as ever; the other ops take their arguments as they are.
+// Under autocast a hidden layer or a Bernoulli head multiplies in the lower precision, as nn.Linear does.
+// Log-likelihoods come back in float32, as ever; the other ops take their arguments as they are.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -8,10 +8,10 @@
 namespace wakesleep {
 namespace {
 
-// op(h, weight, bias, others...) with the first three cast.
+// op(h, weight, bias, others...), a linear layer, with the first three cast.
 template <typename Operator, typename... Others>
-at::Tensor cast_head(const Operator& op, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
-                     const Others&... others) {
+at::Tensor cast_layer(const Operator& op, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
+                      const Others&... others) {
   const auto device = h.device().type();
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
@@ -21,22 +21,27 @@ at::Tensor cast_head(const Operator& op, const at::Tensor& h, const at::Tensor& 
   return op.call(cast(h), cast(weight), cast(bias), others...);
 }
 
+at::Tensor tanh_layer(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias) {
+  return cast_layer(autograd::linear_tanh(), h, weight, bias);
+}
+
 at::Tensor log_prob(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
                     std::optional<bool> recompute) {
-  return cast_head(autograd::linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
+  return cast_layer(autograd::linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
 }
 
 at::Tensor log_prob_sum(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
                         const std::optional<at::Tensor>& importance) {
-  return cast_head(autograd::linear_bernoulli_log_prob_sum(), h, weight, bias, x, importance);
+  return cast_layer(autograd::linear_bernoulli_log_prob_sum(), h, weight, bias, x, importance);
 }
 
 at::Tensor sample(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& key,
                   std::optional<at::ScalarType> dtype) {
-  return cast_head(autograd::linear_bernoulli_sample(), h, weight, bias, key, dtype);
+  return cast_layer(autograd::linear_bernoulli_sample(), h, weight, bias, key, dtype);
 }
 
 void implement(torch::Library& m) {
+  m.impl("linear_tanh", tanh_layer);
   m.impl("linear_bernoulli_log_prob", log_prob);
   m.impl("linear_bernoulli_log_prob_sum", log_prob_sum);
   m.impl("linear_bernoulli_sample", sample);

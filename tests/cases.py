@@ -27,6 +27,7 @@ ARGUMENTS = {
     "gaussian_kl": ("mu", "logvar"),
     "bernoulli_log_prob": ("logits", "x"),
     "bernoulli_sample": ("logits",),
+    "linear_tanh": ("h", "weight", "bias"),
     "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
     "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
     "linear_bernoulli_sample": ("h", "weight", "bias"),
@@ -161,6 +162,7 @@ SMALL = (
     Case("gaussian_kl", ((3, 5), (3, 5))),
     Case("bernoulli_log_prob", ((2, 3, 5), (3, 5))),
     Case("bernoulli_sample", ((3, 5),), (2,)),
+    Case("linear_tanh", ((2, 3, 4), (5, 4), (5,))),
     Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5))),
     Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5)), recompute=True),
     Case("linear_bernoulli_log_prob_sum", ((2, 3, 4), (5, 4), (5,), (3, 5), (2, 3))),
@@ -239,7 +241,7 @@ SHAPES = (
     *(Case("linear_bernoulli_log_prob_sum", (*shapes, shapes[0][:-1])) for shapes in _HEADS[:-1]),
     Case("linear_bernoulli_log_prob_sum", ((2, 3, 5), (9, 5), (9,), (3, 9), (2, 1))),  # a weight for many rows
     Case("linear_bernoulli_log_prob_sum", ((2, 3, 5), (9, 5), (9,), (3, 9), ()), x_dtype=torch.uint8),
-    *(Case("linear_bernoulli_sample", shapes[:3]) for shapes in _HEADS),
+    *(Case(op, shapes[:3]) for op in ("linear_tanh", "linear_bernoulli_sample") for shapes in _HEADS),
     *(
         replace(case, layout=layout)
         for layout in LAYOUTS
@@ -253,6 +255,7 @@ SHAPES = (
             Case("bernoulli_sample", ((4, 3, 21),), (2,)),
             Case("linear_bernoulli_log_prob", ((2, 4, 3, 5), (21, 5), (21,), (4, 3, 21)), x_dtype=torch.uint8),
             Case("linear_bernoulli_log_prob_sum", ((4, 3, 5), (21, 5), (21,), (4, 3, 21), (4, 3))),
+            Case("linear_tanh", ((4, 3, 5), (21, 5), (21,))),
             Case("linear_bernoulli_sample", ((4, 3, 5), (21, 5), (21,))),
         )
     ),

@@ -1,4 +1,5 @@
-"""The arithmetic under the kernels: exp, log, cosine and sine, to the ulp, against extended precision."""
+"""The arithmetic under the kernels: exp, log, cosine, sine and tanh, to the ulp, against extended
+precision."""
 
 from __future__ import annotations
 
@@ -17,20 +18,24 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCE = """
 #include "elementary.h"
 using namespace wakesleep;
-template <typename T> void all(const T* x, const typename Format<T>::Int* turn, T* e, T* l, T* c, T* s, int64_t n) {
+template <typename T>
+void all(const T* x, const typename Format<T>::Int* turn, T* e, T* l, T* t, T* c, T* s, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     e[i] = wakesleep::exp(x[i]);
     l[i] = log_of_normal(std::abs(x[i]));
+    t[i] = wakesleep::tanh(x[i]);
     const auto direction = cos_sin_of_turn<T>(turn[i]);
     c[i] = direction.first;
     s[i] = direction.second;
   }
 }
-extern "C" void all_float(const float* x, const int32_t* t, float* e, float* l, float* c, float* s, int64_t n) {
-  all<float>(x, t, e, l, c, s, n);
+extern "C" void all_float(const float* x, const int32_t* turn, float* e, float* l, float* t, float* c, float* s,
+                          int64_t n) {
+  all<float>(x, turn, e, l, t, c, s, n);
 }
-extern "C" void all_double(const double* x, const int64_t* t, double* e, double* l, double* c, double* s, int64_t n) {
-  all<double>(x, t, e, l, c, s, n);
+extern "C" void all_double(const double* x, const int64_t* turn, double* e, double* l, double* t, double* c, double* s,
+                           int64_t n) {
+  all<double>(x, turn, e, l, t, c, s, n);
 }
 """
 
@@ -50,7 +55,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def _evaluate(library: ctypes.CDLL, x: Any, turn: Any) -> tuple[Any, ...]:
-    outputs = [np.empty_like(x) for _ in range(4)]
+    outputs = [np.empty_like(x) for _ in range(5)]
     function = library.all_float if x.dtype == np.float32 else library.all_double
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, turn, *outputs)]
     function(*pointers, ctypes.c_int64(x.size))
@@ -70,15 +75,17 @@ def test_within_two_ulps(library: ctypes.CDLL, dtype: type, integer: type) -> No
     count = 2_000_000
     top = 88.0 if dtype == np.float32 else 709.0
     x = np.concatenate([
-        generator.uniform(-top, top, count), generator.normal(size=count), generator.uniform(0.5, 2, count)
+        generator.uniform(-top, top, count), generator.normal(size=count), generator.uniform(0.5, 2, count),
+        generator.normal(size=count) * 2.0 ** generator.integers(-40, 1, count)
     ]).astype(dtype)  # fmt: skip
     info = np.iinfo(integer)
     turn = generator.integers(info.min, info.max, x.size, dtype=integer, endpoint=True)
-    exponential, logarithm, cosine, sine = _evaluate(library, x, turn)
+    exponential, logarithm, tangent, cosine, sine = _evaluate(library, x, turn)
     wide = x.astype(np.longdouble)
     # subnormal results are rounded twice: half an ulp more
     assert _ulps(exponential, np.exp(wide)).max() < 1.6
     assert _ulps(logarithm[x != 0], np.log(np.abs(wide[x != 0]))).max() < 1.6
+    assert _ulps(tangent, np.tanh(wide)).max() < 2.5
     bits = 8 * np.dtype(integer).itemsize
     angle = 2 * np.arccos(np.longdouble(-1)) * (turn.astype(np.longdouble) / np.longdouble(2) ** bits)
     larger = np.maximum(np.abs(np.cos(angle)), np.abs(np.sin(angle))).astype(dtype)
@@ -97,8 +104,17 @@ def test_ends_of_the_exponential(library: ctypes.CDLL, dtype: type) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ends_of_the_tangent(library: ctypes.CDLL, dtype: type) -> None:
+    x = np.array([np.inf, -np.inf, np.nan, 0, -0.0, 1e4, -1e4, 9.5, -25, np.finfo(dtype).max, 1e-30], dtype=dtype)
+    turn = np.zeros(x.size, dtype=np.int32 if dtype == np.float32 else np.int64)
+    tangent = _evaluate(library, x, turn)[2]
+    np.testing.assert_allclose(tangent, np.tanh(x), rtol=4 * np.finfo(dtype).eps)
+    assert np.signbit(tangent[4])
+
+
 def test_quarter_turns(library: ctypes.CDLL) -> None:
     turn = np.array([0, 2**30, -(2**31), -(2**30)], dtype=np.int32)
-    _, _, cosine, sine = _evaluate(library, np.ones(4, dtype=np.float32), turn)
+    _, _, _, cosine, sine = _evaluate(library, np.ones(4, dtype=np.float32), turn)
     np.testing.assert_array_equal(cosine, [1, 0, -1, 0])
     np.testing.assert_array_equal(sine, [0, 1, 0, -1])

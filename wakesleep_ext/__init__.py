@@ -22,6 +22,7 @@ from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered 
     linear_bernoulli_log_prob,
     linear_bernoulli_log_prob_sum,
     linear_bernoulli_sample,
+    linear_tanh,
     standard_gaussian_log_prob,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "linear_bernoulli_log_prob",
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
+    "linear_tanh",
     "random",
     "reference",
     "standard_gaussian_log_prob",

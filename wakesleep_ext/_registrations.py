@@ -130,20 +130,48 @@ def _(grad: Tensor, logits: Tensor, x: Tensor) -> Tensor:
     return _events(logits)
 
 
-def _head(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The logits that a head would have, in the dtype of its parameters."""
+def _layer(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a linear layer returns, in the dtype of its parameters."""
     return h.new_empty((*h.shape[:-1], weight.shape[0]), dtype=_promoted(h, weight, bias))
+
+
+def _layer_gradients(
+    h: Tensor, weight: Tensor, bias: Tensor, batch: Sequence[int], with_grad_h: bool, with_grad_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _promoted(h, weight, bias)
+    features = weight.shape[1]
+    grad_h = h.new_empty((*batch, features) if with_grad_h else (0, features), dtype=dtype)
+    grad_weight = weight.new_empty((weight.shape[0] if with_grad_weight else 0, features), dtype=dtype)
+    return grad_h, grad_weight, torch.empty_like(bias, dtype=dtype)
+
+
+@torch.library.register_fake("wakesleep_ext::linear_tanh")
+def _(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _layer(h, weight, bias)
+
+
+@torch.library.register_fake("wakesleep_ext::linear_tanh_backward")
+def _(
+    grad: Tensor,
+    activations: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    with_grad_h: bool,
+    with_grad_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _layer_gradients(h, weight, bias, h.shape[:-1], with_grad_h, with_grad_weight)
 
 
 @torch.library.register_fake("wakesleep_ext::linear_bernoulli_sample")
 def _(h: Tensor, weight: Tensor, bias: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    logits = _head(h, weight, bias)
+    logits = _layer(h, weight, bias)
     return torch.empty_like(logits, dtype=dtype)
 
 
 @torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob")
 def _(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, recompute: bool | None = None) -> Tensor:
-    logits = _head(h, weight, bias)
+    logits = _layer(h, weight, bias)
     return _rows(logits, x).to(_compute_dtype(logits.dtype))
 
 
@@ -166,11 +194,7 @@ def _(
     with_grad_h: bool,
     with_grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _promoted(h, weight, bias)
-    features = weight.shape[1]
-    grad_h = h.new_empty((*grad.shape, features) if with_grad_h else (0, features), dtype=dtype)
-    grad_weight = weight.new_empty((weight.shape[0] if with_grad_weight else 0, features), dtype=dtype)
-    return grad_h, grad_weight, torch.empty_like(bias, dtype=dtype)
+    return _layer_gradients(h, weight, bias, grad.shape, with_grad_h, with_grad_weight)
 
 
 @torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob_and_gradients")
@@ -246,6 +270,14 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
     return operator(h, weight, bias, x, *others), 0
 
 
+@torch.library.register_vmap("wakesleep_ext::linear_tanh")
+def _(info: Any, in_dims: tuple[int | None, ...], h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Any, Any]:
+    operator = _ops.linear_tanh.default
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return _one_by_one(operator)(info, in_dims, h, weight, bias)
+    return operator(h.movedim(in_dims[0], 0), weight, bias), 0
+
+
 @torch.library.register_vmap("wakesleep_ext::draw_key")
 def _(
     info: Any,
@@ -282,6 +314,7 @@ for _op in (
     _ops.standard_gaussian_log_prob_backward.default,
     _ops.gaussian_kl_backward.default,
     _ops.bernoulli_log_prob_backward.default,
+    _ops.linear_tanh_backward.default,
     _ops.linear_bernoulli_sample.default,
     _ops.linear_bernoulli_log_prob_backward.default,
 ):
@@ -348,6 +381,12 @@ def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tu
     return grad_logits, grad_x
 
 
+def _linear_tanh(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    activations: Tensor = call(_ops.linear_tanh.default, *arguments)
+    gradients: tuple[Tensor, ...] = _ops.linear_tanh_backward.default(grads[0], activations, *arguments, True, True)
+    return gradients
+
+
 def _linear_bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     h, weight, bias, x, _ = arguments
     found = _ops.linear_bernoulli_log_prob_backward.default(grads[0], h, weight, bias, x, None, True, True)
@@ -374,6 +413,7 @@ _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
         _ops.standard_gaussian_log_prob.default: _standard_gaussian_log_prob,
         _ops.gaussian_kl.default: _gaussian_kl,
         _ops.bernoulli_log_prob.default: _bernoulli_log_prob,
+        _ops.linear_tanh.default: _linear_tanh,
         _ops.linear_bernoulli_log_prob.default: _linear_bernoulli_log_prob,
     }.items()
 }

@@ -92,8 +92,12 @@ class MultilayerPerceptron(nn.Sequential):
     def features(self, input: Tensor) -> Tensor:
         """What the last layer gets, `[*, first] -> [*, next to last]`."""
         output = input.to(self.head.weight.dtype)
-        for layer in list(self)[:-1]:
-            output = layer(output)
+        hidden = list(self)[:-1]
+        for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
+            if isinstance(activation, nn.Tanh) and not (_has_hooks(linear) or _has_hooks(activation)):
+                output = ops.linear_tanh(output, linear.weight, linear.bias)
+            else:
+                output = activation(linear(output))
         return output
 
     def forward(self, input: Tensor) -> Tensor:

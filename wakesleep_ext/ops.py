@@ -214,6 +214,25 @@ def bernoulli_sample(
     return call(_ops.bernoulli_sample.default, logits, key, sample_shape, dtype)
 
 
+def linear_tanh(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    r"""Hidden layer :math:`y = \tanh(hW^\top + b)`, as ``torch.tanh(F.linear(h, weight, bias))`` in fewer passes: the
+    bias is added and tanh taken where the matrix product has left its result, and the backward pass forms the gradient
+    of the bias on its way.
+
+    Args:
+        h: ``[*B, H]``.
+        weight: W, ``[D, H]``, as ``nn.Linear`` has it.
+        bias: b, ``[D]``, or None.
+
+    Returns:
+        ``[*B, D]``, in the dtype of the parameters; computed in float32 for half types.
+
+    Gradients: with :math:`\delta = g\,(1 - y^2)`, :math:`\delta W` for h, :math:`\delta^\top h` for weight, the sum of
+    :math:`\delta` for bias, accumulated in float32, or float64. y is kept for the backward pass.
+    """
+    return call(_ops.linear_tanh.default, h, weight, _bias(weight, bias))
+
+
 def linear_bernoulli_log_prob(
     h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, *, recompute: bool | None = None
 ) -> Tensor:

@@ -94,6 +94,12 @@ def bernoulli_sample(
     return (u <= _compute(logits).sigmoid()).to(dtype or logits.dtype)
 
 
+def linear_tanh(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """tanh of h weight^T + bias."""
+    dtype = _promote(h, weight)[0].dtype
+    return _linear(h, weight, bias).tanh().to(dtype)
+
+
 def linear_bernoulli_log_prob(
     h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, *, recompute: bool | None = None
 ) -> Tensor:

@@ -28,6 +28,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gaussian_kl": ("mu", "logvar"),
     "bernoulli_log_prob": ("logits", "x"),
     "bernoulli_sample": ("logits",),
+    "linear_tanh": ("h", "weight", "bias"),
     "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
     "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
     "linear_bernoulli_sample": ("h", "weight", "bias"),

@@ -39,6 +39,9 @@ WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(linear_tanh, Tensor(const Tensor&, const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(linear_tanh_backward,
+                   Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<bool>))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,

@@ -26,11 +26,6 @@ struct LinearBernoulliLogProbRows {
   }
 };
 
-// Rows that a team takes at once, column by column: their sums over the rows, for the bias, and over the columns, for
-// the log-likelihoods, come from one pass. In float64, more than two would not fit in the registers.
-template <typename compute_t>
-constexpr int kRowsAtOnce = 16 / sizeof(compute_t);
-
 // The gradient of a chunk's logits, which may lie where the products do, with its sum over the rows of each team; and,
 // where asked for, the log-likelihoods.
 template <typename compute_t, typename x_t, typename grad_t, bool with_log_prob>
@@ -50,7 +45,7 @@ struct LinearBernoulliLogProbBackwardRows {
 
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t piece) const {
-    constexpr int rows_at_once = kRowsAtOnce<compute_t>;
+    constexpr int rows_at_once = kRowsOfSum<compute_t>;
     const int64_t row = piece * rows_at_once;
     const int held = static_cast<int>(min(int64_t(rows_at_once), count - row));
     const x_t* v[rows_at_once];
@@ -99,9 +94,7 @@ struct LinearBernoulliLogProbBackwardRows {
 };
 
 struct Kernels {
-  static int64_t rows_of_sum(at::ScalarType compute) {
-    return compute == at::kDouble ? kRowsAtOnce<double> : kRowsAtOnce<float>;
-  }
+  static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }
 
   static void write_log_prob(const LinearBernoulliLogProb& call, int64_t first,
                              const at::Tensor& products) {  // [rows, D]
@@ -126,7 +119,7 @@ struct Kernels {
       using x_t = typename decltype(x_type)::type;
       const auto launch_for = [&](auto grad_type) {
         using grad_t = typename decltype(grad_type)::type;
-        launch_rows(sums.size(0), kRowsAtOnce<compute_t> * call.D,
+        launch_rows(sums.size(0), kRowsOfSum<compute_t> * call.D,
                     LinearBernoulliLogProbBackwardRows<compute_t, x_t, grad_t, with_log_prob>{
                         products.const_data_ptr<compute_t>(), call.bias.const_data_ptr<compute_t>(),
                         call.x.const_data_ptr<x_t>(),

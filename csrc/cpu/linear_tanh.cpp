@@ -1,0 +1,82 @@
+// tanh(h weight^T + bias) and its gradients, on the CPU, a chunk of rows at a time.
+#include "../linear_tanh.h"
+
+#include "../densities.h"
+#include "vec.h"
+
+namespace wakesleep::cpu {
+namespace {
+
+struct Kernels {
+  static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
+
+  static void write_activations(const LinearTanh& call,
+                                const at::Tensor& products,       // [rows, D]
+                                const at::Tensor& activations) {  // [rows, D]
+    dispatch_floating(call.op, call.dtype, [&](auto type) {
+      using scalar_t = typename decltype(type)::type;
+      using compute_t = at::opmath_type<scalar_t>;
+      const auto* products_data = products.const_data_ptr<compute_t>();
+      const auto* bias = call.bias.const_data_ptr<compute_t>();
+      auto* activations_data = activations.mutable_data_ptr<scalar_t>();
+      vectorized_parallel_for(products.size(0), grain_rows(call.D), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          for_tiles(call.D, [&](int64_t column, int64_t columns) {
+            Tile<compute_t> tile;
+            auto* out = activations_data + row * activations.stride(0) + column;
+            compute_t* written = tile.place_for(out);
+            for_lanes<compute_t>(
+                columns,
+                [&](auto element, compute_t product, compute_t b) { element.store(written, tanh(product + b)); },
+                products_data + row * products.stride(0) + column, bias + column);
+            tile.store(out, columns);
+          });
+        }
+      });
+    });
+  }
+
+  static void write_gradient(const LinearTanh& call,
+                             const at::Tensor& grad,         // [rows, D]
+                             const at::Tensor& activations,  // [rows, D]
+                             const at::Tensor& written,      // [rows, D]
+                             const at::Tensor& sums) {       // [pieces, D]
+    dispatch_floating(call.op, call.dtype, [&](auto type) {
+      using scalar_t = typename decltype(type)::type;
+      using compute_t = at::opmath_type<scalar_t>;
+      const auto* grad_data = grad.const_data_ptr<scalar_t>();
+      const auto* activations_data = activations.const_data_ptr<scalar_t>();
+      auto* written_data = written.mutable_data_ptr<compute_t>();
+      auto* sums_data = sums.mutable_data_ptr<compute_t>();
+      const int64_t D = call.D;
+      vectorized_parallel_for(sums.size(0), grain_rows(kPieceRows * D), [&](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+          auto* sum = sums_data + piece * D;
+          std::fill_n(sum, D, compute_t(0));
+          const int64_t last_row = std::min(grad.size(0), (piece + 1) * kPieceRows);
+          for (int64_t row = piece * kPieceRows; row < last_row; ++row) {
+            for_tiles(D, [&](int64_t column, int64_t columns) {
+              Tile<compute_t> grad_tile, activations_tile;
+              auto* out = written_data + row * written.stride(0) + column;
+              for_lanes<compute_t>(
+                  columns,
+                  [&](auto element, compute_t upstream, compute_t y) {
+                    const compute_t gradient = upstream * tanh_gradient(y);
+                    element.store(out, gradient);
+                    element.add(sum + column, gradient);
+                  },
+                  grad_tile.read(grad_data + row * D + column, columns),
+                  activations_tile.read(activations_data + row * D + column, columns));
+            });
+          }
+        }
+      });
+    });
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { LinearTanhOps<Kernels>::implement(m); }
+
+}  // namespace wakesleep::cpu

@@ -1,0 +1,109 @@
+// tanh(h weight^T + bias) and its gradients, on CUDA, a chunk of rows at a time.
+#include "../linear_tanh.h"
+
+#include "../densities.h"
+#include "rowwise.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+template <typename compute_t, typename scalar_t>
+struct ActivationRows {
+  const compute_t* products;
+  const compute_t* __restrict__ bias;
+  scalar_t* activations;  // which may lie where the products do
+  int64_t products_stride, activations_stride;
+  int64_t D;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t row) const {
+    const compute_t* product = products + row * products_stride;
+    for_spans<kPacket<compute_t>>(team, D, 0, [&](auto span) {
+      auto values = load<compute_t, Written>(span, product);
+      const auto b = load<compute_t>(span, bias);
+#pragma unroll
+      for (int i = 0; i < span.size; ++i) {
+        values.value[i] = tanh(values.value[i] + b.value[i]);
+      }
+      store(span, values, activations + row * activations_stride);
+    });
+  }
+};
+
+// The gradient of what tanh was taken of, with its sum over the rows of each team, which takes them column by column.
+template <typename compute_t, typename scalar_t, typename grad_t>
+struct LinearTanhBackwardRows {
+  const scalar_t* __restrict__ grad;
+  const scalar_t* __restrict__ activations;
+  grad_t* __restrict__ written;
+  compute_t* __restrict__ sums;
+  int64_t count;  // of rows
+  int64_t stride;
+  int64_t D;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t piece) const {
+    constexpr int rows_at_once = kRowsOfSum<compute_t>;
+    const int64_t row = piece * rows_at_once;
+    for_spans<kPacket<compute_t>>(team, D, 0, [&](auto span) {
+      Packet<compute_t, span.size> total = {};
+#pragma unroll
+      for (int r = 0; r < rows_at_once; ++r) {
+        if (row + r < count) {
+          auto values = load<compute_t>(span, grad + (row + r) * D);
+          const auto y = load<compute_t>(span, activations + (row + r) * D);
+#pragma unroll
+          for (int i = 0; i < span.size; ++i) {
+            values.value[i] *= tanh_gradient(y.value[i]);
+            total.value[i] += values.value[i];
+          }
+          store(span, values, written + (row + r) * stride);
+        }
+      }
+      store(span, total, sums + piece * D);
+    });
+  }
+};
+
+struct Kernels {
+  static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }
+
+  static void write_activations(const LinearTanh& call,
+                                const at::Tensor& products,       // [rows, D]
+                                const at::Tensor& activations) {  // [rows, D]
+    dispatch_floating(call.op, call.dtype, [&](auto type) {
+      using scalar_t = typename decltype(type)::type;
+      using compute_t = at::opmath_type<scalar_t>;
+      launch_rows(products.size(0), call.D,
+                  ActivationRows<compute_t, scalar_t>{
+                      products.const_data_ptr<compute_t>(), call.bias.const_data_ptr<compute_t>(),
+                      activations.mutable_data_ptr<scalar_t>(), products.stride(0), activations.stride(0), call.D});
+    });
+  }
+
+  static void write_gradient(const LinearTanh& call,
+                             const at::Tensor& grad,         // [rows, D]
+                             const at::Tensor& activations,  // [rows, D]
+                             const at::Tensor& written,      // [rows, D]
+                             const at::Tensor& sums) {       // [pieces, D]
+    dispatch_floating(call.op, call.dtype, [&](auto type) {
+      using scalar_t = typename decltype(type)::type;
+      using compute_t = at::opmath_type<scalar_t>;
+      const auto launch_for = [&](auto written_type) {
+        using grad_t = typename decltype(written_type)::type;
+        launch_rows(sums.size(0), kRowsOfSum<compute_t> * call.D,
+                    LinearTanhBackwardRows<compute_t, scalar_t, grad_t>{
+                        grad.const_data_ptr<scalar_t>(), activations.const_data_ptr<scalar_t>(),
+                        written.mutable_data_ptr<grad_t>(), sums.mutable_data_ptr<compute_t>(), grad.size(0),
+                        written.stride(0), call.D});
+      };
+      written.scalar_type() == call.dtype ? launch_for(type) : launch_for(Type<compute_t>{});
+    });
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { LinearTanhOps<Kernels>::implement(m); }
+
+}  // namespace wakesleep::cuda

@@ -1,0 +1,76 @@
+// Hidden layers, tanh(h weight^T + bias): checked operands of a call, and the ops over a backend's kernels.
+#pragma once
+
+#include <torch/library.h>
+
+#include "linear.h"
+
+namespace wakesleep {
+
+struct LinearTanh : Linear {
+  at::DimVector batch;  // leading dimensions of h
+  int64_t N;            // rows of the batch
+  at::Tensor h;         // [N, H]
+
+  LinearTanh(const char* op_in, const at::Tensor& h_in, const at::Tensor& weight_in, const at::Tensor& bias_in)
+      : Linear(op_in, h_in, weight_in, bias_in),
+        batch(batch_sizes(h_in)),
+        N(c10::multiply_integers(batch)),
+        h(h_in.reshape({N, H})) {}
+
+  at::Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, weight.options().dtype(dtype)); }
+};
+
+// write_activations(call, products [rows, D], activations [rows, D]) and write_gradient(call, grad [rows, D],
+// activations [rows, D], gradient of what tanh was taken of [rows, D], its sums over every rows_of_sum(compute) rows
+// [pieces, D]); the first may write where it reads.
+template <typename Kernels>
+struct LinearTanhOps {
+  static at::Tensor linear_tanh(const at::Tensor& h,       // [*B, H]
+                                const at::Tensor& weight,  // [D, H]
+                                const at::Tensor& bias) {  // [D]
+    const LinearTanh call("linear_tanh", h, weight, bias);
+    const at::Tensor activations = call.empty({call.N, call.D});
+    const at::Tensor kept = call.dtype == call.compute ? activations : at::Tensor();
+    call.for_products(call.h, kept, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
+      Kernels::write_activations(call, products, activations.narrow(0, first, products.size(0)));
+    });
+    return activations.view(concat(call.batch, {call.D}));
+  }
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad,         // [*B, D]
+                                                                 const at::Tensor& activations,  // [*B, D]
+                                                                 const at::Tensor& h, const at::Tensor& weight,
+                                                                 const at::Tensor& bias, bool with_grad_h,
+                                                                 bool with_grad_weight) {
+    const LinearTanh call("linear_tanh_backward", h, weight, bias);
+    for (const Argument& argument : {Argument{"grad", grad}, Argument{"activations", activations}}) {
+      check_same_device(call.op, {"h", h}, argument);
+      TORCH_CHECK_VALUE(argument.tensor.sizes() == at::IntArrayRef(concat(call.batch, {call.D})), call.op,
+                        ": expected ", argument.name, " to have shape ", concat(call.batch, {call.D}), ", got ",
+                        argument.tensor.sizes());
+      TORCH_CHECK_TYPE(argument.tensor.scalar_type() == call.dtype, call.op, ": expected ", argument.name, " to be ",
+                       call.dtype, ", that of the parameters, got ", argument.tensor.scalar_type());
+    }
+    const auto rows_of = [&](const at::Tensor& tensor) { return tensor.reshape({call.N, call.D}).contiguous(); };
+    const at::Tensor grad_rows = rows_of(grad), activation_rows = rows_of(activations);
+    LinearGradients gradients(call, call.N, Kernels::rows_of_sum(call.compute), with_grad_h, with_grad_weight);
+    const at::Tensor buffer = call.chunk(call.N, call.operand);
+    call.for_chunks(call.h, [&](int64_t first, const at::Tensor& h_rows) {
+      const int64_t count = h_rows.size(0);
+      const at::Tensor written = buffer.narrow(0, 0, count);
+      gradients.add(first, h_rows, written, [&](const at::Tensor& sums) {
+        Kernels::write_gradient(call, grad_rows.narrow(0, first, count), activation_rows.narrow(0, first, count),
+                                written, sums);
+      });
+    });
+    return gradients.result(call.batch);
+  }
+
+  static void implement(torch::Library& m) {
+    m.impl("linear_tanh", linear_tanh);
+    m.impl("linear_tanh_backward", backward);
+  }
+};
+
+}  // namespace wakesleep
