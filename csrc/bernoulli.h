@@ -127,4 +127,47 @@ struct BernoulliSample {
   at::Tensor result() const { return as_dtype(x, dtype); }
 };
 
+struct Binarize {
+  static constexpr auto op = "binarize";
+  at::Tensor grey;                  // [N, D]
+  at::Tensor key;                   // [2]
+  int white;                        // the level of a pixel that is surely on
+  std::optional<at::Tensor> index;  // [B]
+  int64_t N, D;
+  int64_t rows;          // B, or N
+  at::ScalarType dtype;  // of the result
+  at::Tensor x;          // [B, D], uint8 or float32
+
+  Binarize(const at::Tensor& grey_in, const at::Tensor& key_in, int64_t white_in,
+           const std::optional<at::Tensor>& index_in, std::optional<at::ScalarType> dtype_in)
+      : grey(grey_in), key(key_in), white(static_cast<int>(white_in)), dtype(dtype_in.value_or(at::kByte)) {
+    TORCH_CHECK_TYPE(grey.scalar_type() == at::kByte, op, ": expected grey to be uint8, got ", grey.scalar_type());
+    TORCH_CHECK_VALUE(grey.dim() == 2, op, ": expected grey to have shape [N, D], got ", grey.sizes());
+    TORCH_CHECK_VALUE(white_in >= 1 && white_in <= 255, op, ": expected white in 1 .. 255, got ", white_in);
+    check_key(op, key, {"grey", grey});
+    N = rows = grey.size(0);
+    D = grey.size(1);
+    grey = with_contiguous_events(grey);
+    if (index_in) {
+      check_same_device(op, {"grey", grey}, {"index", *index_in});
+      TORCH_CHECK_TYPE(index_in->scalar_type() == at::kLong, op, ": expected index to be int64, got ",
+                       index_in->scalar_type());
+      TORCH_CHECK_VALUE(index_in->dim() == 1, op, ": expected index to have shape [B], got ", index_in->sizes());
+      index = index_in->contiguous();
+      rows = index->size(0);
+    }
+    x = at::empty({rows, D}, grey.options().dtype(written_dtype(op, dtype, at::kFloat)));
+  }
+
+  const int64_t* index_data() const { return index ? index->const_data_ptr<int64_t>() : nullptr; }
+
+  // body(Type<x_t>{}).
+  template <typename Body>
+  void dispatch(const Body& body) const {
+    x.scalar_type() == at::kByte ? body(Type<uint8_t>{}) : body(Type<float>{});
+  }
+
+  at::Tensor result() const { return as_dtype(x, dtype); }
+};
+
 }  // namespace wakesleep

@@ -82,4 +82,22 @@ WAKESLEEP_FUNCTION T sigmoid(T a) {
   return divide(a >= T(0) ? T(1) : e, T(1) + e);
 }
 
+// What is drawn is [u <= p], for a uniform u in (0, 1] and a probability p: that of a logit,
+struct OfLogit {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T logit) const {
+    return sigmoid(logit);
+  }
+};
+
+// or of a grey level, which is exactly 0 for black and exactly 1 for white.
+struct OfGrey {
+  int white;
+
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T grey) const {
+    return grey / T(white);
+  }
+};
+
 }  // namespace wakesleep

@@ -32,6 +32,9 @@ constexpr Operator kOperators[] = {
      "SymInt[] sample_shape) -> Tensor"},
     {"bernoulli_sample(Tensor logits, Tensor key, SymInt[] sample_shape, ScalarType? dtype=None) -> Tensor"},
 
+    // images grey [N, D] of uint8, those of an index [B]
+    {"binarize(Tensor grey, Tensor key, int white=255, Tensor? index=None, ScalarType? dtype=None) -> Tensor"},
+
     // densities, summed over the event
     {"gaussian_log_prob(Tensor mu, Tensor logvar, Tensor z) -> Tensor"},
     {"gaussian_log_prob_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor z, bool with_grad_z) "

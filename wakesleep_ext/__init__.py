@@ -14,6 +14,7 @@ _loading.load_kernels()
 from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered first
     bernoulli_log_prob,
     bernoulli_sample,
+    binarize,
     gaussian_kl,
     gaussian_log_prob,
     gaussian_parameters,
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "bernoulli_log_prob",
     "bernoulli_sample",
+    "binarize",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_parameters",

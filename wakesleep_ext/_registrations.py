@@ -88,6 +88,13 @@ def _(logits: Tensor, key: Tensor, sample_shape: Sequence[int], dtype: torch.dty
     return logits.new_empty((*sample_shape, *logits.shape), dtype=dtype)
 
 
+@torch.library.register_fake("wakesleep_ext::binarize")
+def _(
+    grey: Tensor, key: Tensor, white: int = 255, index: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    return grey.new_empty((len(grey if index is None else index), grey.shape[1]), dtype=dtype or torch.uint8)
+
+
 @torch.library.register_fake("wakesleep_ext::gaussian_log_prob")
 def _(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
     return _rows(mu, logvar, z)
@@ -275,7 +282,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], h: Tensor, weight: Tensor, bia
     operator = _ops.linear_tanh.default
     if in_dims[1] is not None or in_dims[2] is not None:
         return _one_by_one(operator)(info, in_dims, h, weight, bias)
-    return operator(h.movedim(in_dims[0], 0), weight, bias), 0
+    return operator(*_aligned((h,), in_dims[:1]), weight, bias), 0
 
 
 @torch.library.register_vmap("wakesleep_ext::draw_key")
@@ -310,6 +317,7 @@ for _op in (
     _ops.gaussian_rsample_log_prob.default,
     _ops.gaussian_rsample_backward.default,
     _ops.bernoulli_sample.default,
+    _ops.binarize.default,
     _ops.gaussian_log_prob_backward.default,
     _ops.standard_gaussian_log_prob_backward.default,
     _ops.gaussian_kl_backward.default,

@@ -16,7 +16,6 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -66,20 +65,15 @@ class Images:
         """Mean of each pixel in [0, 1], float64 `[D]`."""
         return self.grey.sum(0, dtype=torch.int64).double() / (len(self) * self.white)
 
-    @cached_property
-    def _logit_of_level(self) -> Tensor:
-        levels = torch.arange(self.white + 1, dtype=torch.float64, device=self.grey.device)
-        return torch.logit(levels / self.white).float()
-
-    def binarize(self, key: Tensor, index: Tensor | None = None) -> Tensor:
-        """Binary pixels x ~ Bernoulli(grey / white), uint8 `[N, D]`.
+    def binarize(self, key: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """Binary pixels x ~ Bernoulli(grey / white), `[N, D]`.
 
         Args:
             key: key of the draw, on the device of the images.
             index: int64 `[N]`, which images to draw; all of them if not given.
+            dtype: of the pixels.
         """
-        grey = self.grey if index is None else self.grey[index]
-        return ops.bernoulli_sample(self._logit_of_level[grey.int()], dtype=torch.uint8, key=key)
+        return ops.binarize(self.grey, self.white, index, dtype=dtype, key=key)
 
 
 @dataclass(frozen=True, eq=False)

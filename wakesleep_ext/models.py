@@ -94,7 +94,8 @@ class MultilayerPerceptron(nn.Sequential):
         output = input.to(self.head.weight.dtype)
         hidden = list(self)[:-1]
         for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
-            if isinstance(activation, nn.Tanh) and not (_has_hooks(linear) or _has_hooks(activation)):
+            hooked = _has_hooks(linear) or _has_hooks(activation)
+            if isinstance(linear, nn.Linear) and isinstance(activation, nn.Tanh) and not hooked:
                 output = ops.linear_tanh(output, linear.weight, linear.bias)
             else:
                 output = activation(linear(output))

@@ -29,6 +29,7 @@ from wakesleep_ext._registrations import call
 __all__ = [
     "bernoulli_log_prob",
     "bernoulli_sample",
+    "binarize",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_parameters",
@@ -37,6 +38,7 @@ __all__ = [
     "linear_bernoulli_log_prob",
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
+    "linear_tanh",
     "standard_gaussian_log_prob",
 ]
 
@@ -212,6 +214,36 @@ def bernoulli_sample(
     """
     key = random.draw_key(logits, generator) if key is None else key
     return call(_ops.bernoulli_sample.default, logits, key, sample_shape, dtype)
+
+
+def binarize(
+    grey: Tensor,
+    white: int = 255,
+    index: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Binary images, each pixel on with the probability that its grey level stands for: x ~ Bernoulli(grey / white),
+    the dynamic binarisation of Salakhutdinov & Murray (2008). A batch is found and drawn in one pass.
+
+    Args:
+        grey: the images, uint8 ``[N, D]``, levels of 0 to ``white``.
+        white: the level of a pixel that is surely on, 1 to 255. One at 0 is surely off.
+        index: which images, int64 ``[B]``; all of them, in their order, if not given.
+        dtype: of the result: bool, uint8 or floating; uint8 by default.
+        key: what the draw is a function of; int64 ``[2]``.
+        generator: where a key is drawn from if none is given.
+
+    Returns:
+        Zeros and ones, ``[B, D]``.
+
+    Raises:
+        IndexError: an index is not that of an image; on a GPU, as with torch's own indexing, a device-side assertion.
+    """
+    key = random.draw_key(grey, generator) if key is None else key
+    return call(_ops.binarize.default, grey, key, white, index, dtype)
 
 
 def linear_tanh(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

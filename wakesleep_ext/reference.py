@@ -94,6 +94,21 @@ def bernoulli_sample(
     return (u <= _compute(logits).sigmoid()).to(dtype or logits.dtype)
 
 
+def binarize(
+    grey: Tensor,
+    white: int = 255,
+    index: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """[u <= grey / white]."""
+    key = random.draw_key(grey, generator) if key is None else key
+    p = (grey if index is None else grey[index]).float() / white
+    return (random.uniforms(key, p.shape) <= p).to(dtype or torch.uint8)
+
+
 def linear_tanh(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """tanh of h weight^T + bias."""
     dtype = _promote(h, weight)[0].dtype

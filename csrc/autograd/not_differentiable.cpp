@@ -4,6 +4,7 @@
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
   m.impl("draw_key", torch::CppFunction::makeFallthrough());
+  m.impl("binarize", torch::CppFunction::makeFallthrough());
   m.impl("bernoulli_sample", torch::CppFunction::makeFallthrough());
   m.impl("linear_bernoulli_sample", torch::CppFunction::makeFallthrough());
   m.impl("linear_bernoulli_log_prob_and_logits", torch::CppFunction::makeFallthrough());

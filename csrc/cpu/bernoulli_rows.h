@@ -68,26 +68,26 @@ C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const 
   return row_log_prob<compute_t>(D, logits, x, [](auto, compute_t, compute_t) {});
 }
 
-// x = [u <= s(a)] for `rows` rows, the first of which is row `first` of the draw; logits_of(row) are those of a row,
-// counted from there.
-template <typename compute_t, typename LogitsOf, typename x_t>
-void draw_rows(PhiloxKey key, int64_t first, int64_t rows, int64_t D, const LogitsOf& logits_of,
-               x_t* x) {  // [.., D], the whole draw
+// x = [u <= probability(v)] for `rows` rows, the first of which is row `first` of the draw; values_of(row) are the v of
+// a row, counted from there, which are found as logits are.
+template <typename compute_t, typename Probability, typename ValuesOf, typename x_t>
+void draw_rows(PhiloxKey key, int64_t first, int64_t rows, int64_t D, const Probability& probability,
+               const ValuesOf& values_of, x_t* x) {  // [.., D], the whole draw
   for_row_tiles(1, rows, D, [&](int64_t, int64_t first_of_tile, int64_t rows_of_tile) {
     DrawTile<Uniforms, compute_t> tile;
     for_tiles(D, [&](int64_t column, int64_t columns) {
       const compute_t* u = tile.fill(key, (first + first_of_tile) * D + column, rows_of_tile * columns);
       for (int64_t row = first_of_tile; row < first_of_tile + rows_of_tile; ++row, u += columns) {
-        Tile<compute_t> logits_tile, x_tile;
-        const compute_t* a = logits_of(row)(logits_tile, column, columns);
+        Tile<compute_t> values_tile, x_tile;
+        const compute_t* v = values_of(row)(values_tile, column, columns);
         auto* out = x + (first + row) * D + column;
         compute_t* drawn = x_tile.place_for(out);
         for_lanes<compute_t>(
             columns,
-            [&](auto element, compute_t uniform, compute_t logit) {
-              element.store(drawn, compute_t(uniform <= sigmoid(logit) ? 1 : 0));
+            [&](auto element, compute_t uniform, compute_t value) {
+              element.store(drawn, compute_t(uniform <= probability(value) ? 1 : 0));
             },
-            u, a);
+            u, v);
         x_tile.store(out, columns);
       }
     });

@@ -20,7 +20,7 @@ at::Tensor bernoulli_sample(const at::Tensor& logits,  // [*B, D]
     const auto logits_of = [&](int64_t row) {
       return StoredLogits<logit_t>{logits_data + call.rows(row % call.rows.rows).of[0]};
     };
-    draw_rows<compute_t>(read_key(call.key), 0, call.samples * call.rows.rows, call.D, logits_of, x_data);
+    draw_rows<compute_t>(read_key(call.key), 0, call.samples * call.rows.rows, call.D, OfLogit{}, logits_of, x_data);
   });
   return call.result();
 }

@@ -22,7 +22,7 @@ at::Tensor linear_bernoulli_sample(const at::Tensor& h,       // [*B, H]
       const auto logits_of = [&](int64_t row) {
         return ProductAndBias<compute_t>{products_data + row * products.stride(0), bias_data};
       };
-      draw_rows<compute_t>(read_key(call.key), first, products.size(0), call.D, logits_of,
+      draw_rows<compute_t>(read_key(call.key), first, products.size(0), call.D, OfLogit{}, logits_of,
                            call.x.mutable_data_ptr<x_t>());
     });
   });

@@ -8,9 +8,9 @@
 namespace wakesleep::cuda {
 
 // Logits as they are stored.
-template <typename logit_t>
+template <typename logit_t, typename computed_t = at::opmath_type<logit_t>>
 struct StoredLogits {
-  using compute_t = at::opmath_type<logit_t>;
+  using compute_t = computed_t;
   const logit_t* row;  // [D]
 
   template <typename Span>
@@ -78,15 +78,16 @@ __device__ void write_log_prob(Team<threads> team, int64_t D, int past, const Lo
   sum.write(team, log_prob);
 }
 
-// x = [u <= s(a)] for the row whose first element is element `first` of the draw.
-template <int n, int threads, typename Logits, typename x_t>
-__device__ void draw_row(Team<threads> team, PhiloxKey key, int64_t first, int64_t D, const Logits& logits, x_t* x) {
+// x = [u <= probability(v)] for the row whose first element is element `first` of the draw.
+template <int n, int threads, typename Probability, typename Values, typename x_t>
+__device__ void draw_row(Team<threads> team, PhiloxKey key, int64_t first, int64_t D, const Probability& probability,
+                         const Values& values_of, x_t* x) {
   for_spans<n>(team, D, first % n, [&](auto span) {
-    auto values = logits(span);
-    const auto u = draw<Uniforms, typename Logits::compute_t, span.size>(key, first + span.column);
+    auto values = values_of(span);
+    const auto u = draw<Uniforms, typename Values::compute_t, span.size>(key, first + span.column);
 #pragma unroll
     for (int i = 0; i < span.size; ++i) {
-      values.value[i] = u.value[i] <= sigmoid(values.value[i]) ? 1 : 0;
+      values.value[i] = u.value[i] <= probability(values.value[i]) ? 1 : 0;
     }
     store(span, values, x);
   });

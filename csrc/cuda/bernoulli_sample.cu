@@ -18,7 +18,7 @@ struct BernoulliSampleRows {
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const StoredLogits<logit_t> a = {logits + rows(row % rows.rows).of[0]};
-    draw_row<kDrawPacket<logit_t>>(team, read_key(key), row * D, D, a, x + row * D);
+    draw_row<kDrawPacket<logit_t>>(team, read_key(key), row * D, D, OfLogit{}, a, x + row * D);
   }
 };
 

@@ -21,7 +21,7 @@ struct LinearBernoulliSampleRows {
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const ProductAndBias<compute_t> logits = {products + row * stride, bias};
     const int64_t element = (first + row) * D;
-    draw_row<kDrawPacket<compute_t>>(team, read_key(key), element, D, logits, x + element);
+    draw_row<kDrawPacket<compute_t>>(team, read_key(key), element, D, OfLogit{}, logits, x + element);
   }
 };
 

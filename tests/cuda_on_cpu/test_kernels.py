@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import test_binarize
 import test_errors
 import test_exact_answers
 import test_gradients
@@ -19,7 +20,7 @@ import wakesleep_ext as ws
 
 pytestmark = pytest.mark.source_tree
 
-for _module in (test_ops, test_gradients, test_heads, test_random, test_errors, test_exact_answers):
+for _module in (test_binarize, test_ops, test_gradients, test_heads, test_random, test_errors, test_exact_answers):
     for _name, _test in list(vars(_module).items()):
         if _name.startswith("test_") and "device" in inspect.signature(_test).parameters:
             globals()[_name] = _test

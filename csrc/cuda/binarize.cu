@@ -1,0 +1,50 @@
+// x ~ Bernoulli(grey / white), for images found by their index, on CUDA.
+#include <torch/library.h>
+
+#include "../bernoulli.h"
+#include "bernoulli_rows.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+template <typename x_t>
+struct BinarizeRows {
+  const uint8_t* __restrict__ grey;
+  const int64_t* __restrict__ index;  // null: row by row
+  const int64_t* __restrict__ key;
+  x_t* __restrict__ x;
+  OfGrey probability;
+  int64_t N, D;
+  int64_t stride;  // of grey
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t row) const {
+    const int64_t image = index == nullptr ? row : index[row];
+    CUDA_KERNEL_ASSERT(image >= 0 && image < N && "binarize: expected index to be one of the rows of grey");
+    const StoredLogits<uint8_t, float> values = {grey + image * stride};
+    draw_row<kDrawPacket<float>>(team, read_key(key), row * D, D, probability, values, x + row * D);
+  }
+};
+
+at::Tensor binarize(const at::Tensor& grey,  // [N, D]
+                    const at::Tensor& key,   // [2]
+                    int64_t white,
+                    const std::optional<at::Tensor>& index,  // [B]
+                    std::optional<at::ScalarType> dtype) {
+  const c10::cuda::CUDAGuard guard(grey.device());
+  const Binarize call(grey, key, white, index, dtype);
+  call.dispatch([&](auto type) {
+    using x_t = typename decltype(type)::type;
+    launch_rows(
+        call.rows, call.D,
+        BinarizeRows<x_t>{call.grey.const_data_ptr<uint8_t>(), call.index_data(), call.key.const_data_ptr<int64_t>(),
+                          call.x.mutable_data_ptr<x_t>(), OfGrey{call.white}, call.N, call.D, call.grey.stride(0)});
+  });
+  return call.result();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { m.impl("binarize", binarize); }
+
+}  // namespace wakesleep::cuda
