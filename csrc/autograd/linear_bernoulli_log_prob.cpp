@@ -6,6 +6,7 @@
 // while the logits are at hand, and the backward pass is left with multiplying them by a scalar.
 #include "../linear_bernoulli.h"
 
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -92,14 +93,22 @@ Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& importance) {
   return (log_prob * importance->to(log_prob.scalar_type())).sum();
 }
 
-// What the forward pass has formed, times a scalar; in place where no other backward pass will want it.
+// Where that can be told without waiting for a GPU or breaking a trace.
+bool is_one(const Tensor& scalar) {
+  return scalar.is_cpu() && !at::isTensorSubclassLike(scalar) && scalar.item<double>() == 1;
+}
+
+// What the forward pass has formed, times a scalar; in place where no other backward pass will want it. A loss that is
+// this sum has 1 for its scalar, and need not pass over gradients as large as the weights once more.
 variable_list times(c10::IValue& formed, const Tensor& scalar) {
   const variable_list gradients = formed.toTensorVector();
   if (torch::autograd::get_current_graph_task_keep_graph()) {
     return at::_foreach_mul(gradients, scalar);
   }
   formed = c10::IValue();
-  at::_foreach_mul_(gradients, scalar);
+  if (!is_one(scalar)) {
+    at::_foreach_mul_(gradients, scalar);
+  }
   return gradients;
 }
 
