@@ -56,8 +56,7 @@ struct Format<float> {
   static constexpr float round_shift = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
   static constexpr float ln2_high = 0x1.63p-1f;    // few bits, so that an integer times it is exact
   static constexpr float ln2_low = -0x1.bd0106p-13f;
-  static constexpr float exp_min = -105.0f;  // below: 0; above: inf
-  static constexpr float exp_max = 89.0f;
+  static constexpr float exp_max = 88.3765f;          // above: at least 2^127.5
   static constexpr float exp_normal_min = -87.3365f;  // below: subnormal
   // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2
   static WAKESLEEP_FUNCTION float exp_tail(float t) {
@@ -82,8 +81,7 @@ struct Format<double> {
   static constexpr double round_shift = 0x1.8p52;
   static constexpr double ln2_high = 0x1.62e42fee00000p-1;
   static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
-  static constexpr double exp_min = -746.0;
-  static constexpr double exp_max = 710.0;
+  static constexpr double exp_max = 709.4362;
   static constexpr double exp_normal_min = -708.396;
   static WAKESLEEP_FUNCTION double exp_tail(double t) {
     return polynomial(t, 0.5000000000000000041, 0.16666666666666682946, 0.041666666666666113839,
@@ -111,33 +109,41 @@ WAKESLEEP_FUNCTION T power_of_two(typename Format<T>::Int exponent) {
 template <typename T>
 struct SplitExp {
   T value;
-  T less_one;  // value - 1, without the rounding of the sum
-  typename Format<T>::Int exponent;
+  T less_one;                       // value - 1, without the rounding of the sum
+  typename Format<T>::Int shifted;  // exponent + origin
+
+  static constexpr typename Format<T>::Int origin =
+      sizeof(T) == 4 ? 0x4b400000 : static_cast<typename Format<T>::Int>(0x4338000000000000);  // bits of round_shift
 
   WAKESLEEP_FUNCTION explicit SplitExp(T x) {
     using F = Format<T>;
-    const T shifted = x * T(1.4426950408889634074) + F::round_shift;
-    const T n = shifted - F::round_shift;
+    const T sum = x * T(1.4426950408889634074) + F::round_shift;
+    const T n = sum - F::round_shift;
     const T r = (x - n * F::ln2_high) - n * F::ln2_low;
     less_one = F::exp_tail(r) * (r * r) + r;
     value = less_one + T(1);
-    exponent = bit_cast<typename F::Int>(shifted) - bit_cast<typename F::Int>(F::round_shift);
+    shifted = bit_cast<typename F::Int>(sum);
   }
+
+  // Meaningless where it is out of all range.
+  WAKESLEEP_FUNCTION typename Format<T>::Int exponent() const { return shifted - origin; }
 };
 
-// e^x, within 1.5 ulp; 0, inf and NaN as IEEE has them, subnormal results included.
+// e^x, within 1.5 ulp. From 2^(127 1/2) on it is inf, below the normal numbers 0; in float64 from 2^(1023 1/2) on. On
+// a GPU, inf and 0 are where IEEE has them.
 template <typename T>
 WAKESLEEP_FUNCTION T exp(T x) {
 #ifdef __CUDA_ARCH__
   return ::exp(x);
 #else
   using F = Format<T>;
-  x = x < F::exp_min ? F::exp_min : x;
-  x = x > F::exp_max ? F::exp_max : x;
   const SplitExp<T> split(x);
-  // 2^n in two factors, each a normal number, so that results may be subnormal
-  const auto half = split.exponent >> 1;
-  return split.value * power_of_two<T>(half) * power_of_two<T>(split.exponent - half);
+  // the power of two by itself is 0 or inf where the exponent is out of range; and there it stands for the result,
+  // since the rest is nonsense, but where x is not a number
+  constexpr typename F::Int least = SplitExp<T>::origin - F::exponent_bias, most = least + 2 * F::exponent_bias + 1;
+  const auto above = split.shifted < least ? least : split.shifted;
+  const T power = bit_cast<T>(typename F::Int((above > most ? most : above) - least) << F::mantissa_bits);
+  return std::abs(x) > F::exp_max ? power : split.value * power;
 #endif
 }
 
@@ -148,7 +154,7 @@ WAKESLEEP_FUNCTION T exp_of_nonpositive(T x) {
   return ::exp(x);
 #else
   const SplitExp<T> split(x);
-  return x < Format<T>::exp_normal_min ? T(0) : split.value * power_of_two<T>(split.exponent);
+  return x < Format<T>::exp_normal_min ? T(0) : split.value * power_of_two<T>(split.exponent());
 #endif
 }
 
@@ -161,7 +167,7 @@ WAKESLEEP_FUNCTION T tanh(T x) {
   constexpr T one_from = sizeof(T) == 4 ? 10 : 20;  // where tanh rounds to 1
   const T magnitude = std::abs(x) > one_from ? one_from : std::abs(x);
   const SplitExp<T> split(T(-2) * magnitude);
-  const T power = power_of_two<T>(split.exponent);
+  const T power = power_of_two<T>(split.exponent());
   const T e = power * split.less_one + (power - T(1));
   return std::copysign(e / (e + T(2)), x);
 #endif
