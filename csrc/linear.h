@@ -33,6 +33,12 @@ inline void multiply(at::Tensor to, const at::Tensor& a, const at::Tensor& b, bo
   }
 }
 
+// Rows first .. first + count of a tensor; the tensor itself if these are all, since a view takes as long to make as a
+// small chunk to compute.
+inline at::Tensor rows_of(const at::Tensor& tensor, int64_t first, int64_t count) {
+  return count == tensor.size(0) ? tensor : tensor.narrow(0, first, count);
+}
+
 struct Linear {
   // The products are what the backend makes of them: autograd and autocast have had their say.
   const c10::DeviceGuard device;
@@ -81,7 +87,8 @@ struct Linear {
     constexpr int64_t kBoundary = 64;
     const int64_t per_boundary = kBoundary / static_cast<int64_t>(c10::elementSize(type));
     const int64_t stride = (D + per_boundary - 1) / per_boundary * per_boundary;
-    return at::empty({std::min(N, chunk_rows()), stride}, weight.options().dtype(type)).narrow(1, 0, D);
+    const at::Tensor rows = at::empty({std::min(N, chunk_rows()), stride}, weight.options().dtype(type));
+    return stride == D ? rows : rows.narrow(1, 0, D);
   }
 
   // body(first row, rows of h [rows, H]) for every chunk of h [N, H].
@@ -89,7 +96,7 @@ struct Linear {
   void for_chunks(const at::Tensor& h, const Body& body) const {
     const int64_t N = h.size(0), at_once = chunk_rows();
     for (int64_t first = 0; first < N; first += at_once) {
-      body(first, h.narrow(0, first, std::min(at_once, N - first)).to(operand));
+      body(first, rows_of(h, first, std::min(at_once, N - first)).to(operand));
     }
   }
 
@@ -100,7 +107,7 @@ struct Linear {
     const bool keeps = kept.defined() && kept.size(0) > 0;
     const at::Tensor buffer = keeps ? kept : chunk(h.size(0), compute);
     for_chunks(h, [&](int64_t first, const at::Tensor& h_rows) {
-      const at::Tensor products = buffer.narrow(0, keeps ? first : 0, h_rows.size(0));
+      const at::Tensor products = rows_of(buffer, keeps ? first : 0, h_rows.size(0));
       multiply(products, h_rows, weight.t());
       body(first, h_rows, products);
     });
@@ -137,7 +144,7 @@ struct LinearGradients {
       first == 0 ? at::sum_out(bias, sums, 0) : bias.add_(at::sum(sums, 0));
     }
     if (with_h_) {
-      multiply(h.narrow(0, first, grad.size(0)), grad, layer_.weight);
+      multiply(rows_of(h, first, grad.size(0)), grad, layer_.weight);
     }
     if (with_weight_) {
       multiply(weight, grad.t(), h_rows, first > 0);

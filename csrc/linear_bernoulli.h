@@ -97,7 +97,7 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
     const bool kept = logits.size(0) > 0, in_place = !kept && operand == compute;
     const at::Tensor buffer = in_place ? at::Tensor() : chunk(N, operand);
     const auto add = [&](int64_t first, const at::Tensor& h_rows, const at::Tensor& products) {
-      const at::Tensor grad_logits = in_place ? products : buffer.narrow(0, 0, h_rows.size(0));
+      const at::Tensor grad_logits = in_place ? products : rows_of(buffer, 0, h_rows.size(0));
       gradients.add(first, h_rows, grad_logits,
                     [&](const at::Tensor& sums) { write_gradient(first, products, grad_logits, sums); });
     };
@@ -105,7 +105,7 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
       return for_products(h, logits, add);
     }
     for_chunks(h, [&](int64_t first, const at::Tensor& h_rows) {
-      add(first, h_rows, logits.narrow(0, first, h_rows.size(0)));
+      add(first, h_rows, rows_of(logits, first, h_rows.size(0)));
     });
   }
 };

@@ -33,7 +33,7 @@ struct LinearTanhOps {
     const at::Tensor activations = call.empty({call.N, call.D});
     const at::Tensor kept = call.dtype == call.compute ? activations : at::Tensor();
     call.for_products(call.h, kept, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
-      Kernels::write_activations(call, products, activations.narrow(0, first, products.size(0)));
+      Kernels::write_activations(call, products, rows_of(activations, first, products.size(0)));
     });
     return activations.view(concat(call.batch, {call.D}));
   }
@@ -52,16 +52,16 @@ struct LinearTanhOps {
       TORCH_CHECK_TYPE(argument.tensor.scalar_type() == call.dtype, call.op, ": expected ", argument.name, " to be ",
                        call.dtype, ", that of the parameters, got ", argument.tensor.scalar_type());
     }
-    const auto rows_of = [&](const at::Tensor& tensor) { return tensor.reshape({call.N, call.D}).contiguous(); };
-    const at::Tensor grad_rows = rows_of(grad), activation_rows = rows_of(activations);
+    const auto flat = [&](const at::Tensor& tensor) { return tensor.reshape({call.N, call.D}).contiguous(); };
+    const at::Tensor grad_rows = flat(grad), activation_rows = flat(activations);
     LinearGradients gradients(call, call.N, Kernels::rows_of_sum(call.compute), with_grad_h, with_grad_weight);
     const at::Tensor buffer = call.chunk(call.N, call.operand);
     call.for_chunks(call.h, [&](int64_t first, const at::Tensor& h_rows) {
       const int64_t count = h_rows.size(0);
-      const at::Tensor written = buffer.narrow(0, 0, count);
+      const at::Tensor written = rows_of(buffer, 0, count);
       gradients.add(first, h_rows, written, [&](const at::Tensor& sums) {
-        Kernels::write_gradient(call, grad_rows.narrow(0, first, count), activation_rows.narrow(0, first, count),
-                                written, sums);
+        Kernels::write_gradient(call, rows_of(grad_rows, first, count), rows_of(activation_rows, first, count), written,
+                                sums);
       });
     });
     return gradients.result(call.batch);
