@@ -8,6 +8,7 @@ PYTHON ?= python3
 RUN ?= runs/digits
 TESTS ?= tests
 RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen5-avx512-1-thread.json
+STEP_RESULT ?= $(RESULT:.json=-step.json)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
@@ -20,7 +21,7 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      rewrites the sources as ruff and clang-format would have them"
-	@echo "make benchmark   measures the ops on one CPU thread, in minutes, writes RESULT and the README's tables"
+	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and README's tables"
 	@echo "make readme      makes the README's speed tables and pictures anew from the results that they name"
 	@echo "make cuda-check  compiles the CUDA kernels against a CUDA build of torch; needs nvcc, no GPU"
 	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
@@ -47,17 +48,19 @@ format: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(VENV)/bin/wakesleep bench --device cpu --threads 1 --goals --json $(RESULT)
+	$(VENV)/bin/wakesleep bench --suite step --device cpu --threads 1 --goals --json $(STEP_RESULT)
 	$(MAKE) readme
 
 readme: $(VENV)/.installed
 	$(VENV)/bin/python scripts/update_readme.py
 
 # Addresses and undefined behaviour checked in every kernel, as the tests run it on the CPU. The libraries are preloaded
-# because it is Python that loads the instrumented one; leaks are the interpreter's.
+# because it is Python that loads the instrumented one; leaks are the interpreter's. Under the shuffled
+# schedule alone, in which every block strides over the grid.
 cuda-on-cpu-asan: $(VENV)/.installed
 	WAKESLEEP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(VENV)/bin/python -m pytest --capture=sys tests/cuda_on_cpu
+		$(VENV)/bin/python -m pytest --capture=sys -k "not order" tests/cuda_on_cpu
 
 # The tests run against the installed wheel: from their own folder, so that the source tree is not on the path.
 cuda-check: $(CUDA_VENV)/.installed
