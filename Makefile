@@ -7,6 +7,7 @@ CUDA_VENV ?= .venv-cuda
 PYTHON ?= python3
 RUN ?= runs/digits
 TESTS ?= tests
+CUDA_ARCHITECTURES ?= 9.0
 RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen5-avx512-1-thread.json
 STEP_RESULT ?= $(RESULT:.json=-step.json)
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -23,7 +24,7 @@ help:
 	@echo "make format      rewrites the sources as ruff and clang-format would have them"
 	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and README's tables"
 	@echo "make readme      makes the README's speed tables and pictures anew from the results that they name"
-	@echo "make cuda-check  compiles the CUDA kernels against a CUDA build of torch; needs nvcc, no GPU"
+	@echo "make cuda-check  compiles the CUDA kernels for CUDA_ARCHITECTURES against a CUDA build of torch; needs nvcc, no GPU"
 	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
 	@echo "make sass-report prints registers, spills and loads of every kernel; needs nvcc, no GPU"
 	@echo "make gpu-check   builds, tests, sanitizes and measures on a GPU; OUT names the folder for the results"
@@ -94,6 +95,6 @@ $(CUDA_VENV)/.environment: constraints.txt pyproject.toml
 	touch $@
 
 $(CUDA_VENV)/.installed: $(CUDA_VENV)/.environment $(SOURCES)
-	WAKESLEEP_FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" $(CUDA_VENV)/bin/python $(PIP) \
+	WAKESLEEP_FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_VENV)/bin/python $(PIP) \
 		--no-build-isolation --no-deps --force-reinstall .
 	touch $@

@@ -45,7 +45,7 @@ struct LinearTanhBackwardRows {
   __device__ void operator()(Team<threads> team, int64_t piece) const {
     constexpr int rows_at_once = kRowsOfSum<compute_t>;
     const int64_t row = piece * rows_at_once;
-    for_spans<kPacket<compute_t>>(team, D, 0, [&](auto span) {
+    for_spans<kPacket<scalar_t>>(team, D, 0, [&](auto span) {
       Packet<compute_t, span.size> total = {};
 #pragma unroll
       for (int r = 0; r < rows_at_once; ++r) {
