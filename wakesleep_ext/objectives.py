@@ -46,7 +46,7 @@ def wake_theta_loss(
     with torch.no_grad():
         mu, logvar = ops.gaussian_parameters(recognition(x))
         z = ops.gaussian_rsample(mu, logvar, (num_samples,), key=key)
-    return -log_likelihood_sum(generative, z, x) / math.prod(z.shape[:-1])
+    return _negative_mean(log_likelihood_sum(generative, z, x), math.prod(z.shape[:-1]))
 
 
 def sleep_phi_loss(
@@ -77,4 +77,9 @@ def sleep_phi_loss(
     """
     z, x = dream(generative, num_dreams, latent, keys=keys)
     mu, logvar = ops.gaussian_parameters(recognition(x))
-    return -ops.gaussian_log_prob(mu, logvar, z).mean()
+    return _negative_mean(ops.gaussian_log_prob(mu, logvar, z).sum(), num_dreams)
+
+
+def _negative_mean(total: Tensor, count: int) -> Tensor:
+    """-total / count, in one operation, and one in its backward pass."""
+    return total * (-1 / count if count else math.nan)
