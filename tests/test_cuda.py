@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import FLOATING, SMALL, Case, make_key
+from test_training import losses_of_200_steps, make_trainer, use_reference_ops
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import wakesleep_ext as ws
 
@@ -161,3 +164,39 @@ def test_results_repeat_bit_for_bit() -> None:
         run, _ = _forward_and_backward(case)
         for a, b in zip(run(), run(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_graph_the_eager_path_and_the_reference_ops_give_the_same_losses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replayed = losses_of_200_steps("cuda")
+    eager = losses_of_200_steps("cuda", cuda_graph=False)
+    use_reference_ops(monkeypatch)
+    by_reference = losses_of_200_steps("cuda", cuda_graph=False)
+    for others in (eager, by_reference):
+        torch.testing.assert_close(replayed, others, rtol=1e-9, atol=0)
+
+
+def test_a_replayed_step_is_one_launch() -> None:
+    trainer = make_trainer(device="cuda")
+    batches = trainer._batches()
+    trainer.take_step(batches[0])
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for index in batches:
+            trainer.take_step(index)
+        torch.cuda.synchronize()
+    calls = Counter(event.name for event in profiler.events())
+    assert calls["cudaGraphLaunch"] == len(batches) == 4
+
+
+def test_a_replayed_step_does_not_wait_for_the_device() -> None:
+    trainer = make_trainer(device="cuda", learning_rate_decay=0.1)
+    batches = trainer._batches()
+    trainer.take_step(batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for index in batches:
+            trainer.take_step(index)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

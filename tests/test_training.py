@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from wakesleep_ext import random
+from wakesleep_ext import data, models, objectives, random, reference, training
 from wakesleep_ext.data import DIGITS, Images, load
 from wakesleep_ext.evaluation import log_likelihood_bounds
 from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
 from wakesleep_ext.training import DivergedError, TrainConfig, Trainer
 
 BARS = Images(
@@ -19,10 +22,10 @@ BARS = Images(
 )
 
 
-def make_trainer(images=BARS, **config):
+def make_trainer(images=BARS, device="cpu", **config):
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(images.grey.shape[1], 2, (8,), (8,)), images.mean())
-    return Trainer(machine, images, TrainConfig(**{"batch_size": 5, "epochs": 3, **config}))
+    machine = HelmholtzMachine(ModelConfig(images.grey.shape[1], 2, (8,), (8,)), images.mean()).to(device)
+    return Trainer(machine, images.to(device), TrainConfig(**{"batch_size": 5, "epochs": 3, **config}))
 
 
 def weights(trainer):
@@ -45,16 +48,113 @@ def test_another_seed_gives_other_weights():
     assert not torch.equal(weights(first), weights(second))
 
 
-def test_every_draw_of_a_run_has_a_key_of_its_own(monkeypatch):
-    keys, make_key = [], random.make_key
+class Keys(TorchDispatchMode):
+    """The keys that ops were called with."""
 
-    def remember(*arguments):
-        keys.append(arguments)
-        return make_key(*arguments)
+    def __init__(self):
+        super().__init__()
+        self.used = []
 
-    monkeypatch.setattr(random, "make_key", remember)
-    list(make_trainer().epochs())
-    assert len(keys) == len(set(keys)) == 3 * (1 + 4 * 4)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.name == "key":
+                with no_dispatch():
+                    self.used.append(tuple(value.tolist()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_draw_of_a_run_has_a_key_of_its_own():
+    with Keys() as keys:
+        list(make_trainer(seed=7).epochs())
+    offsets = [step * 5 + draw for step in range(12) for draw in range(5) if draw > 0 or step % 4 == 0]
+    assert keys.used == [(7, offset) for offset in offsets]
+
+
+def test_a_run_is_continued_from_its_state_and_step():
+    whole, first, second = make_trainer(seed=4), make_trainer(seed=4), make_trainer(seed=4)
+    losses = [(e.wake_loss, e.sleep_loss) for e in whole.epochs()]
+    next(first.epochs())
+    load_state(second, first.state_dict())
+    second.step = first.step
+    assert [(e.wake_loss, e.sleep_loss) for e in second.epochs()] == losses[1:]
+    assert torch.equal(weights(second), weights(whole))
+
+
+def test_a_step_is_what_one_writes_by_hand():
+    """With torch's own optimizers, and a key for each draw."""
+    trainer, by_hand = make_trainer(seed=3, num_samples=2), make_trainer(seed=3, num_samples=2)
+    machine, config = by_hand.machine, by_hand.config
+    recognition, generative = machine.recognition, machine.generative
+    wake, sleep = (
+        torch.optim.Adam(network.parameters(), 1e-3, config.adam_betas, config.adam_epsilon, fused=True)
+        for network in (generative, recognition)
+    )
+    index = torch.tensor([3, 1, 4, 1, 5])
+    for step in range(20):
+        keys = [random.make_key(3, 5 * step + draw) for draw in range(5)]
+        wake_loss = wake_theta_loss(recognition, generative, BARS.binarize(keys[1], index), 2, key=keys[2])
+        wake.zero_grad()
+        wake_loss.backward()
+        wake.step()
+        sleep_loss = sleep_phi_loss(recognition, generative, 5, 2, keys=(keys[3], keys[4]))
+        sleep.zero_grad()
+        sleep_loss.backward()
+        sleep.step()
+        assert trainer.take_step(index).tolist() == [wake_loss.item(), sleep_loss.item()]
+    assert torch.equal(weights(trainer), weights(by_hand))
+    for phase, optimizer in (("wake", wake), ("sleep", sleep)):
+        state, expected = trainer.optimizers[phase].state_dict()["state"], optimizer.state_dict()["state"]
+        assert all(torch.equal(state[i][slot], expected[i][slot]) for i in expected for slot in expected[i])
+        assert {i: list(slots) for i, slots in state.items()} == {i: list(slots) for i, slots in expected.items()}
+
+
+def test_gradients_that_others_leave_do_not_enter_and_frozen_weights_stay():
+    trainer, other = make_trainer(), make_trainer()
+    frozen = [trainer_.machine.generative[0].weight.requires_grad_(False) for trainer_ in (trainer, other)]
+    before = frozen[0].clone()
+    for parameter in other.machine.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for trainer_ in (trainer, other):
+        list(trainer_.epochs())
+    assert torch.equal(weights(trainer), weights(other))
+    assert torch.equal(frozen[0], before)
+    assert all((parameter.grad == 1).all() for parameter in other.machine.parameters())
+
+
+def use_reference_ops(monkeypatch):
+    for module in (data, models, objectives, training):
+        monkeypatch.setattr(module, "ops", reference)
+
+
+def losses_of_200_steps(device="cpu", **config):
+    """In float64, `[steps, 2]`, on images of many grey levels."""
+    generator = torch.Generator().manual_seed(2)
+    images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
+    torch.manual_seed(0)
+    machine = HelmholtzMachine(ModelConfig(12, 3, (9, 8), (8, 9)), images.mean()).double().to(device)
+    config = {"batch_size": 8, "epochs": 40, "num_samples": 2, "learning_rate_decay": 0.1, **config}
+    trainer = Trainer(machine, images.to(device), TrainConfig(**config))
+    batches = (index for _ in range(40) for index in trainer._batches())
+    return torch.stack([trainer.take_step(index) for index in batches])
+
+
+def test_training_with_the_reference_ops_gives_the_same_losses(monkeypatch):
+    fused = losses_of_200_steps()
+    use_reference_ops(monkeypatch)
+    monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
+    reference_losses = losses_of_200_steps()
+    assert fused.shape == (200, 2)
+    torch.testing.assert_close(fused, reference_losses, rtol=1e-9, atol=0)
+    assert not torch.equal(fused, reference_losses)
+
+
+def load_state(trainer, state):
+    """In place, as it is to be."""
+    own = trainer.state_dict()
+    assert own.keys() == state.keys()
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
 
 
 def test_training_teaches():
