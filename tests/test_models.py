@@ -122,7 +122,8 @@ def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
     x = x.to(torch.uint8)
     torch.testing.assert_close(log_likelihood(network, z, x), log_likelihood(logits_only, z, x))
     assert torch.equal(sample_pixels(network, z, key=make_key(1)), sample_pixels(logits_only, z, key=make_key(1)))
-    ours, theirs = log_likelihood_sum(network, z, x), log_likelihood_sum(logits_only, z, x)
+    weights = torch.randn(4, 1, dtype=torch.float64)
+    ours, theirs = (log_likelihood_sum(module, z, x, weights) for module in (network, logits_only))
     torch.testing.assert_close(ours, theirs)
     parameters = tuple(network.parameters())
     torch.testing.assert_close(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters))
@@ -130,7 +131,7 @@ def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
     seen = []
     for module in (network, network.head):
         module.register_forward_hook(lambda *call: seen.append(call[-1]))
-    torch.testing.assert_close(log_likelihood_sum(network, z, x), theirs)
+    torch.testing.assert_close(log_likelihood_sum(network, z, x, weights), theirs)
     assert [tuple(logits.shape) for logits in seen] == [(4, 3, 6)] * 2  # a hook still gets what it waits for
 
 

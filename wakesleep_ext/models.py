@@ -85,14 +85,14 @@ class MultilayerPerceptron(nn.Sequential):
     @property
     def head(self) -> nn.Linear:
         """The last layer."""
-        last = self[-1]
+        last = next(reversed(self._modules.values()))  # self[-1] takes four times as long
         assert isinstance(last, nn.Linear)
         return last
 
     def features(self, input: Tensor) -> Tensor:
         """What the last layer gets, `[*, first] -> [*, next to last]`."""
         output = input.to(self.head.weight.dtype)
-        hidden = list(self)[:-1]
+        hidden = list(self._modules.values())[:-1]
         for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
             hooked = _has_hooks(linear) or _has_hooks(activation)
             if isinstance(linear, nn.Linear) and isinstance(activation, nn.Tanh) and not hooked:
@@ -120,11 +120,21 @@ def log_likelihood(generative: nn.Module, z: Tensor, x: Tensor) -> Tensor:
     return _decode(generative, z, ops.linear_bernoulli_log_prob, ops.bernoulli_log_prob, x)
 
 
-def log_likelihood_sum(generative: nn.Module, z: Tensor, x: Tensor) -> Tensor:
-    """The sum of :func:`log_likelihood` over all rows, 0-dimensional; for training, since the gradients of a perceptron
-    come with it."""
+def log_likelihood_sum(generative: nn.Module, z: Tensor, x: Tensor, importance: Tensor) -> Tensor:
+    """The sum of `importance` times :func:`log_likelihood` over all rows, 0-dimensional; for training, since the
+    gradients of a perceptron come with it.
+
+    Args:
+        generative, z, x: as there.
+        importance: weights that broadcast to `[*S, *B]`.
+    """
     return _decode(
-        generative, z, ops.linear_bernoulli_log_prob_sum, lambda logits, x: ops.bernoulli_log_prob(logits, x).sum(), x
+        generative,
+        z,
+        ops.linear_bernoulli_log_prob_sum,
+        lambda logits, x, importance: (importance * ops.bernoulli_log_prob(logits, x)).sum(),
+        x,
+        importance,
     )
 
 
@@ -135,12 +145,12 @@ def sample_pixels(generative: nn.Module, z: Tensor, *, key: Tensor | None = None
 
 
 def _decode(
-    generative: nn.Module, z: Tensor, of_head: Callable[..., Tensor], of_logits: Callable[..., Tensor], *x: Tensor
+    generative: nn.Module, z: Tensor, of_head: Callable[..., Tensor], of_logits: Callable[..., Tensor], *others: Tensor
 ) -> Tensor:
     """The logits of a network whose last layer is known to be linear need not be held, unless a hook waits for them."""
     if isinstance(generative, MultilayerPerceptron) and not (_has_hooks(generative) or _has_hooks(generative.head)):
-        return of_head(generative.features(z), generative.head.weight, generative.head.bias, *x)
-    return of_logits(generative(z), *x)
+        return of_head(generative.features(z), generative.head.weight, generative.head.bias, *others)
+    return of_logits(generative(z), *others)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -46,7 +46,10 @@ def wake_theta_loss(
     with torch.no_grad():
         mu, logvar = ops.gaussian_parameters(recognition(x))
         z = ops.gaussian_rsample(mu, logvar, (num_samples,), key=key)
-    return _negative_mean(log_likelihood_sum(generative, z, x), math.prod(z.shape[:-1]))
+    # a weight of the rows rather than a factor of their sum: the gradients are scaled as they are formed
+    wide = torch.promote_types(z.dtype, torch.float32)
+    weight = torch.full((), _minus_mean(math.prod(z.shape[:-1])), dtype=wide, device=z.device)
+    return log_likelihood_sum(generative, z, x, weight)
 
 
 def sleep_phi_loss(
@@ -77,9 +80,9 @@ def sleep_phi_loss(
     """
     z, x = dream(generative, num_dreams, latent, keys=keys)
     mu, logvar = ops.gaussian_parameters(recognition(x))
-    return _negative_mean(ops.gaussian_log_prob(mu, logvar, z).sum(), num_dreams)
+    return ops.gaussian_log_prob(mu, logvar, z).sum() * _minus_mean(num_dreams)
 
 
-def _negative_mean(total: Tensor, count: int) -> Tensor:
-    """-total / count, in one operation, and one in its backward pass."""
-    return total * (-1 / count if count else math.nan)
+def _minus_mean(rows: int) -> float:
+    """What a sum over rows is multiplied by, in one operation."""
+    return -1 / rows if rows else math.nan
