@@ -65,6 +65,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         return recording
 
     monkeypatch.setattr(training, "_DEVICES_WITH_GRAPHS", ("cpu",))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())

@@ -121,12 +121,7 @@ def test_gradients_that_others_leave_do_not_enter_and_frozen_weights_stay():
     assert all((parameter.grad == 1).all() for parameter in other.machine.parameters())
 
 
-def use_reference_ops(monkeypatch):
-    for module in (data, models, objectives, training):
-        monkeypatch.setattr(module, "ops", reference)
-
-
-def losses_of_200_steps(device="cpu", **config):
+def losses_of_200_steps(device, **config):
     """In float64, `[steps, 2]`, on images of many grey levels."""
     generator = torch.Generator().manual_seed(2)
     images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
@@ -138,14 +133,18 @@ def losses_of_200_steps(device="cpu", **config):
     return torch.stack([trainer.take_step(index) for index in batches])
 
 
-def test_training_with_the_reference_ops_gives_the_same_losses(monkeypatch):
-    fused = losses_of_200_steps()
-    use_reference_ops(monkeypatch)
+def test_training_with_a_graph_without_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch):
+    """A graph, where there are any."""
+    replayed = losses_of_200_steps(device)
+    eager = losses_of_200_steps(device, cuda_graph=False)
+    for module in (data, models, objectives, training):
+        monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
-    reference_losses = losses_of_200_steps()
-    assert fused.shape == (200, 2)
-    torch.testing.assert_close(fused, reference_losses, rtol=1e-9, atol=0)
-    assert not torch.equal(fused, reference_losses)
+    of_reference = losses_of_200_steps(device, cuda_graph=False)
+    assert replayed.shape == (200, 2)
+    torch.testing.assert_close(replayed, eager, rtol=1e-9, atol=0)
+    torch.testing.assert_close(replayed, of_reference, rtol=1e-9, atol=0)
+    assert not torch.equal(replayed, of_reference)
 
 
 def load_state(trainer, state):

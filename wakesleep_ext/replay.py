@@ -17,7 +17,8 @@ class Replay:
     Python in the function runs at the first call only: whatever is to differ from call to call must be in tensors.
 
     Args:
-        function: launches the same kernels whatever the values of its arguments, and reads none of them.
+        function: launches the same kernels whatever the values of its arguments, of which there is one at least, and
+            reads none of them.
         state: gives every tensor that outlasts a call and that `function` changes, always in place. The calls that warm
             it up leave no trace in them.
     """
@@ -35,8 +36,9 @@ class Replay:
         """
         if self._captured is None:
             own = [argument.clone() for argument in arguments]
-            self._warm_up(own)
-            self._captured = self._capture(own)
+            with torch.cuda.device(own[0].device):
+                self._warm_up(own)
+                self._captured = self._capture(own)
         graph, own, result = self._captured
         for held, argument in zip(own, arguments, strict=True):
             if (held.shape, held.dtype) != (argument.shape, argument.dtype):
