@@ -238,7 +238,7 @@ class Trainer:
         """What both learning rates have fallen to; a tensor where a graph would keep the number of its first step."""
         if self.config.learning_rate_decay == 1:
             return 1.0
-        step = self._offsets[0].float() / len(_Draw) if self._capturable else self._step
+        step = self._offsets[0].double() / len(_Draw) if self._capturable else self._step
         return self.config.learning_rate_decay ** (step / (self.config.epochs * self.steps_per_epoch))
 
     def _descend(self, phase: Phase, loss: Tensor, learning_rate: float | Tensor) -> None:

@@ -1,6 +1,6 @@
 """How a figure is taken: candidates interleaved in one process, median and spread, the error beside each time.
 
-A block is as many calls in a row as fill two milliseconds. The candidates take turns, block by block, so that whatever
+A block is as many calls in a row as fill ten milliseconds. The candidates take turns, block by block, so that whatever
 else the machine does falls on all alike. Every call of a large case meets arrays that have left the last-level cache:
 several sets of inputs are used in turn, and results are kept until their set comes round again, so that the memory
 they are written to is cold as well. Small cases run on one set, warm, as in practice; what they take is overhead.
@@ -34,7 +34,7 @@ Call = Callable[[], object]
 Inputs = TypeVar("Inputs")
 Labels = TypedDict("Labels", {"op": str, "pass": str, "dtype": str, "shape": list[int]})
 
-_BLOCK_SECONDS = 2e-3
+_BLOCK_SECONDS = 1e-2
 _ROUNDS = (5, 200)  # at least, at most
 _CACHES_FULL = 2  # working sets come to so many last-level caches
 _BANDWIDTH_BOUND_FROM = {"cpu": 2**22, "cuda": 2**25}
