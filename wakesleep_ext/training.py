@@ -218,7 +218,7 @@ class Trainer:
         recognition, generative = self.machine.recognition, self.machine.generative
         config, decay = self.config, self._decay()
 
-        x = self.images.binarize(self._key[_Draw.BINARIZE], index)
+        x = self.images.binarize(self._key[_Draw.BINARIZE], index, next(generative.parameters()).dtype)
         wake_loss = wake_theta_loss(recognition, generative, x, config.num_samples, key=self._key[_Draw.WAKE])
         self._descend("wake", wake_loss, config.wake_learning_rate * decay)
 

@@ -73,7 +73,7 @@ void vectorized_parallel_for(int64_t count, int64_t grain, const Body& body) {
 
 // Rows per task, so that a task is worth a thread.
 inline int64_t grain_rows(int64_t row_elements) {
-  constexpr int64_t kGrainElements = 32768;
+  constexpr int64_t kGrainElements = 16384;
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row_elements));
 }
 
