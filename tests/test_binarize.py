@@ -18,7 +18,7 @@ def _images(count: int, width: int, white: int, device: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [1, 7, 64, 785, 3333])
 @pytest.mark.parametrize("white", [1, 16, 255])
-def test_draws_are_those_of_the_plain_form(width: int, white: int, device: str) -> None:
+def test_binary_images_are_those_of_the_plain_form(width: int, white: int, device: str) -> None:
     grey, key = _images(6, width, white, device), make_key(device)
     for index in (None, torch.tensor([5, 0, 0, 3], device=device), torch.empty(0, dtype=torch.int64, device=device)):
         expected = reference.binarize(grey, white, index, key=key)
@@ -47,7 +47,7 @@ def test_rows_apart_in_memory(device: str) -> None:
         assert torch.equal(ws.binarize(view, key=make_key(device)), ws.binarize(view.clone(), key=make_key(device)))
 
 
-def test_draws_follow_the_generator(device: str) -> None:
+def test_binary_images_follow_the_generator(device: str) -> None:
     grey = torch.full((10, 100), 128, dtype=torch.uint8, device=device)
     torch.manual_seed(4)
     first, second = (ws.binarize(grey) for _ in range(2))
@@ -56,7 +56,7 @@ def test_draws_follow_the_generator(device: str) -> None:
     assert not torch.equal(first, second)
 
 
-def test_operator(device: str) -> None:
+def test_binarize_as_an_operator(device: str) -> None:
     grey, key = _images(6, 5, 255, device), make_key(device)
     for index in (None, torch.tensor([5, 0, 0, 3], device=device)):
         torch.library.opcheck(torch.ops.wakesleep_ext.binarize.default, (grey, key, 255, index, torch.float32))

@@ -10,6 +10,7 @@ import test_errors
 import test_exact_answers
 import test_gradients
 import test_heads
+import test_layers
 import test_ops
 import test_random
 import torch
@@ -20,9 +21,19 @@ import wakesleep_ext as ws
 
 pytestmark = pytest.mark.source_tree
 
-for _module in (test_binarize, test_ops, test_gradients, test_heads, test_random, test_errors, test_exact_answers):
+for _module in (
+    test_binarize,
+    test_ops,
+    test_gradients,
+    test_heads,
+    test_layers,
+    test_random,
+    test_errors,
+    test_exact_answers,
+):
     for _name, _test in list(vars(_module).items()):
         if _name.startswith("test_") and "device" in inspect.signature(_test).parameters:
+            assert _name not in globals(), f"two tests of the name {_name}, of which one would not run"
             globals()[_name] = _test
 
 

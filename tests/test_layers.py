@@ -1,0 +1,92 @@
+"""Hidden layers beside the two ops that they stand for: exact, however many chunks, and whoever calls them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import wakesleep_ext as ws
+from wakesleep_ext import reference
+
+CHUNK = 32  # rows, at the least; with one thread, of a mebibyte
+
+
+def _layer(rows: int, features: int, width: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """h, weight and bias that require gradients."""
+    options = {"dtype": dtype, "device": device, "requires_grad": True}
+    shapes = (rows, features), (width, features), (width,)
+    h, weight, bias = (torch.randn(shape, **options) for shape in shapes)
+    return h, weight, bias
+
+
+def test_a_layer_in_several_chunks(device: str, one_thread: None) -> None:
+    dtype = torch.float64
+    layer = _layer(2 * CHUNK + 7, 3, 2**20 // dtype.itemsize // CHUNK - 3, dtype, device)
+    found, expected = ws.linear_tanh(*layer), F.linear(*layer).tanh()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    upstream = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, layer, upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, layer, upstream), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layers_of_half_types_are_summed_in_float32(dtype: torch.dtype, device: str, one_thread: None) -> None:
+    """A sum over thousands of rows in bfloat16 would have stopped growing long before its end."""
+    layer = _layer(5000, 4, 9, dtype, device)
+    exact = [tensor.detach().double().requires_grad_() for tensor in layer]
+    found, expected = ws.linear_tanh(*layer), reference.linear_tanh(*exact)
+    assert found.dtype == dtype
+    assert (found.double() - expected).abs().max() <= torch.finfo(dtype).eps
+    gradients = torch.autograd.grad(found.float().sum(), layer)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected.sum(), exact), strict=True):
+        assert (got.double() - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_gradients_of_a_layer_go_where_they_are_asked_for(device: str) -> None:
+    layer = _layer(6, 4, 5, torch.float64, device)
+    everything = torch.autograd.grad(ws.linear_tanh(*layer).sum(), layer)
+    for index in range(3):
+        alone = [tensor.detach().requires_grad_(i == index) for i, tensor in enumerate(layer)]
+        (gradient,) = torch.autograd.grad(ws.linear_tanh(*alone).sum(), alone[index])
+        torch.testing.assert_close(gradient, everything[index])
+
+
+def test_a_layer_without_bias(device: str) -> None:
+    h, weight, bias = _layer(6, 4, 5, torch.float64, device)
+    torch.testing.assert_close(ws.linear_tanh(h, weight, None), ws.linear_tanh(h, weight, torch.zeros_like(bias)))
+
+
+def test_a_layer_under_autocast(device: str) -> None:
+    """As nn.Linear, a layer multiplies in the lower precision and returns it."""
+    layer = _layer(6, 40, 5, torch.float32, device)
+    lower = [tensor.detach().bfloat16().requires_grad_() for tensor in layer]
+    with torch.autocast(device, torch.bfloat16):
+        found = ws.linear_tanh(*layer)
+    expected = ws.linear_tanh(*lower)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    gradients = torch.autograd.grad(found.float().sum(), layer)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected.float().sum(), lower), strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, wanted.float())
+
+
+def test_gradients_of_each_row_of_a_layer_by_vmap(device: str) -> None:
+    h, weight, bias = (tensor.detach() for tensor in _layer(4, 3, 5, torch.float64, device))
+
+    def of_each(module: object) -> tuple[Tensor, ...]:
+        def loss(weight: Tensor, bias: Tensor, h: Tensor) -> Tensor:
+            return module.linear_tanh(h, weight, bias).sin().sum()
+
+        return torch.vmap(torch.func.grad(loss, (0, 1, 2)), in_dims=(None, None, 0))(weight, bias, h)
+
+    torch.testing.assert_close(of_each(ws), of_each(reference))
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"linear_tanh: expected the last dimension of h to be 4, .*, got 3"):
+        ws.linear_tanh(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(5))
+    with pytest.raises(TypeError, match=r"linear_tanh: expected h to be float64, .*, got Int"):
+        ws.linear_tanh(torch.zeros(2, 3, dtype=torch.int32), torch.zeros(5, 3), torch.zeros(5))
