@@ -9,7 +9,7 @@ namespace wakesleep {
 constexpr double kLogTwoPi = 1.8378770664093454836;
 
 // log N(z; mu, e^l) = -1/2 (l + t^2 + log 2 pi) with t = (z - mu) e^(-l/2). Squaring t, rather than multiplying by
-// e^(-l), keeps the range of float32 for |l| up to 176.
+// e^(-l), keeps the range of float32 for |l| up to 175.
 template <typename T>
 struct GaussianTerm {
   T standardized;   // t

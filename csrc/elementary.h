@@ -129,8 +129,8 @@ struct SplitExp {
   WAKESLEEP_FUNCTION typename Format<T>::Int exponent() const { return shifted - origin; }
 };
 
-// e^x, within 1.5 ulp. From 2^(127 1/2) on it is inf, below the normal numbers 0; in float64 from 2^(1023 1/2) on. On
-// a GPU, inf and 0 are where IEEE has them.
+// e^x, within 1.5 ulp. From 2^127.5 on it is inf, below 2^-126.5 it is 0; in float64 from 2^1023.5 on, and
+// below 2^-1022.5. On a GPU, inf and 0 are where IEEE has them.
 template <typename T>
 WAKESLEEP_FUNCTION T exp(T x) {
 #ifdef __CUDA_ARCH__
@@ -147,7 +147,7 @@ WAKESLEEP_FUNCTION T exp(T x) {
 #endif
 }
 
-// e^x for x <= 0, as exp, but for subnormal results, which are 0.
+// e^x for x <= 0, which cannot overflow; 0 for all subnormal results.
 template <typename T>
 WAKESLEEP_FUNCTION T exp_of_nonpositive(T x) {
 #ifdef __CUDA_ARCH__

@@ -17,8 +17,6 @@ struct LinearTanh : Linear {
         batch(batch_sizes(h_in)),
         N(c10::multiply_integers(batch)),
         h(h_in.reshape({N, H})) {}
-
-  at::Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, weight.options().dtype(dtype)); }
 };
 
 // write_activations(call, products [rows, D], activations [rows, D]) and write_gradient(call, grad [rows, D],
@@ -30,7 +28,7 @@ struct LinearTanhOps {
                                 const at::Tensor& weight,  // [D, H]
                                 const at::Tensor& bias) {  // [D]
     const LinearTanh call("linear_tanh", h, weight, bias);
-    const at::Tensor activations = call.empty({call.N, call.D});
+    const at::Tensor activations = at::empty({call.N, call.D}, call.weight.options().dtype(call.dtype));
     const at::Tensor kept = call.dtype == call.compute ? activations : at::Tensor();
     call.for_products(call.h, kept, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
       Kernels::write_activations(call, products, rows_of(activations, first, products.size(0)));

@@ -3,6 +3,7 @@
 
 #include "../linear_bernoulli.h"
 #include "bernoulli_rows.h"
+#include "summed_rows.h"
 
 namespace wakesleep::cpu {
 namespace {
@@ -45,35 +46,27 @@ struct Kernels {
       const auto* upstream = call.upstream.defined() ? call.upstream.const_data_ptr<compute_t>() : nullptr;
       auto* log_prob = call.log_prob.mutable_data_ptr<compute_t>() + first;
       auto* grad_data = grad_logits.mutable_data_ptr<compute_t>();
-      auto* sums_data = sums.mutable_data_ptr<compute_t>();
       const int64_t D = call.D;
-      vectorized_parallel_for(sums.size(0), grain_rows(kPieceRows * D), [&](int64_t begin, int64_t end) {
-        for (int64_t piece = begin; piece < end; ++piece) {
-          auto* sum = sums_data + piece * D;
-          std::fill_n(sum, D, compute_t(0));
-          const int64_t last_row = std::min(products.size(0), (piece + 1) * kPieceRows);
-          for (int64_t row = piece * kPieceRows; row < last_row; ++row) {
-            const auto offset = call.rows(first + row);
-            const ProductAndBias<compute_t> logits = {products_data + row * products.stride(0), bias};
-            const auto* x = x_data + offset.of[0];
-            const compute_t weight = upstream != nullptr ? upstream[offset.of[1]] : compute_t(1);
-            auto* grad = grad_data + row * grad_logits.stride(0);
-            const auto write = [&](auto element, compute_t a, compute_t v) {
-              const compute_t gradient = weight * bernoulli_grad_logits(a, v);
-              element.store(grad, gradient);
-              element.add(sum, gradient);
-            };
-            if constexpr (with_log_prob) {
-              log_prob[row] = row_log_prob<compute_t>(D, logits, x, write);
-            } else {
-              for_tiles(D, [&](int64_t column, int64_t columns) {
-                Tile<compute_t> logits_tile, x_tile;
-                for_lanes<compute_t>(
-                    columns, [&](auto element, compute_t a, compute_t v) { write(element.after(column), a, v); },
-                    logits(logits_tile, column, columns), x_tile.read(x + column, columns));
-              });
-            }
-          }
+      for_summed_rows(products.size(0), D, sums.mutable_data_ptr<compute_t>(), [&](int64_t row, compute_t* sum) {
+        const auto offset = call.rows(first + row);
+        const ProductAndBias<compute_t> logits = {products_data + row * products.stride(0), bias};
+        const auto* x = x_data + offset.of[0];
+        const compute_t weight = upstream != nullptr ? upstream[offset.of[1]] : compute_t(1);
+        auto* grad = grad_data + row * grad_logits.stride(0);
+        const auto write = [&](auto element, compute_t a, compute_t v) {
+          const compute_t gradient = weight * bernoulli_grad_logits(a, v);
+          element.store(grad, gradient);
+          element.add(sum, gradient);
+        };
+        if constexpr (with_log_prob) {
+          log_prob[row] = row_log_prob<compute_t>(D, logits, x, write);
+        } else {
+          for_tiles(D, [&](int64_t column, int64_t columns) {
+            Tile<compute_t> logits_tile, x_tile;
+            for_lanes<compute_t>(
+                columns, [&](auto element, compute_t a, compute_t v) { write(element.after(column), a, v); },
+                logits(logits_tile, column, columns), x_tile.read(x + column, columns));
+          });
         }
       });
     });

@@ -2,7 +2,7 @@
 #include "../linear_tanh.h"
 
 #include "../densities.h"
-#include "vec.h"
+#include "summed_rows.h"
 
 namespace wakesleep::cpu {
 namespace {
@@ -47,29 +47,21 @@ struct Kernels {
       const auto* grad_data = grad.const_data_ptr<scalar_t>();
       const auto* activations_data = activations.const_data_ptr<scalar_t>();
       auto* written_data = written.mutable_data_ptr<compute_t>();
-      auto* sums_data = sums.mutable_data_ptr<compute_t>();
       const int64_t D = call.D;
-      vectorized_parallel_for(sums.size(0), grain_rows(kPieceRows * D), [&](int64_t begin, int64_t end) {
-        for (int64_t piece = begin; piece < end; ++piece) {
-          auto* sum = sums_data + piece * D;
-          std::fill_n(sum, D, compute_t(0));
-          const int64_t last_row = std::min(grad.size(0), (piece + 1) * kPieceRows);
-          for (int64_t row = piece * kPieceRows; row < last_row; ++row) {
-            for_tiles(D, [&](int64_t column, int64_t columns) {
-              Tile<compute_t> grad_tile, activations_tile;
-              auto* out = written_data + row * written.stride(0) + column;
-              for_lanes<compute_t>(
-                  columns,
-                  [&](auto element, compute_t upstream, compute_t y) {
-                    const compute_t gradient = upstream * tanh_gradient(y);
-                    element.store(out, gradient);
-                    element.add(sum + column, gradient);
-                  },
-                  grad_tile.read(grad_data + row * D + column, columns),
-                  activations_tile.read(activations_data + row * D + column, columns));
-            });
-          }
-        }
+      for_summed_rows(grad.size(0), D, sums.mutable_data_ptr<compute_t>(), [&](int64_t row, compute_t* sum) {
+        for_tiles(D, [&](int64_t column, int64_t columns) {
+          Tile<compute_t> grad_tile, activations_tile;
+          auto* out = written_data + row * written.stride(0) + column;
+          for_lanes<compute_t>(
+              columns,
+              [&](auto element, compute_t upstream, compute_t y) {
+                const compute_t gradient = upstream * tanh_gradient(y);
+                element.store(out, gradient);
+                element.add(sum + column, gradient);
+              },
+              grad_tile.read(grad_data + row * D + column, columns),
+              activations_tile.read(activations_data + row * D + column, columns));
+        });
       });
     });
   }
