@@ -57,9 +57,11 @@ def test_the_config_tells_how_the_run_was_made(run, data):
     assert config["image_shape"] == [6, 5]
     assert config["model"] == {
         "observed": 30,
-        "latent": 3,
+        "latent": [3],
         "recognition_hidden": [8],
         "generative_hidden": [8],
+        "latent_hidden": [100, 100],
+        "latents": "gaussian",
         "activation": "tanh",
     }
     assert config["training"]["num_samples"] == 2
@@ -135,7 +137,7 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
     ("arguments", "message"),
     [
         (["train", "--data", "nowhere"], "nowhere: expected 'digits', a folder of IDX files"),
-        (["train", "--latent", "0"], "expected latent > 0, got 0"),
+        (["train", "--latent", "0"], "expected latent > 0, got (0,)"),
         (["evaluate", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
         (["sample", "nowhere", "--out", "x.png", "--count", "0"], "--count of at least 1, got 0"),
     ],
@@ -163,7 +165,7 @@ def test_other_data_of_another_shape_are_refused(run, capsys):
 
 def test_a_diverging_run_names_its_last_good_checkpoint(tmp_path, data, capsys):
     command = ["train", "--data", str(data), "--out", str(tmp_path), *SMALL]
-    assert cli.main([*command, "--wake-learning-rate", "1e38"]) == 1
+    assert cli.main([*command, "--generative-learning-rate", "1e38"]) == 1
     error = capsys.readouterr().err
     assert "at step 1" in error
     assert f"the last good checkpoint, of step 0, is {tmp_path}/checkpoint.safetensors" in error
@@ -190,7 +192,7 @@ def test_the_command_line_in_a_process_of_its_own(run):
     assert {"nll", "elbo"} <= json.loads(process.stdout).keys()
     process = python("-c", call, "--help")
     assert process.returncode == 0
-    for command in ("train", "evaluate", "sample"):
+    for command in ("train", "resume", "evaluate", "sample"):
         assert command in process.stdout
 
 

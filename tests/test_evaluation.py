@@ -19,7 +19,7 @@ EVERY_IMAGE = torch.tensor(list(itertools.product([0, 1], repeat=3)), dtype=torc
 @pytest.fixture
 def machine():
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(3, 1, (4,), (4,)), torch.tensor([0.2, 0.5, 0.7]))
+    machine = HelmholtzMachine(ModelConfig(3, (1,), (4,), (4,)), torch.tensor([0.2, 0.5, 0.7]))
     with torch.no_grad():
         for parameter in machine.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
@@ -33,7 +33,7 @@ def networks(machine):
 @torch.no_grad()
 def exact_log_likelihood(machine, x):
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
-    logits = machine.double().generative(torch.tensor(nodes)[:, None])[:, None]
+    logits = machine.double().generative[0].network(torch.tensor(nodes)[:, None])[:, None]
     logits, x = torch.broadcast_tensors(logits, x.double())
     log_p = -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
     log_weights = torch.tensor(weights / math.sqrt(2 * math.pi)).log()
@@ -67,13 +67,13 @@ def test_chunks_add_up_to_the_formula(machine):
     offset = itertools.count()
     log_w = torch.zeros(10, 8, dtype=torch.float64)
     for images in torch.arange(8).split(chunk_images):
-        mu, logvar = machine.recognition(x[images]).chunk(2, -1)
+        mu, logvar = machine.recognition[0].network(x[images]).chunk(2, -1)
         for samples in torch.arange(10).split(chunk_samples):
             key = make_key(3, next(offset))
             z = ops.gaussian_rsample(mu, logvar, (len(samples),), key=key)
             q = torch.distributions.Normal(mu, (logvar / 2).exp())
             prior = torch.distributions.Normal(0.0, 1.0)
-            pixels = torch.distributions.Bernoulli(logits=machine.generative(z))
+            pixels = torch.distributions.Bernoulli(logits=machine.generative[0].network(z))
             log_w[samples[:, None], images] = (
                 (prior.log_prob(z) - q.log_prob(z)).sum(-1) + pixels.log_prob(x[images].float()).sum(-1)
             ).double()
@@ -87,14 +87,14 @@ def test_chunks_add_up_to_the_formula(machine):
 
 def test_weights_too_small_for_a_float_are_averaged_all_the_same(machine):
     with torch.no_grad():
-        machine.generative[-1].bias.fill_(-1e5)
+        machine.generative[0].network.head.bias.fill_(-1e5)
     bounds = log_likelihood_bounds(*networks(machine), EVERY_IMAGE[-1:], 100)
     assert bounds.log_likelihood.item() == pytest.approx(-3e5, rel=1e-3)
 
 
 def test_memory_is_bounded_by_the_chunks(machine):
     rows = []
-    machine.generative.register_forward_pre_hook(lambda _, args: rows.append(args[0][..., 0].numel()))
+    machine.generative[0].register_forward_pre_hook(lambda _, args: rows.append(args[0][..., 0].numel()))
     finished = []
     log_likelihood_bounds(
         *networks(machine),

@@ -9,9 +9,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from wakesleep_ext import ops
+from wakesleep_ext.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
 from wakesleep_ext.evaluation import log_likelihood_bounds
-from wakesleep_ext.objectives import sleep_phi_loss
+from wakesleep_ext.models import GenerativeNetwork, RecognitionNetwork
+from wakesleep_ext.objectives import elbo_loss, sleep_phi_loss
 from wakesleep_ext.random import make_key
 
 TOLERANCE = 0.02
@@ -58,12 +59,22 @@ def minimise(loss, parameters, steps=400, learning_rate=0.1):
         schedule.step()
 
 
+def chains(recognition, generative, latent):
+    """As the objectives and the bounds take them."""
+    prior = StandardGaussianPrior(latent).double()
+    return (
+        RecognitionNetwork([GaussianConditional(recognition)]),
+        GenerativeNetwork([BernoulliConditional(generative), prior]),
+    )
+
+
 def sleep(recognition, generative, latent, dreams=10_000):
     """Train the recognition network on dreams of a fixed generative network."""
+    networks = chains(recognition, generative, latent)
 
     def loss(step):
         keys = make_key(0, 2 * step), make_key(0, 2 * step + 1)
-        return sleep_phi_loss(recognition, generative, dreams, latent, keys=keys)
+        return sleep_phi_loss(*networks, dreams, keys=keys)
 
     minimise(loss, recognition.parameters())
 
@@ -82,13 +93,13 @@ def test_1_a_decoder_that_ignores_z_leaves_the_prior():
 
     x = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
     exact = (x * bias.sigmoid().log() + (1 - x) * (-bias).sigmoid().log()).sum(-1)
-    bounds = log_likelihood_bounds(recognition, generative, x, 1000)
+    bounds = log_likelihood_bounds(*chains(recognition, generative, 3), x, 1000)
     assert_near(bounds.log_likelihood, exact)
 
     with torch.no_grad():  # at the optimum itself every importance weight is p(x)
         recognition.when_off.zero_()
         recognition.when_on.zero_()
-    bounds = log_likelihood_bounds(recognition, generative, x, 3)
+    bounds = log_likelihood_bounds(*chains(recognition, generative, 3), x, 3)
     torch.testing.assert_close(bounds.elbo, exact)
     torch.testing.assert_close(bounds.log_likelihood, exact)
 
@@ -111,16 +122,13 @@ def test_4_sleep_covers_both_modes_where_the_elbo_takes_one():
     sleep(recognition, generative, latent=2)
     assert_near(recognition.when_on, torch.zeros(2, 2))
 
-    pixel_on = PIXEL_OFF_AND_ON[1:]
-    bounds = log_likelihood_bounds(recognition, generative, pixel_on, 100_000, chunk_samples=10_000)
+    pixel_on, networks = PIXEL_OFF_AND_ON[1:], chains(recognition, generative, 2)
+    bounds = log_likelihood_bounds(*networks, pixel_on, 100_000, chunk_samples=10_000)
     assert_near(bounds.elbo[0], -2.118842)
     assert_near(bounds.log_likelihood[0], -math.log(2))
 
     def negative_elbo(step):
-        mu, logvar = recognition(pixel_on).chunk(2, -1)
-        z = ops.gaussian_rsample(mu, logvar, (4000,), key=make_key(1, step))
-        reconstruction = ops.bernoulli_log_prob(generative(z), pixel_on).mean()
-        return ops.gaussian_kl(mu, logvar).mean() - reconstruction
+        return elbo_loss(*networks, pixel_on, 4000, keys=[make_key(1, step)])
 
     with torch.no_grad():
         recognition.when_on.fill_(0.3)
@@ -128,5 +136,5 @@ def test_4_sleep_covers_both_modes_where_the_elbo_takes_one():
     assert_near(recognition.when_on[0].abs(), [0.543, 0.543])
     assert recognition.when_on[0].prod() > 0
     assert_near(recognition.when_on[1], [-0.9676, -0.9676])
-    bounds = log_likelihood_bounds(recognition, generative, pixel_on, 100_000, chunk_samples=10_000)
+    bounds = log_likelihood_bounds(*networks, pixel_on, 100_000, chunk_samples=10_000)
     assert_near(bounds.elbo[0], -1.353046)

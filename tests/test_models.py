@@ -5,23 +5,20 @@ from typing import get_args
 import pytest
 import torch
 
+from wakesleep_ext.conditionals import BernoulliConditional, LinearBernoulli
 from wakesleep_ext.models import (
-    Activation,
     HelmholtzMachine,
     ModelConfig,
-    dream,
-    log_likelihood,
-    log_likelihood_sum,
-    sample_pixels,
 )
+from wakesleep_ext.networks import Activation
 from wakesleep_ext.random import make_key
 
-SMALL = ModelConfig(observed=6, latent=2, recognition_hidden=(5,), generative_hidden=(4, 3))
+SMALL = ModelConfig(observed=6, latent=(2,), recognition_hidden=(5,), generative_hidden=(4, 3))
 
 
 def test_packed_parameters_are_split_without_copying():
-    packed = HelmholtzMachine(SMALL).recognition(torch.ones(7, 6))
-    mu, logvar = packed.chunk(2, -1)
+    q = HelmholtzMachine(SMALL).recognition[0](torch.ones(7, 6))
+    mu, logvar = q.mu, q.logvar
     assert mu.shape == logvar.shape == (7, 2)
     assert mu.untyped_storage().data_ptr() == logvar.untyped_storage().data_ptr()
 
@@ -30,12 +27,13 @@ def test_packed_parameters_are_split_without_copying():
 def test_pixels_of_any_dtype_are_recognised_alike(dtype):
     machine = HelmholtzMachine(SMALL)
     x = torch.tensor([[0, 1, 1, 0, 1, 0]])
-    torch.testing.assert_close(machine.recognition(x.to(dtype)), machine.recognition(x.float()), rtol=0, atol=0)
+    one, other = (machine.recognition[0](pixels) for pixels in (x.to(dtype), x.float()))
+    torch.testing.assert_close((one.mu, one.logvar), (other.mu, other.logvar), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_widths_and_activation_are_the_users(activation):
-    config = ModelConfig(6, 2, (5,), (4, 3), activation)
+    config = ModelConfig(6, (2,), (5,), (4, 3), activation=activation)
     machine = HelmholtzMachine(config)
     assert [tuple(p.shape) for p in machine.recognition.parameters() if p.dim() == 2] == [
         (5, 6),
@@ -46,19 +44,20 @@ def test_widths_and_activation_are_the_users(activation):
         (3, 4),
         (6, 3),
     ]
-    activations = {type(m).__name__.lower() for m in machine.modules() if not list(m.children())}
-    assert activations == {"linear", activation}
+    networks = machine.recognition[0].network, machine.generative[0].network
+    assert {type(m).__name__.lower() for network in networks for m in network} == {"linear", activation}
 
 
 def test_no_hidden_layers_give_linear_networks():
-    machine = HelmholtzMachine(ModelConfig(6, 2, (), ()))
+    machine = HelmholtzMachine(ModelConfig(6, (2,), (), ()))
     z = torch.randn(3, 2)
-    torch.testing.assert_close(machine.generative(2 * z), 2 * machine.generative(z))
+    logits = machine.generative[0].network
+    torch.testing.assert_close(logits(2 * z), 2 * logits(z))
 
 
 def test_the_generative_bias_starts_at_the_logit_of_the_clipped_pixel_mean():
     mean = torch.tensor([0.0, 0.0005, 0.25, 0.5, 0.9995, 1.0])
-    bias = HelmholtzMachine(SMALL, mean).generative[-1].bias
+    bias = HelmholtzMachine(SMALL, mean).generative[0].network.head.bias
     expected = torch.tensor([0.001, 0.001, 0.25, 0.5, 0.999, 0.999])
     torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-5, atol=0)
 
@@ -72,10 +71,14 @@ def test_a_pixel_mean_of_another_size_is_refused():
     ("change", "message"),
     [
         ({"observed": 0}, "observed > 0, got 0"),
-        ({"latent": -1}, "latent > 0, got -1"),
-        ({"latent": 2.5}, "latent > 0, got 2.5"),
+        ({"latent": (-1,)}, r"latent > 0, got \(-1,\)"),
+        ({"latent": (2.5,)}, r"latent > 0, got \(2.5,\)"),
         ({"recognition_hidden": (3, 0)}, r"recognition_hidden > 0, got \(3, 0\)"),
         ({"generative_hidden": (0,)}, r"generative_hidden > 0, got \(0,\)"),
+        ({"latent_hidden": (0,)}, r"latent_hidden > 0, got \(0,\)"),
+        ({"latent": ()}, r"latent to name one layer at least, got \(\)"),
+        ({"latent": 2}, "latent to be a tuple of sizes, got 2"),
+        ({"latents": "poisson"}, "latents to be one of gaussian, bernoulli, got 'poisson'"),
         ({"activation": "swish"}, "activation to be one of tanh, .*, got 'swish'"),
     ],
 )
@@ -87,7 +90,7 @@ def test_impossible_sizes_are_refused(change, message):
 def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
     machine = HelmholtzMachine(SMALL, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.99]))
     count = 100_000
-    z, x = machine.dream(count, keys=(make_key(0, 0), make_key(0, 1)))
+    (z,), x = machine.dream(count, keys=(make_key(0, 0), make_key(0, 1)))
     assert not z.requires_grad
     assert not x.requires_grad
     assert x.unique().tolist() == [0, 1]
@@ -95,7 +98,7 @@ def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
     five_sigma = 5 / count**0.5
     torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=five_sigma)
     torch.testing.assert_close(z.T.cov(), torch.eye(2), rtol=0, atol=five_sigma * 2**0.5)
-    means = machine.generative(z).sigmoid().detach()
+    means = machine.generative.pixel_means(z)
     torch.testing.assert_close(x.mean(0), means.mean(0), rtol=0, atol=five_sigma / 2)
     # Pixels follow their own z, not another's: the covariance of x with its mean is the latter's.
     torch.testing.assert_close(((x - means) * means).mean(0), torch.zeros(6), rtol=0, atol=five_sigma / 2)
@@ -104,26 +107,30 @@ def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
 def test_a_dream_is_a_function_of_its_keys():
     machine = HelmholtzMachine(SMALL)
     keys = make_key(3, 0), make_key(3, 1)
-    for first, second in zip(machine.dream(9, keys=keys), machine.dream(9, keys=keys), strict=True):
-        assert torch.equal(first, second)
-    assert not torch.equal(machine.dream(9).z, machine.dream(9).z)
+    first, second = machine.dream(9, keys=keys), machine.dream(9, keys=keys)
+    assert torch.equal(first.latents[0], second.latents[0])
+    assert torch.equal(first.x, second.x)
+    assert not torch.equal(machine.dream(9).latents[0], machine.dream(9).latents[0])
 
 
 def test_dreams_take_the_dtype_of_the_generative_network():
-    z, x = dream(HelmholtzMachine(SMALL).double().generative, 3, 2)
+    (z,), x = HelmholtzMachine(SMALL).double().dream(3)
     assert z.dtype == x.dtype == torch.float64
 
 
 def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
     """As any other network is by way of them, with the same gradients."""
-    network = HelmholtzMachine(SMALL).generative.double()
-    logits_only = torch.nn.Sequential(network)
+    network = HelmholtzMachine(SMALL).generative[0].network.double()
+    perceptron, any_other = BernoulliConditional(network), BernoulliConditional(torch.nn.Sequential(network))
     z, x = torch.randn(4, 3, 2, dtype=torch.float64), torch.randint(2, (3, 6))
     x = x.to(torch.uint8)
-    torch.testing.assert_close(log_likelihood(network, z, x), log_likelihood(logits_only, z, x))
-    assert torch.equal(sample_pixels(network, z, key=make_key(1)), sample_pixels(logits_only, z, key=make_key(1)))
+    torch.testing.assert_close(perceptron(z).log_prob(x), any_other(z).log_prob(x))
+    for sample_shape in ((), (2,)):
+        draws = [conditional(z).sample(sample_shape, key=make_key(1)) for conditional in (perceptron, any_other)]
+        assert torch.equal(*draws)
+    assert type(perceptron(z)) is LinearBernoulli
     weights = torch.randn(4, 1, dtype=torch.float64)
-    ours, theirs = (log_likelihood_sum(module, z, x, weights) for module in (network, logits_only))
+    ours, theirs = (conditional(z).log_prob_sum(x, weights) for conditional in (perceptron, any_other))
     torch.testing.assert_close(ours, theirs)
     parameters = tuple(network.parameters())
     torch.testing.assert_close(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters))
@@ -131,14 +138,14 @@ def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
     seen = []
     for module in (network, network.head):
         module.register_forward_hook(lambda *call: seen.append(call[-1]))
-    torch.testing.assert_close(log_likelihood_sum(network, z, x, weights), theirs)
+    torch.testing.assert_close(perceptron(z).log_prob_sum(x, weights), theirs)
     assert [tuple(logits.shape) for logits in seen] == [(4, 3, 6)] * 2  # a hook still gets what it waits for
 
 
 def test_reconstructions_are_pixel_means_and_a_function_of_the_key():
     machine = HelmholtzMachine(SMALL)
     x = torch.randint(2, (8, 6), dtype=torch.uint8)
-    first, second = (machine.reconstruct(x, key=make_key(1)) for _ in range(2))
+    first, second = (machine.reconstruct(x, keys=[make_key(1)]) for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape == (8, 6)
     assert ((first > 0) & (first < 1)).all()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
+from wakesleep_ext.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
 from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
 from wakesleep_ext.random import make_key
 
@@ -21,7 +22,7 @@ EVERY_IMAGE = torch.tensor(list(itertools.product([0.0, 1.0], repeat=D)), dtype=
 def machine():
     """One latent variable, three pixels, far enough from its start to have something to say."""
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(D, 1, (4,), (4,)), torch.tensor([0.2, 0.5, 0.7]))
+    machine = HelmholtzMachine(ModelConfig(D, (1,), (4,), (4,)), torch.tensor([0.2, 0.5, 0.7]))
     with torch.no_grad():
         for parameter in machine.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
@@ -42,18 +43,18 @@ def log_bernoulli(logits, x):
 def exact_wake_loss(machine, x):
     nodes, weights = quadrature()
     with torch.no_grad():
-        mu, logvar = machine.recognition(x).chunk(2, -1)
+        mu, logvar = machine.recognition[0].network(x).chunk(2, -1)
         z = mu + (logvar / 2).exp() * nodes  # [B, nodes]
-    log_p = log_bernoulli(machine.generative(z[..., None]), x[:, None])
+    log_p = log_bernoulli(machine.generative[0].network(z[..., None]), x[:, None])
     return -(weights * log_p).sum(-1).mean()
 
 
 def exact_sleep_loss(machine):
     nodes, weights = quadrature()
     with torch.no_grad():
-        logits = machine.generative(nodes[:, None])
+        logits = machine.generative[0].network(nodes[:, None])
         p_x_given_z = log_bernoulli(logits[:, None], EVERY_IMAGE).exp()  # [nodes, 2^D]
-    mu, logvar = machine.recognition(EVERY_IMAGE).chunk(2, -1)
+    mu, logvar = machine.recognition[0].network(EVERY_IMAGE).chunk(2, -1)
     q = torch.distributions.Normal(mu[:, 0], (logvar[:, 0] / 2).exp())
     return -(weights[:, None] * p_x_given_z * q.log_prob(nodes[:, None])).sum()
 
@@ -68,7 +69,7 @@ def gradients(loss, network):
 def test_the_wake_loss_and_its_gradient_are_unbiased(machine):
     x = EVERY_IMAGE[[1, 4, 6]]
     exact = exact_wake_loss(machine, x)
-    sampled = wake_theta_loss(machine.recognition, machine.generative, x, 200_000, key=make_key(0))
+    sampled = wake_theta_loss(machine.recognition, machine.generative, x, 200_000, keys=[make_key(0)])
     torch.testing.assert_close(sampled, exact, rtol=0, atol=0.01)
     torch.testing.assert_close(
         gradients(sampled, machine.generative),
@@ -80,7 +81,7 @@ def test_the_wake_loss_and_its_gradient_are_unbiased(machine):
 
 def test_the_sleep_loss_and_its_gradient_are_unbiased(machine):
     exact = exact_sleep_loss(machine)
-    sampled = sleep_phi_loss(machine.recognition, machine.generative, 400_000, 1, keys=(make_key(0, 0), make_key(0, 1)))
+    sampled = sleep_phi_loss(machine.recognition, machine.generative, 400_000, keys=(make_key(0, 0), make_key(0, 1)))
     torch.testing.assert_close(sampled, exact, rtol=0, atol=0.02)
     torch.testing.assert_close(
         gradients(sampled, machine.recognition),
@@ -97,7 +98,7 @@ def test_each_phase_trains_one_network_only(machine):
     assert all(p.grad.abs().sum() > 0 for p in machine.generative.parameters())
 
     machine.zero_grad()
-    sleep_phi_loss(machine.recognition, machine.generative, 50, 1).backward()
+    sleep_phi_loss(machine.recognition, machine.generative, 50).backward()
     assert all(p.grad is None for p in machine.generative.parameters())
     assert all(p.grad.abs().sum() > 0 for p in machine.recognition.parameters())
 
@@ -105,16 +106,16 @@ def test_each_phase_trains_one_network_only(machine):
 def test_wake_samples_are_averaged_evenly(machine):
     """L samples of one image are as one sample of L copies of it: the same draws, the same mean."""
     x, key = EVERY_IMAGE[5:6], make_key(7)
-    several = wake_theta_loss(machine.recognition, machine.generative, x, 6, key=key)
-    copies = wake_theta_loss(machine.recognition, machine.generative, x.repeat(6, 1), 1, key=key)
+    several = wake_theta_loss(machine.recognition, machine.generative, x, 6, keys=[key])
+    copies = wake_theta_loss(machine.recognition, machine.generative, x.repeat(6, 1), 1, keys=[key])
     torch.testing.assert_close(several, copies)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float64])
 def test_the_wake_loss_takes_pixels_of_any_dtype(machine, dtype):
     key = make_key(7)
-    expected = wake_theta_loss(machine.recognition, machine.generative, EVERY_IMAGE, key=key)
-    loss = wake_theta_loss(machine.recognition, machine.generative, EVERY_IMAGE.to(dtype), key=key)
+    expected = wake_theta_loss(machine.recognition, machine.generative, EVERY_IMAGE, keys=[key])
+    loss = wake_theta_loss(machine.recognition, machine.generative, EVERY_IMAGE.to(dtype), keys=[key])
     torch.testing.assert_close(loss, expected)
 
 
@@ -122,10 +123,10 @@ def test_losses_are_functions_of_their_keys(machine):
     networks = machine.recognition, machine.generative
     keys = make_key(1, 0), make_key(1, 1)
     assert torch.equal(
-        wake_theta_loss(*networks, EVERY_IMAGE, key=keys[0]),
-        wake_theta_loss(*networks, EVERY_IMAGE, key=keys[0]),
+        wake_theta_loss(*networks, EVERY_IMAGE, keys=keys[:1]),
+        wake_theta_loss(*networks, EVERY_IMAGE, keys=keys[:1]),
     )
-    assert torch.equal(sleep_phi_loss(*networks, 20, 1, keys=keys), sleep_phi_loss(*networks, 20, 1, keys=keys))
+    assert torch.equal(sleep_phi_loss(*networks, 20, keys=keys), sleep_phi_loss(*networks, 20, keys=keys))
     assert not torch.equal(wake_theta_loss(*networks, EVERY_IMAGE), wake_theta_loss(*networks, EVERY_IMAGE))
 
 
@@ -133,8 +134,8 @@ def test_both_phases_compile_without_graph_breaks(machine):
     torch.compiler.reset()
     networks, keys = (machine.recognition, machine.generative), (make_key(1, 0), make_key(1, 1))
     for loss, arguments, keywords, network in (
-        (wake_theta_loss, (EVERY_IMAGE, 4), {"key": keys[0]}, machine.generative),
-        (sleep_phi_loss, (20, 1), {"keys": keys}, machine.recognition),
+        (wake_theta_loss, (EVERY_IMAGE, 4), {"keys": keys[:1]}, machine.generative),
+        (sleep_phi_loss, (20,), {"keys": keys}, machine.recognition),
     ):
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*networks, *arguments, **keywords)
         eager = loss(*networks, *arguments, **keywords)
@@ -161,6 +162,7 @@ def test_networks_may_be_any_modules():
         def forward(self, x):
             return self.packed.expand(*x.shape[:-1], 2)
 
-    causes, guess = Causes(), Guess()
-    assert wake_theta_loss(guess, causes, torch.ones(5, 1), 3).shape == ()
-    assert sleep_phi_loss(guess, causes, 4, 1).shape == ()
+    recognition = RecognitionNetwork([GaussianConditional(Guess())])
+    generative = GenerativeNetwork([BernoulliConditional(Causes()), StandardGaussianPrior(1)])
+    assert wake_theta_loss(recognition, generative, torch.ones(5, 1), 3).shape == ()
+    assert sleep_phi_loss(recognition, generative, 4).shape == ()

@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from test_training import load_state, make_trainer
+from test_training import make_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -130,8 +130,8 @@ def test_a_warm_up_that_fails_leaves_no_trace(graphs: list[Recording]) -> None:
 STEPS = 200
 
 
-def losses(trainer: Trainer) -> list[tuple[float, float]]:
-    return [(epoch.wake_loss, epoch.sleep_loss) for epoch in trainer.epochs()]
+def losses(trainer: Trainer) -> list[dict[str, float]]:
+    return [epoch.losses for epoch in trainer.epochs()]
 
 
 def make(cuda_graph: bool, **config: Any) -> Trainer:
@@ -162,7 +162,7 @@ def test_decay_on_the_device_is_that_on_the_host(monkeypatch: pytest.MonkeyPatch
     on_device = make(cuda_graph=False, learning_rate_decay=0.01)
     for trainer in (on_host, on_device):
         list(trainer.epochs())
-    rates = [trainer.optimizers["wake"].param_groups[0]["lr"] for trainer in (on_host, on_device)]
+    rates = [trainer.optimizers["generative"].param_groups[0]["lr"] for trainer in (on_host, on_device)]
     assert isinstance(rates[0], float)
     assert isinstance(rates[1], Tensor)
     assert rates[1].item() == pytest.approx(rates[0], rel=1e-6)
@@ -174,7 +174,7 @@ def test_what_is_loaded_between_replays_is_trained_on(graphs: list[Recording]) -
     for trainer, number in ((replayed, 3), (other, 5)):
         for _ in range(number):
             next(trainer.epochs())
-    load_state(replayed, other.state_dict())
+    replayed.load_state_dict(other.state_dict())
     replayed.step = other.step
     assert losses(replayed) == losses(other)
     assert_same_state(replayed, other)

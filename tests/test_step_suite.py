@@ -114,7 +114,7 @@ def check_initial(losses: Tensor) -> None:
             [
                 (
                     wake_theta_loss(*networks, images.binarize(draw_key(), batch), SMALL.num_samples),
-                    sleep_phi_loss(*networks, SMALL.batch, SMALL.net[-1]),
+                    sleep_phi_loss(*networks, SMALL.batch),
                 )
                 for _ in range(400)
             ]

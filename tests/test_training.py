@@ -8,7 +8,7 @@ import torch
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wakesleep_ext import data, models, objectives, random, reference, training
+from wakesleep_ext import conditionals, data, networks, objectives, random, reference, training
 from wakesleep_ext.data import DIGITS, Images, load
 from wakesleep_ext.evaluation import log_likelihood_bounds
 from wakesleep_ext.models import HelmholtzMachine, ModelConfig
@@ -24,7 +24,7 @@ BARS = Images(
 
 def make_trainer(images=BARS, device="cpu", **config):
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(images.grey.shape[1], 2, (8,), (8,)), images.mean()).to(device)
+    machine = HelmholtzMachine(ModelConfig(images.grey.shape[1], (2,), (8,), (8,)), images.mean()).to(device)
     return Trainer(machine, images.to(device), TrainConfig(**{"batch_size": 5, "epochs": 3, **config}))
 
 
@@ -34,9 +34,9 @@ def weights(trainer):
 
 def test_the_same_seed_gives_the_same_weights():
     first, second = make_trainer(seed=4), make_trainer(seed=4)
-    losses = [(e.wake_loss, e.sleep_loss) for e in first.epochs()]
+    losses = [e.losses for e in first.epochs()]
     torch.rand(7)  # noise of torch's own generators does not enter
-    assert [(e.wake_loss, e.sleep_loss) for e in second.epochs()] == losses
+    assert [e.losses for e in second.epochs()] == losses
     assert torch.equal(weights(first), weights(second))
 
 
@@ -72,11 +72,11 @@ def test_every_draw_of_a_run_has_a_key_of_its_own():
 
 def test_a_run_is_continued_from_its_state_and_step():
     whole, first, second = make_trainer(seed=4), make_trainer(seed=4), make_trainer(seed=4)
-    losses = [(e.wake_loss, e.sleep_loss) for e in whole.epochs()]
+    losses = [e.losses for e in whole.epochs()]
     next(first.epochs())
-    load_state(second, first.state_dict())
+    second.load_state_dict(first.state_dict())
     second.step = first.step
-    assert [(e.wake_loss, e.sleep_loss) for e in second.epochs()] == losses[1:]
+    assert [e.losses for e in second.epochs()] == losses[1:]
     assert torch.equal(weights(second), weights(whole))
 
 
@@ -92,25 +92,25 @@ def test_a_step_is_what_one_writes_by_hand():
     index = torch.tensor([3, 1, 4, 1, 5])
     for step in range(20):
         keys = [random.make_key(3, 5 * step + draw) for draw in range(5)]
-        wake_loss = wake_theta_loss(recognition, generative, BARS.binarize(keys[1], index), 2, key=keys[2])
+        wake_loss = wake_theta_loss(recognition, generative, BARS.binarize(keys[1], index), 2, keys=keys[2:3])
         wake.zero_grad()
         wake_loss.backward()
         wake.step()
-        sleep_loss = sleep_phi_loss(recognition, generative, 5, 2, keys=(keys[3], keys[4]))
+        sleep_loss = sleep_phi_loss(recognition, generative, 5, keys=keys[3:])
         sleep.zero_grad()
         sleep_loss.backward()
         sleep.step()
         assert trainer.take_step(index).tolist() == [wake_loss.item(), sleep_loss.item()]
     assert torch.equal(weights(trainer), weights(by_hand))
-    for phase, optimizer in (("wake", wake), ("sleep", sleep)):
-        state, expected = trainer.optimizers[phase].state_dict()["state"], optimizer.state_dict()["state"]
+    for name, optimizer in (("generative", wake), ("recognition", sleep)):
+        state, expected = trainer.optimizers[name].state_dict()["state"], optimizer.state_dict()["state"]
         assert all(torch.equal(state[i][slot], expected[i][slot]) for i in expected for slot in expected[i])
         assert {i: list(slots) for i, slots in state.items()} == {i: list(slots) for i, slots in expected.items()}
 
 
 def test_gradients_that_others_leave_do_not_enter_and_frozen_weights_stay():
     trainer, other = make_trainer(), make_trainer()
-    frozen = [trainer_.machine.generative[0].weight.requires_grad_(False) for trainer_ in (trainer, other)]
+    frozen = [trainer_.machine.generative[0].network[0].weight.requires_grad_(False) for trainer_ in (trainer, other)]
     before = frozen[0].clone()
     for parameter in other.machine.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -126,7 +126,7 @@ def losses_of_200_steps(device, **config):
     generator = torch.Generator().manual_seed(2)
     images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(12, 3, (9, 8), (8, 9)), images.mean()).double().to(device)
+    machine = HelmholtzMachine(ModelConfig(12, (3,), (9, 8), (8, 9)), images.mean()).double().to(device)
     config = {"batch_size": 8, "epochs": 40, "num_samples": 2, "learning_rate_decay": 0.1, **config}
     trainer = Trainer(machine, images.to(device), TrainConfig(**config))
     batches = (index for _ in range(40) for index in trainer._batches())
@@ -137,7 +137,7 @@ def test_training_with_a_graph_without_and_with_the_reference_ops_gives_the_same
     """A graph, where there are any."""
     replayed = losses_of_200_steps(device)
     eager = losses_of_200_steps(device, cuda_graph=False)
-    for module in (data, models, objectives, training):
+    for module in (conditionals, data, networks, objectives, training):
         monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
     of_reference = losses_of_200_steps(device, cuda_graph=False)
@@ -147,17 +147,8 @@ def test_training_with_a_graph_without_and_with_the_reference_ops_gives_the_same
     assert not torch.equal(replayed, of_reference)
 
 
-def load_state(trainer, state):
-    """In place, as it is to be."""
-    own = trainer.state_dict()
-    assert own.keys() == state.keys()
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
-
-
 def test_training_teaches():
-    trainer = make_trainer(epochs=150, wake_learning_rate=0.01, sleep_learning_rate=0.01)
+    trainer = make_trainer(epochs=150, generative_learning_rate=0.01, recognition_learning_rate=0.01)
     x = (BARS.grey[:4] > 0).float()
 
     def nll():
@@ -169,8 +160,8 @@ def test_training_teaches():
     epochs = list(trainer.epochs())
     assert before == pytest.approx(4 * math.log(2), abs=0.3)  # pixels are on half the time
     assert nll() < before - 0.5  # of at most 2 log 2, for four equally likely images
-    assert epochs[-1].wake_loss < epochs[0].wake_loss
-    assert epochs[-1].sleep_loss < epochs[0].sleep_loss
+    assert epochs[-1].losses["wake"] < epochs[0].losses["wake"]
+    assert epochs[-1].losses["sleep"] < epochs[0].losses["sleep"]
 
 
 def test_an_epoch_visits_each_image_once_in_an_order_of_its_own():
@@ -202,24 +193,25 @@ def test_each_step_is_announced():
 
 
 def test_learning_rates_are_separate_and_fall_by_the_decay():
-    trainer = make_trainer(epochs=50, wake_learning_rate=1e-2, sleep_learning_rate=3e-3, learning_rate_decay=0.1)
-    rates = {"wake": [], "sleep": []}
+    trainer = make_trainer(
+        epochs=50, generative_learning_rate=1e-2, recognition_learning_rate=3e-3, learning_rate_decay=0.1
+    )
+    rates = {"generative": [], "recognition": []}
 
     def note():
-        for phase, optimizer in trainer.optimizers.items():
-            rates[phase].append(optimizer.param_groups[0]["lr"])
+        for name, optimizer in trainer.optimizers.items():
+            rates[name].append(optimizer.param_groups[0]["lr"])
 
     list(trainer.epochs(on_step=note))
-    for phase, start in (("wake", 1e-2), ("sleep", 3e-3)):
-        assert rates[phase][0] == start
-        assert rates[phase][100] == pytest.approx(start * 0.1**0.5)
-        assert rates[phase][-1] == pytest.approx(start * 0.1, rel=0.02)
+    for name, start in (("generative", 1e-2), ("recognition", 3e-3)):
+        assert rates[name][0] == start
+        assert rates[name][100] == pytest.approx(start * 0.1**0.5)
+        assert rates[name][-1] == pytest.approx(start * 0.1, rel=0.02)
 
 
 def test_optimizers_are_what_was_asked_for():
     trainer = make_trainer(adam_betas=(0.8, 0.9), adam_epsilon=1e-3)
-    for phase, network in (("wake", "generative"), ("sleep", "recognition")):
-        optimizer = trainer.optimizers[phase]
+    for network, optimizer in trainer.optimizers.items():
         (group,) = optimizer.param_groups
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-3)
         expected = list(getattr(trainer.machine, network).parameters())
@@ -240,7 +232,7 @@ def returns_nan_in_phase(network, step, trainer, *, with_gradients):
 @pytest.mark.parametrize(("phase", "network"), [("wake", "generative"), ("sleep", "recognition")])
 def test_a_nan_loss_stops_and_names_phase_and_step(phase, network):
     trainer = make_trainer()
-    returns_nan_in_phase(getattr(trainer.machine, network), 6, trainer, with_gradients=True)
+    returns_nan_in_phase(getattr(trainer.machine, network)[0].network, 6, trainer, with_gradients=True)
     epochs = trainer.epochs()
     assert next(epochs).step == 4
     with pytest.raises(DivergedError, match=rf"the {phase} loss became nan at step 6 \(epoch 2\)"):
@@ -253,9 +245,9 @@ def test_weights_that_explode_in_the_last_step_stop_the_run():
     def explode():
         if trainer.step == 4:
             with torch.no_grad():
-                trainer.machine.recognition[0].weight[0, 0] = math.inf
+                trainer.machine.recognition[0].network[0].weight[0, 0] = math.inf
 
-    with pytest.raises(DivergedError, match="the sleep phase made a weight infinite at step 4"):
+    with pytest.raises(DivergedError, match="a weight of the recognition network became infinite at step 4"):
         next(trainer.epochs(on_step=explode))
 
 
@@ -263,12 +255,13 @@ def test_the_state_names_every_weight_and_both_optimizers():
     trainer = make_trainer()
     list(trainer.epochs())
     state = trainer.state_dict()
-    for phase, network in (("wake", "generative"), ("sleep", "recognition")):
+    assert not state.pop("machine.generative.1.zeros").any()  # the prior's
+    for network in ("generative", "recognition"):
         for name, parameter in getattr(trainer.machine, network).named_parameters():
             assert torch.equal(state.pop(f"machine.{network}.{name}"), parameter)
-            assert state.pop(f"optimizer.{phase}.{name}.exp_avg").shape == parameter.shape
-            assert (state.pop(f"optimizer.{phase}.{name}.exp_avg_sq") >= 0).all()
-            assert state.pop(f"optimizer.{phase}.{name}.step") == 12
+            assert state.pop(f"optimizer.{network}.{name}.exp_avg").shape == parameter.shape
+            assert (state.pop(f"optimizer.{network}.{name}.exp_avg_sq") >= 0).all()
+            assert state.pop(f"optimizer.{network}.{name}.step") == 12
     assert not state
 
 
@@ -280,8 +273,8 @@ def test_the_state_names_every_weight_and_both_optimizers():
         ("epochs", -1),
         ("batch_size", 0),
         ("num_samples", 0),
-        ("wake_learning_rate", 0.0),
-        ("sleep_learning_rate", math.nan),
+        ("generative_learning_rate", 0.0),
+        ("recognition_learning_rate", math.nan),
         ("learning_rate_decay", 1.5),
         ("adam_betas", (0.9, 1.0)),
         ("adam_epsilon", -1e-8),

@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+
+Config = TypeVar("Config")
 
 
 class CheckpointError(ValueError):
@@ -101,7 +103,7 @@ def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
     tensors, description = load(path)
     prefix = "machine."
     try:
-        config = ModelConfig(**{name: _tuple(v) for name, v in description["model"].items()})
+        config = restore(ModelConfig, description["model"])
         with torch.device("meta"):  # weights come from the file: none are drawn or allocated
             machine = HelmholtzMachine(config)
         weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -111,5 +113,10 @@ def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
     return machine, description
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def restore(config: type[Config], description: Mapping[str, Any]) -> Config:
+    """A dataclass from the JSON object that describes it, which has lists where it has tuples.
+
+    Raises:
+        TypeError, ValueError: it is not one of these.
+    """
+    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in description.items()})

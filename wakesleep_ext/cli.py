@@ -1,14 +1,17 @@
-"""The command line: `wakesleep train | evaluate | sample | bench | selftest | info`."""
+"""The command line: `wakesleep train | resume | evaluate | sample | bench | selftest | info`."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import wraps
 from importlib.util import find_spec
-from json import dumps
+from inspect import Signature, signature
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,17 @@ from wakesleep_ext import checkpoint, plots, random
 from wakesleep_ext import info as information
 from wakesleep_ext import selftest as checks
 from wakesleep_ext.benchmark import bench
-from wakesleep_ext.data import DIGITS, DataError, load
+from wakesleep_ext.data import DIGITS, DataError, Dataset, load
 from wakesleep_ext.evaluation import independent_bernoulli_nll, log_likelihood_bounds
-from wakesleep_ext.models import Activation, HelmholtzMachine, ModelConfig
-from wakesleep_ext.training import DivergedError, TrainConfig, Trainer
+from wakesleep_ext.models import (
+    GenerativeNetwork,
+    HelmholtzMachine,
+    Latents,
+    ModelConfig,
+    RecognitionNetwork,
+)
+from wakesleep_ext.networks import Activation
+from wakesleep_ext.training import RECIPES, DivergedError, Recipe, TrainConfig, Trainer
 from wakesleep_ext.usage import Device, UsageError, find_device
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -35,14 +45,17 @@ _EXTRA_MODULES = ("matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "tyro
 
 
 def train(
-    training: TrainConfig,
+    training: TrainConfig = RECIPES["digits"],
+    recipe: Recipe = "digits",
     data: str = DIGITS,
     out: Path | None = None,
     overwrite: bool = False,
     device: Device = "auto",
-    latent: int = ModelConfig.latent,
+    latent: tuple[int, ...] = ModelConfig.latent,
     recognition_hidden: tuple[int, ...] = ModelConfig.recognition_hidden,
     generative_hidden: tuple[int, ...] = ModelConfig.generative_hidden,
+    latent_hidden: tuple[int, ...] = ModelConfig.latent_hidden,
+    latents: Latents = ModelConfig.latents,
     activation: Activation = ModelConfig.activation,
     bound_samples: int = 1000,
 ) -> None:
@@ -50,39 +63,66 @@ def train(
 
     Args:
         training: How to train.
+        recipe: Protocol that the defaults of the training flags are taken from: "mnist" is 100 epochs with falling
+            step sizes, "burda" the eight stages of Burda, Grosse & Salakhutdinov (2016), 3,280 epochs of batch 20.
         data: "digits", a folder of IDX files such as MNIST's, or a .npz file with uint8 or bool
             arrays x_train and x_test.
         out: Run folder; runs/<name of the data> by default.
         overwrite: Replace the run that the folder holds.
         device: Where to train; auto takes the GPU if there is one.
-        latent: Latent variables.
-        recognition_hidden: Hidden widths of the recognition network, from x to z.
-        generative_hidden: Hidden widths of the generative network, from z to x.
+        latent: Latent variables of each stochastic layer, from x up; one size, one layer.
+        recognition_hidden: Hidden widths of the recognition network, from x to the first latent variables.
+        generative_hidden: Hidden widths of the generative network, from the first latent variables to x.
+        latent_hidden: Hidden widths between one stochastic layer and the next, in both directions.
+        latents: Gaussian latent variables, or Bernoulli ones as in a sigmoid belief network.
         activation: Activation after each hidden layer.
         bound_samples: Samples per test image for the bound that is reported at the end.
     """
-    from tqdm import tqdm
-
     where = find_device(device)
     dataset = load(data)
     out = out or Path("runs") / dataset.name
     observed = dataset.train.grey.shape[1]
     try:
-        model = ModelConfig(observed, latent, recognition_hidden, generative_hidden, activation)
+        model = ModelConfig(observed, latent, recognition_hidden, generative_hidden, latent_hidden, latents, activation)
+        torch.manual_seed(training.seed)
+        machine = HelmholtzMachine(model, dataset.train.mean()).to(where)
+        trainer = Trainer(machine, dataset.train.to(where), training)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    description: dict[str, Any] = {
+    description = {
         "data": data if data == DIGITS else os.path.abspath(data),
         "image_shape": dataset.train.shape,
         "model": asdict(model),
         "training": asdict(training),
+        "bound_samples": bound_samples,
     }
     _claim(out, overwrite)
     checkpoint.write_atomically(out / CONFIG, dumps(description, indent=2).encode() + b"\n")
+    _run_to_the_end(trainer, dataset, description, out)
 
-    torch.manual_seed(training.seed)
-    machine = HelmholtzMachine(model, dataset.train.mean()).to(where)
+
+def resume(run: Path, /, device: Device = "auto") -> None:
+    """Go on with a training run that was interrupted, to the numbers that it would have come to.
+
+    Args:
+        run: Folder of the training run.
+        device: Where to train; auto takes the GPU if there is one.
+    """
+    machine, description = _load(run, device)
+    where = next(machine.parameters()).device
+    dataset = load(description["data"])
+    training = checkpoint.restore(TrainConfig, description["training"])
     trainer = Trainer(machine, dataset.train.to(where), training)
+    trainer.load_state_dict(checkpoint.load(run / CHECKPOINT).tensors)
+    trainer.step = description["step"]
+    _run_to_the_end(trainer, dataset, description, run)
+
+
+def _run_to_the_end(trainer: Trainer, dataset: Dataset, description: dict[str, Any], out: Path) -> None:
+    """Train, from wherever the trainer stands; then test, and draw the pictures."""
+    from tqdm import tqdm
+
+    machine, where = trainer.machine, trainer.images.grey.device
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
 
@@ -92,17 +132,20 @@ def train(
         return trainer.step, time.monotonic()
 
     saved_step, saved_at = save()
-    epochs = []
-    steps = training.epochs * trainer.steps_per_epoch
+    epochs = _epochs_up_to(trainer.step, out / METRICS)
+    checkpoint.write_atomically(out / METRICS, "".join(f"{dumps(epoch)}\n" for epoch in epochs).encode())
+    steps = trainer.config.epochs * trainer.steps_per_epoch
     with (
-        (out / METRICS).open("w") as metrics,
-        tqdm(total=steps, unit="step", desc=f"Training on {where}") as bar,
+        (out / METRICS).open("a") as metrics,
+        tqdm(total=steps, initial=trainer.step, unit="step", desc=f"Training on {where}") as bar,
     ):
         try:
             for epoch in trainer.epochs(on_step=bar.update):
                 bounds = log_likelihood_bounds(machine.recognition, machine.generative, test, 1)
                 elbo = bounds.elbo.mean().item()
-                epochs.append(asdict(epoch) | {"test_elbo": elbo})
+                losses = {f"{name}_loss": loss for name, loss in epoch.losses.items()}
+                progress = {"epoch": epoch.epoch, "step": epoch.step, "seconds": epoch.seconds}
+                epochs.append(progress | losses | {"test_elbo": elbo})
                 print(dumps(epochs[-1]), file=metrics, flush=True)
                 bar.set_postfix(epoch=epoch.epoch, test_elbo=f"{elbo:.2f}", refresh=False)
                 if time.monotonic() > saved_at + _SECONDS_BETWEEN_SAVES:
@@ -112,18 +155,24 @@ def train(
                 f"{error}; the last good checkpoint, of step {saved_step}, is {out / CHECKPOINT}"
             ) from error
         save()
-    result = _result(machine, test, baseline_nll, bound_samples)
+    result = _result(machine, test, baseline_nll, description["bound_samples"])
     with (out / METRICS).open("a") as metrics:
         print(dumps({"step": trainer.step} | result), file=metrics)
 
     shape = dataset.train.shape
     plots.samples(out / "samples.png", _dream_means(machine, 100), shape)
     shown = test[:40]
-    reconstructed = machine.reconstruct(shown, key=random.make_key(0, device=where))
+    reconstructed = machine.reconstruct(shown, keys=_keys(machine.recognition, 0))
     plots.reconstructions(out / "reconstructions.png", shown, reconstructed, shape)
     plots.curves(out / "curves.png", epochs, baseline_nll)
     print(_table(result))
     print(f"\nRun folder: {out}")
+
+
+def _epochs_up_to(step: int, metrics: Path) -> list[dict[str, float]]:
+    """What has been noted of the epochs that a checkpoint of this step has seen."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [record for line in lines if "epoch" in (record := loads(line)) and record["step"] <= step]
 
 
 def evaluate(
@@ -211,10 +260,14 @@ def _load(run: Path, device: Device) -> tuple[HelmholtzMachine, dict[str, Any]]:
 
 @torch.no_grad()
 def _dream_means(machine: HelmholtzMachine, count: int, seed: int = 0) -> Tensor:
-    where = next(machine.parameters()).device
-    keys = (random.make_key(seed, 0, where), random.make_key(seed, 1, where))
-    means: Tensor = machine.generative(machine.dream(count, keys=keys).z).sigmoid()
-    return means
+    latents, _ = machine.dream(count, keys=_keys(machine.generative, seed))
+    return machine.generative.pixel_means(latents[0])
+
+
+def _keys(network: RecognitionNetwork | GenerativeNetwork, seed: int) -> list[Tensor]:
+    """For a draw from each of its conditionals."""
+    where = next(network.parameters()).device
+    return [random.make_key(seed, draw, where) for draw in range(len(network))]
 
 
 def _result(
@@ -247,7 +300,7 @@ def _table(result: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-_COMMANDS: tuple[Callable[..., int | None], ...] = (train, evaluate, sample, bench, selftest, info)
+_COMMANDS: tuple[Callable[..., int | None], ...] = (train, resume, evaluate, sample, bench, selftest, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,9 +309,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{', '.join(missing)} missing; install with: pip install 'wakesleep_ext[train]'")
     import tyro
 
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {command.__name__: command for command in _COMMANDS}
     try:
         status: int | None = tyro.extras.subcommand_cli_from_dict(
-            {command.__name__: command for command in _COMMANDS},
+            commands | {"train": _by_recipe(argv)},
             prog="wakesleep",
             description="Helmholtz machines trained by the wake-sleep algorithm.",
             args=argv,
@@ -269,6 +324,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
     return status or 0
+
+
+def _by_recipe(argv: Sequence[str]) -> Callable[..., None]:
+    """:func:`train`, its defaults those of the recipe that is named on the command line."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", default="digits")
+    recipe = RECIPES.get(parser.parse_known_args(argv)[0].recipe, RECIPES["digits"])  # train itself refuses others
+    training, *others = signature(train).parameters.values()
+
+    @wraps(train)
+    def command(*arguments: Any, **keywords: Any) -> None:
+        train(*arguments, **keywords)
+
+    command.__signature__ = Signature([training.replace(default=recipe), *others])  # type: ignore[attr-defined]
+    return command
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wakesleep_ext import ops, random
-from wakesleep_ext.models import PIXEL_MEAN_CLIP, log_likelihood
+from wakesleep_ext.models import PIXEL_MEAN_CLIP, GenerativeNetwork, RecognitionNetwork
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Bounds:
 
 @torch.no_grad()
 def log_likelihood_bounds(
-    recognition: nn.Module,
-    generative: nn.Module,
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
     x: Tensor,
     num_samples: int,
     *,
@@ -44,8 +44,8 @@ def log_likelihood_bounds(
     depends on the chunk sizes alone.
 
     Args:
-        recognition: maps x `[B, D]` to `[mu | logvar]` `[B, 2K]`.
-        generative: maps z `[S, B, K]` to logits `[S, B, D]`.
+        recognition: what the samples are drawn from.
+        generative: what is to be judged.
         x: binary pixels `[N, D]`, bool, uint8 or floating, on the device of the networks.
         num_samples: samples per image.
         seed: the same seed and chunk sizes give the same samples on every device.
@@ -61,18 +61,18 @@ def log_likelihood_bounds(
         if value < 1:
             raise ValueError(f"log_likelihood_bounds: expected {name} >= 1, got {value}")
     elbos, bounds = [], []
-    draws = 0
+    number = 0
     for images in x.split(chunk_images):
-        mu, logvar = ops.gaussian_parameters(recognition(images))
         total = torch.zeros(len(images), dtype=torch.float64, device=x.device)
         log_total = torch.full_like(total, -math.inf)
         for first in range(0, num_samples, chunk_samples):
             samples = min(chunk_samples, num_samples - first)
-            key = random.make_key(seed, draws, x.device)
-            draws += 1
-            z, log_q = ops.gaussian_rsample_log_prob(mu, logvar, (samples,), key=key)
-            log_prior = ops.standard_gaussian_log_prob(z)
-            log_w = log_prior + log_likelihood(generative, z, images) - log_q
+            keys = [random.make_key(seed, number + layer, x.device) for layer in range(len(recognition))]
+            number += len(recognition)
+            draws = recognition.sample_log_prob(images, samples, keys=keys)
+            log_w = generative.log_prob([draw.z for draw in draws], images)
+            for draw in draws:
+                log_w = log_w - draw.log_q
             log_w = log_w.double()
             total += log_w.sum(0)
             log_total = torch.logaddexp(log_total, log_w.logsumexp(0))

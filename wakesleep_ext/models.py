@@ -1,29 +1,28 @@
-"""The Helmholtz machine: a recognition network q(z|x) and a generative model p(z) p(x|z)."""
+"""The Helmholtz machine: recognition network q(z|x) and generative network p(x, z), each a chain of conditionals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import reduce
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from wakesleep_ext import ops, random
+from wakesleep_ext.conditionals import (
+    BernoulliConditional,
+    Conditional,
+    Distribution,
+    GaussianConditional,
+    StandardGaussianPrior,
+)
+from wakesleep_ext.networks import Activation, Constant, MultilayerPerceptron
 
-Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
-
-_ACTIVATIONS: dict[Activation, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-    "softplus": nn.Softplus,
-    "sigmoid": nn.Sigmoid,
-}
+Latents = Literal["gaussian", "bernoulli"]
+Keys: TypeAlias = "Sequence[Tensor | None] | None"
+Factor: TypeAlias = "tuple[Conditional, Tensor, Tensor | None]"
 
 PIXEL_MEAN_CLIP = 1e-3
 """Pixel means are clipped to [0.001, 0.999] before their logit is taken."""
@@ -31,176 +30,204 @@ PIXEL_MEAN_CLIP = 1e-3
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and activation of both networks.
+    """Sizes, kind of the latent variables and activation, of both networks.
 
     Raises:
-        ValueError: a size is not a positive integer, or the activation is unknown.
+        ValueError: a size is not a positive integer, or a name is unknown.
     """
 
     observed: int
     """Pixels of an image, D."""
-    latent: int = 50
-    """Latent variables, K."""
+    latent: tuple[int, ...] = (50,)
+    """Latent variables of each stochastic layer, from x up; one size, one layer."""
     recognition_hidden: tuple[int, ...] = (200, 200)
-    """Hidden widths of the recognition network, from x to z."""
+    """Hidden widths of q(z_1|x), from x to z_1."""
     generative_hidden: tuple[int, ...] = (200, 200)
-    """Hidden widths of the generative network, from z to x."""
+    """Hidden widths of p(x|z_1), from z_1 to x."""
+    latent_hidden: tuple[int, ...] = (100, 100)
+    """Hidden widths between one stochastic layer and the next, in both directions."""
+    latents: Latents = "gaussian"
+    """Kind of the latent variables: diagonal Gaussian under a prior N(0, I), or Bernoulli under a learnt one, the
+    sigmoid belief network of the first Helmholtz machines."""
     activation: Activation = "tanh"
     """Activation after each hidden layer."""
 
     def __post_init__(self) -> None:
         sizes = {
             "observed": (self.observed,),
-            "latent": (self.latent,),
+            "latent": self.latent,
             "recognition_hidden": self.recognition_hidden,
             "generative_hidden": self.generative_hidden,
+            "latent_hidden": self.latent_hidden,
         }
         for name, values in sizes.items():
+            if not isinstance(values, tuple):
+                raise ValueError(f"ModelConfig: expected {name} to be a tuple of sizes, got {values!r}")
             if not all(type(value) is int and value > 0 for value in values):
                 raise ValueError(f"ModelConfig: expected {name} > 0, got {getattr(self, name)}")
-        if self.activation not in get_args(Activation):
-            names = ", ".join(get_args(Activation))
-            raise ValueError(f"ModelConfig: expected activation to be one of {names}, got {self.activation!r}")
+        if not self.latent:
+            raise ValueError("ModelConfig: expected latent to name one layer at least, got ()")
+        for name, known in (("latents", get_args(Latents)), ("activation", get_args(Activation))):
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"ModelConfig: expected {name} to be one of {', '.join(known)}, got {given!r}")
 
 
-class MultilayerPerceptron(nn.Sequential):
-    """Linear layers of the given sizes with an activation between them, `[*, first] -> [*, last]`.
+class _Chain(nn.ModuleList):
+    """Conditionals whose product is a joint distribution."""
 
-    Weights start as Glorot & Bengio (2010) propose, biases at zero, the last one at `output_bias`
-    if it is given. The input may have any dtype,
-    binary pixels as bool or uint8 included: it is cast to that of the weights.
+    def __iter__(self) -> Iterator[Conditional]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def factors(self, latents: Sequence[Tensor], x: Tensor) -> Iterator[Factor]:
+        """Each conditional, the value that it is to score, and what is given."""
+        raise NotImplementedError
+
+    def log_prob(self, latents: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The sum over the factors of log p(value | given).
+
+        Args:
+            latents: z_1, ..., z_T from x up, `[*S, *B, K]` each.
+            x: binary pixels `[*B, D]`: bool, uint8 or floating.
+
+        Returns:
+            `[*S, *B]`, float32 or float64.
+        """
+        log_probs = [conditional(given).log_prob(value) for conditional, value, given in self.factors(latents, x)]
+        return reduce(torch.add, log_probs)
+
+
+class Draw(NamedTuple):
+    """Of one stochastic layer, from the recognition network."""
+
+    q: Distribution
+    """What it was drawn from."""
+    z: Tensor
+    """`[L, *B, K]`."""
+    log_q: Tensor
+    """`[L, *B]`."""
+
+
+class RecognitionNetwork(_Chain):
+    """q(z|x) = q(z_1|x) q(z_2|z_1) ... q(z_T|z_{T-1}).
+
+    Args:
+        conditionals: in this order.
     """
 
-    def __init__(self, sizes: Sequence[int], activation: Activation, output_bias: Tensor | None = None) -> None:
-        linears = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes)]
-        for linear in linears:
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        if output_bias is not None:
-            with torch.no_grad():
-                linears[-1].bias.copy_(output_bias)
-        layers = [layer for linear in linears for layer in (linear, _ACTIVATIONS[activation]())]
-        super().__init__(*layers[:-1])
+    def factors(self, latents: Sequence[Tensor], x: Tensor) -> Iterator[Factor]:
+        return zip(self, latents, (x, *latents[:-1]), strict=True)
 
-    @property
-    def head(self) -> nn.Linear:
-        """The last layer."""
-        last = next(reversed(self._modules.values()))  # self[-1] takes four times as long
-        assert isinstance(last, nn.Linear)
-        return last
+    def sample(self, x: Tensor, num_samples: int = 1, *, keys: Keys = None) -> tuple[Tensor, ...]:
+        """z ~ q(z|x).
 
-    def features(self, input: Tensor) -> Tensor:
-        """What the last layer gets, `[*, first] -> [*, next to last]`."""
-        output = input.to(self.head.weight.dtype)
-        hidden = list(self._modules.values())[:-1]
-        for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
-            hooked = _has_hooks(linear) or _has_hooks(activation)
-            if isinstance(linear, nn.Linear) and isinstance(activation, nn.Tanh) and not hooked:
-                output = ops.linear_tanh(output, linear.weight, linear.bias)
+        Args:
+            x: binary pixels `[*B, D]`.
+            num_samples: L.
+            keys: one for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
+
+        Returns:
+            z_1, ..., z_T, `[L, *B, K]` each; differentiable where the conditionals' draws are.
+        """
+        given, latents = x, []
+        sample_shape: tuple[int, ...] = (num_samples,)
+        for conditional, key in zip(self, _keys(keys, self), strict=True):
+            given = conditional(given).sample(sample_shape, key=key)
+            latents.append(given)
+            sample_shape = ()
+        return tuple(latents)
+
+    def sample_log_prob(
+        self, x: Tensor, num_samples: int = 1, *, keys: Keys = None, detach: bool = False
+    ) -> list[Draw]:
+        """As :meth:`sample`, with the log-probability of each layer's draw.
+
+        Args:
+            x, num_samples, keys: as there.
+            detach: take the draws for data: z has no gradient, and that of log q is taken at a fixed z. Otherwise it
+                is the total derivative, through z too.
+        """
+        given, draws = x, []
+        sample_shape: tuple[int, ...] = (num_samples,)
+        for conditional, key in zip(self, _keys(keys, self), strict=True):
+            q = conditional(given)
+            if detach:
+                with torch.no_grad():
+                    given = q.sample(sample_shape, key=key)
+                log_q = q.log_prob(given)
             else:
-                output = activation(linear(output))
-        return output
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.head(self.features(input))
-        return output
-
-
-def log_likelihood(generative: nn.Module, z: Tensor, x: Tensor) -> Tensor:
-    """log p(x|z) of each row; its backward pass, of a perceptron, recomputes the logits if they are many.
-
-    Args:
-        generative: maps z `[*, K]` to logits `[*, D]`.
-        z: latent variables `[*S, *B, K]`.
-        x: binary pixels `[*B, D]`: bool, uint8 or floating.
-
-    Returns:
-        `[*S, *B]`.
-    """
-    return _decode(generative, z, ops.linear_bernoulli_log_prob, ops.bernoulli_log_prob, x)
-
-
-def log_likelihood_sum(generative: nn.Module, z: Tensor, x: Tensor, importance: Tensor) -> Tensor:
-    """The sum of `importance` times :func:`log_likelihood` over all rows, 0-dimensional; for training, since the
-    gradients of a perceptron come with it.
-
-    Args:
-        generative, z, x: as there.
-        importance: weights that broadcast to `[*S, *B]`.
-    """
-    return _decode(
-        generative,
-        z,
-        ops.linear_bernoulli_log_prob_sum,
-        lambda logits, x, importance: (importance * ops.bernoulli_log_prob(logits, x)).sum(),
-        x,
-        importance,
-    )
-
-
-def sample_pixels(generative: nn.Module, z: Tensor, *, key: Tensor | None = None) -> Tensor:
-    """x ~ p(x|z): `[*, K] -> [*, D]`, 0 or 1 in the dtype of the logits."""
-    key = random.draw_key(z) if key is None else key
-    return _decode(generative, z, partial(ops.linear_bernoulli_sample, key=key), partial(ops.bernoulli_sample, key=key))
-
-
-def _decode(
-    generative: nn.Module, z: Tensor, of_head: Callable[..., Tensor], of_logits: Callable[..., Tensor], *others: Tensor
-) -> Tensor:
-    """The logits of a network whose last layer is known to be linear need not be held, unless a hook waits for them."""
-    if isinstance(generative, MultilayerPerceptron) and not (_has_hooks(generative) or _has_hooks(generative.head)):
-        return of_head(generative.features(z), generative.head.weight, generative.head.bias, *others)
-    return of_logits(generative(z), *others)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any(kinds)
+                given, log_q = q.sample_log_prob(sample_shape, key=key)
+            draws.append(Draw(q, given, log_q))
+            sample_shape = ()
+        return draws
 
 
 class Dream(NamedTuple):
-    """A draw from the generative model: z ~ p(z), then x ~ p(x|z)."""
+    """A draw from the generative network: z ~ p(z), then x ~ p(x|z)."""
 
-    z: Tensor
-    """Latent variables `[N, K]`; `sigmoid(generative(z))` is the mean of each pixel."""
+    latents: tuple[Tensor, ...]
+    """z_1, ..., z_T, `[N, K]` each."""
     x: Tensor
     """Binary pixels `[N, D]`, 0 or 1 in the dtype of the logits."""
 
 
-@torch.no_grad()
-def dream(
-    generative: nn.Module,
-    num_dreams: int,
-    latent: int,
-    *,
-    keys: tuple[Tensor, Tensor] | None = None,
-) -> Dream:
-    """Dream: z ~ N(0, I), x ~ Bernoulli(sigmoid(generative(z))), without gradients.
+class GenerativeNetwork(_Chain):
+    """p(x, z) = p(x|z_1) p(z_1|z_2) ... p(z_T).
 
     Args:
-        generative: maps z `[N, K]` to logits `[N, D]`; its parameters give device and dtype.
-        num_dreams: N.
-        latent: K.
-        keys: one key for z and one for x (`wakesleep_ext.random.draw_key`), drawn if not given.
+        conditionals: in this order, the prior of z_T last, which is given nothing: None.
     """
-    key_z, key_x = keys if keys is not None else (None, None)
-    zeros = next(generative.parameters()).new_zeros(latent)
-    z = ops.gaussian_rsample(zeros, zeros, (num_dreams,), key=key_z)
-    return Dream(z, sample_pixels(generative, z, key=key_x))
+
+    def factors(self, latents: Sequence[Tensor], x: Tensor) -> Iterator[Factor]:
+        return zip(self, (x, *latents), (*latents, None), strict=True)
+
+    def sample_latents(self, sample_shape: Sequence[int], *, keys: Keys = None) -> tuple[Tensor, ...]:
+        """z ~ p(z), without gradients.
+
+        Args:
+            sample_shape: S.
+            keys: one for each stochastic layer from z_T down, drawn if not given.
+
+        Returns:
+            z_1, ..., z_T, `[*S, K]` each.
+        """
+        given, latents, (_, *of_latents) = None, [], self
+        with torch.no_grad():
+            for conditional, key in zip(reversed(of_latents), _keys(keys, of_latents), strict=True):
+                given = conditional(given).sample(sample_shape, key=key)
+                latents.append(given)
+                sample_shape = ()
+        return tuple(reversed(latents))
+
+    def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
+        """Ancestral sampling, without gradients.
+
+        Args:
+            num_dreams: N.
+            keys: one for each stochastic layer from z_T down, and one for x; drawn if not given.
+        """
+        *of_latents, of_x = _keys(keys, self)
+        latents = self.sample_latents((num_dreams,), keys=of_latents)
+        with torch.no_grad():
+            return Dream(latents, self[0](latents[0]).sample(key=of_x))
+
+    @torch.no_grad()
+    def pixel_means(self, z: Tensor) -> Tensor:
+        """E[x | z_1]: `[*, K] -> [*, D]` in [0, 1]."""
+        means: Tensor = self[0](z).logits.sigmoid()
+        return means
+
+
+def _keys(keys: Keys, conditionals: Iterable[nn.Module]) -> Sequence[Tensor | None]:
+    return [None for _ in conditionals] if keys is None else keys
 
 
 class HelmholtzMachine(nn.Module):
     """A recognition and a generative network facing each other (Dayan, Hinton, Neal & Zemel 1995).
 
-    `recognition` maps x `[*, D]` to `[mu | logvar]` packed in one tensor `[*, 2K]`, so that
-    `mu, logvar = ops.gaussian_parameters(recognition(x))` are views: q(z|x) = N(mu, exp(logvar)).
-    `generative` maps z `[*, K]` to logits `[*, D]`: p(z) = N(0, I), p(x|z) = Bernoulli(sigmoid(·)).
-
     Args:
-        config: sizes and activation.
-        pixel_mean: `[D]`, the training set's mean of each pixel in [0, 1]. The output bias of the
-            generative network starts at its logit, the mean clipped to [0.001, 0.999]; without
-            it, at zero.
+        config: sizes, kind of the latent variables, activation.
+        pixel_mean: `[D]`, the training set's mean of each pixel in [0, 1]. The output bias of p(x|z_1) starts at its
+            logit, the mean clipped to [0.001, 0.999]; without it, at zero.
     """
 
     def __init__(self, config: ModelConfig, pixel_mean: Tensor | None = None) -> None:
@@ -210,21 +237,39 @@ class HelmholtzMachine(nn.Module):
                 f"HelmholtzMachine: expected pixel_mean to have shape [{config.observed}], got {list(pixel_mean.shape)}"
             )
         self.config = config
-        self.recognition = MultilayerPerceptron(
-            (config.observed, *config.recognition_hidden, 2 * config.latent), config.activation
-        )
-        self.generative = MultilayerPerceptron(
-            (config.latent, *config.generative_hidden, config.observed),
-            config.activation,
-            output_bias=None if pixel_mean is None else torch.logit(pixel_mean, eps=PIXEL_MEAN_CLIP),
-        )
+        self.recognition = RecognitionNetwork(_recognition(config))
+        self.generative = GenerativeNetwork(_generative(config, pixel_mean))
 
-    def dream(self, num_dreams: int, *, keys: tuple[Tensor, Tensor] | None = None) -> Dream:
-        """Draw from the generative model; see :func:`dream`."""
-        return dream(self.generative, num_dreams, self.config.latent, keys=keys)
+    def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
+        """Draw from the generative network; see :meth:`GenerativeNetwork.dream`."""
+        return self.generative.dream(num_dreams, keys=keys)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, *, key: Tensor | None = None) -> Tensor:
-        """Mean of p(x'|z) at a z ~ q(z|x): pixels in [0, 1], `[*, D] -> [*, D]`."""
-        mu, logvar = ops.gaussian_parameters(self.recognition(x))
-        return torch.sigmoid(self.generative(ops.gaussian_rsample(mu, logvar, key=key)))
+    def reconstruct(self, x: Tensor, *, keys: Keys = None) -> Tensor:
+        """Mean of p(x'|z) at a z ~ q(z|x): pixels in [0, 1], `[N, D] -> [N, D]`."""
+        return self.generative.pixel_means(self.recognition.sample(x, keys=keys)[0][0])
+
+
+def _recognition(config: ModelConfig) -> Iterator[Conditional]:
+    yield _latent(config, config.observed, config.recognition_hidden, config.latent[0])
+    for below, above in pairwise(config.latent):
+        yield _latent(config, below, config.latent_hidden, above)
+
+
+def _generative(config: ModelConfig, pixel_mean: Tensor | None) -> Iterator[Conditional]:
+    output_bias = None if pixel_mean is None else torch.logit(pixel_mean, eps=PIXEL_MEAN_CLIP)
+    sizes = (config.latent[0], *config.generative_hidden, config.observed)
+    yield BernoulliConditional(MultilayerPerceptron(sizes, config.activation, output_bias))
+    for below, above in pairwise(config.latent):
+        yield _latent(config, above, config.latent_hidden, below)
+    if config.latents == "gaussian":
+        yield StandardGaussianPrior(config.latent[-1])
+    else:
+        yield BernoulliConditional(Constant(config.latent[-1]))
+
+
+def _latent(config: ModelConfig, given: int, hidden: Sequence[int], size: int) -> Conditional:
+    """The conditional of latent variables that are given others, or pixels."""
+    if config.latents == "gaussian":
+        return GaussianConditional(MultilayerPerceptron((given, *hidden, 2 * size), config.activation))
+    return BernoulliConditional(MultilayerPerceptron((given, *hidden, size), config.activation), hold_logits=True)

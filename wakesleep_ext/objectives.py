@@ -1,64 +1,82 @@
-"""The two objectives of wake-sleep, pure functions from the networks and a batch to a loss.
+r"""The objectives, pure functions from the networks and a batch to a loss.
 
-Each phase trains one network on what the other has drawn (Hinton, Dayan, Frey & Neal, "The
-wake-sleep algorithm for unsupervised neural networks", Science 268, 1995): the drawing is done
-without gradients, so a loss reaches one network's parameters only.
+With L samples :math:`z_l \sim q_\phi(z|x)` for each image, :math:`w_l = p_\theta(x, z_l)/q_\phi(z_l|x)` and
+:math:`\tilde w_l = w_l / \sum_k w_k`:
+
+- wake-sleep (Hinton, Dayan, Frey & Neal, "The wake-sleep algorithm for unsupervised neural networks", Science 268,
+  1995): :func:`wake_theta_loss` and :func:`sleep_phi_loss`. Each phase trains one network on what the other has drawn,
+  without gradients, so a loss reaches one network's parameters only.
+- reweighted wake-sleep (Bornschein & Bengio, "Reweighted wake-sleep", ICLR 2015): :func:`reweighted_wake_losses`, whose
+  loss for phi may be mixed with that of the sleep phase.
+- the baselines, which differentiate through the draws: :func:`elbo_loss` (Kingma & Welling, "Auto-encoding variational
+  Bayes", 2014), :func:`iwae_loss` (Burda, Grosse & Salakhutdinov, "Importance weighted autoencoders", ICLR 2016) and
+  :func:`dreg_loss` (Tucker, Lawson, Gu & Maddison, "Doubly reparameterized gradient estimators for Monte Carlo
+  objectives", ICLR 2019).
+
+Every loss is the mean over images, or dreams, in nats, 0-dimensional. The networks may have several stochastic layers;
+log q(z|x) and log p(x, z) are then sums over them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 
 from wakesleep_ext import ops
-from wakesleep_ext.models import dream, log_likelihood_sum
+from wakesleep_ext.conditionals import Conditional, Distribution, Gaussian, StandardGaussianPrior
+from wakesleep_ext.models import Factor, GenerativeNetwork, Keys, RecognitionNetwork
+
+
+class WakeLosses(NamedTuple):
+    """What a wake phase minimises."""
+
+    theta: Tensor
+    """Of the generative network; of both, if `phi` is None and the draws are differentiated."""
+    phi: Tensor | None = None
+    """Of the recognition network."""
 
 
 def wake_theta_loss(
-    recognition: nn.Module,
-    generative: nn.Module,
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
     x: Tensor,
     num_samples: int = 1,
     *,
-    key: Tensor | None = None,
+    keys: Keys = None,
 ) -> Tensor:
     r"""Wake phase: explain the data, given what recognition makes of them.
 
-    .. math:: -\frac1B\sum_b \frac1L\sum_l \log p_\theta(x_b \mid z_{bl}),
+    .. math:: -\frac1B\sum_b \frac1L\sum_l \log p_\theta(x_b, z_{bl}),
         \qquad z_{bl} \sim q_\phi(z \mid x_b)
 
-    With z drawn from q, log p(z) does not depend on theta and is left out. L = 1 is the wake phase
-    of Hinton et al. (1995); more samples average its noise, weighted evenly (Bornschein & Bengio,
-    "Reweighted wake-sleep", ICLR 2015, weights them by importance instead).
+    less the factors that have no parameters: the prior N(0, I), so that what is left of a machine of one layer is
+    :math:`\log p_\theta(x|z)`. L = 1 is the wake phase of Hinton et al. (1995); more samples average its noise.
 
     Args:
-        recognition: maps x `[B, D]` to `[mu | logvar]` `[B, 2K]`; gets no gradient.
-        generative: maps z `[L, B, K]` to logits `[L, B, D]`.
+        recognition: gets no gradient.
+        generative: is to be trained.
         x: binary pixels `[B, D]`: bool, uint8 or floating.
         num_samples: L.
-        key: the key that z is drawn with (`wakesleep_ext.random.draw_key`), drawn if not given.
-
-    Returns:
-        The loss in nats per image, 0-dimensional.
+        keys: of the draws, one for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
     """
     with torch.no_grad():
-        mu, logvar = ops.gaussian_parameters(recognition(x))
-        z = ops.gaussian_rsample(mu, logvar, (num_samples,), key=key)
-    # a weight of the rows rather than a factor of their sum: the gradients are scaled as they are formed
-    wide = torch.promote_types(z.dtype, torch.float32)
-    weight = torch.full((), _minus_mean(math.prod(z.shape[:-1])), dtype=wide, device=z.device)
-    return log_likelihood_sum(generative, z, x, weight)
+        latents = recognition.sample(x, num_samples, keys=keys)
+    trained = [factor for factor in generative.factors(latents, x) if next(factor[0].parameters(), None) is not None]
+    return _minus_mean_log_prob(trained, latents[-1])
 
 
 def sleep_phi_loss(
-    recognition: nn.Module,
-    generative: nn.Module,
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
     num_dreams: int,
-    latent: int,
     *,
-    keys: tuple[Tensor, Tensor] | None = None,
+    keys: Keys = None,
 ) -> Tensor:
     r"""Sleep phase: recognise the causes of dreams, which are known.
 
@@ -69,20 +87,194 @@ def sleep_phi_loss(
     direction to the ELBO's (Hinton et al. 1995).
 
     Args:
-        recognition: maps x `[N, D]` to `[mu | logvar]` `[N, 2K]`.
-        generative: maps z `[N, K]` to logits `[N, D]`; gets no gradient.
+        recognition: is to be trained.
+        generative: gets no gradient.
         num_dreams: N.
-        latent: K.
-        keys: the keys that z and x are drawn with, one each, drawn if not given.
-
-    Returns:
-        The loss in nats per dream, 0-dimensional.
+        keys: of the draws, one for each stochastic layer from z_T down and one for x, drawn if not given.
     """
-    z, x = dream(generative, num_dreams, latent, keys=keys)
-    mu, logvar = ops.gaussian_parameters(recognition(x))
-    return ops.gaussian_log_prob(mu, logvar, z).sum() * _minus_mean(num_dreams)
+    latents, x = generative.dream(num_dreams, keys=keys)
+    return _minus_mean_log_prob(recognition.factors(latents, x), latents[-1])
 
 
-def _minus_mean(rows: int) -> float:
-    """What a sum over rows is multiplied by, in one operation."""
-    return -1 / rows if rows else math.nan
+def reweighted_wake_losses(
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
+    x: Tensor,
+    num_samples: int,
+    *,
+    defensive: float = 0.0,
+    keys: Keys = None,
+) -> WakeLosses:
+    r"""Reweighted wake phase, for both networks: samples count by their importance for the image they were drawn for.
+
+    .. math:: \mathcal L_\theta = -\frac1B\sum_b \log\frac1L\sum_l w_{bl}, \qquad
+        \mathcal L_\phi = -\frac1B\sum_b\sum_l \tilde w_{bl} \log q_\phi(z_{bl} \mid x_b)
+
+    The gradient of the first is :math:`-\sum_l \tilde w_l \nabla_\theta \log p_\theta(x, z_l)`. Draws are data in both,
+    q is in the first and the weights are in the second. With z fixed, the gradient for phi of the first would
+    otherwise be exactly minus that of the second, and their sum would teach recognition nothing. So both may be
+    differentiated together: each reaches its own network only.
+
+    Args:
+        recognition, generative, x, num_samples: as for :func:`wake_theta_loss`.
+        defensive: probability with which a sample is drawn from p(z) instead, 0 to 1 exclusive: weights are then
+            those of the mixture, and bounded wherever the likelihood is (Hesterberg, "Weighted average importance
+            sampling and defensive mixture distributions", 1995).
+        keys: one for each stochastic layer; if the mixture is defensive, one more to choose by, and one for each
+            stochastic layer from z_T down.
+    """
+    if defensive:
+        latents, log_q, log_proposal = _draw_defensively(recognition, generative, x, num_samples, defensive, keys)
+    else:
+        draws = recognition.sample_log_prob(x, num_samples, keys=keys, detach=True)
+        latents, log_q = [draw.z for draw in draws], _sum([draw.log_q for draw in draws])
+        log_proposal = log_q.detach()
+    log_w = generative.log_prob(latents, x) - log_proposal
+    return WakeLosses(_minus_bound(log_w), -(_normalised(log_w) * log_q).sum(0).mean())
+
+
+def elbo_loss(
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
+    x: Tensor,
+    num_samples: int = 1,
+    *,
+    keys: Keys = None,
+) -> Tensor:
+    r"""Minus the ELBO, for both networks, differentiated through the draws.
+
+    .. math:: -\frac1B\sum_b \frac1L\sum_l \log w_{bl}
+
+    Under a prior N(0, I) the divergence of the topmost layer from it is taken exactly, that of the others from the
+    draws.
+
+    Args:
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`; the latent variables Gaussian.
+    """
+    require_rsample(recognition)
+    draws = recognition.sample_log_prob(x, num_samples, keys=keys)
+    *factors, (prior, z, _) = generative.factors([draw.z for draw in draws], x)
+    *below, top = draws
+    if isinstance(prior, StandardGaussianPrior) and isinstance(top.q, Gaussian):
+        kl = ops.gaussian_kl(top.q.mu, top.q.logvar)
+    else:
+        kl = top.log_q - prior(None).log_prob(z)
+    return _sum([_minus_mean_log_prob(factors, z), kl.mean(), *(draw.log_q.mean() for draw in below)])
+
+
+def iwae_loss(
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
+    x: Tensor,
+    num_samples: int,
+    *,
+    keys: Keys = None,
+) -> Tensor:
+    r"""Minus the L-sample bound, for both networks, differentiated through the draws.
+
+    .. math:: -\frac1B\sum_b \log\frac1L\sum_l w_{bl}
+
+    Args:
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`; the latent variables Gaussian.
+    """
+    require_rsample(recognition)
+    draws = recognition.sample_log_prob(x, num_samples, keys=keys)
+    return _minus_bound(generative.log_prob([draw.z for draw in draws], x) - _sum([draw.log_q for draw in draws]))
+
+
+def dreg_loss(
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
+    x: Tensor,
+    num_samples: int,
+    *,
+    keys: Keys = None,
+) -> Tensor:
+    r"""Minus the L-sample bound with its doubly reparameterised gradient: that of :func:`iwae_loss` for theta, and
+
+    .. math:: -\frac1B\sum_b \sum_l \tilde w_{bl}^2 \frac{\partial \log w_{bl}}{\partial z_{bl}}
+        \frac{\partial z_{bl}}{\partial \phi}
+
+    for phi: the same in expectation, with a signal that does not drown in noise as L grows.
+
+    Args:
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`; the latent variables Gaussian.
+    """
+    require_rsample(recognition)
+    # as the densities see them, apart from where they come from
+    latents = [z.view_as(z) for z in recognition.sample(x, num_samples, keys=keys)]
+    fixed_q = [_detached(conditional, given) for conditional, _, given in recognition.factors(latents, x)]
+    log_q = _sum([q.log_prob(z) for q, z in zip(fixed_q, latents, strict=True)])
+    log_w = generative.log_prob(latents, x) - log_q
+    weights = _normalised(log_w)
+    for z in latents:
+        if z.requires_grad:
+            z.register_hook(lambda gradient: gradient * weights.unsqueeze(-1).to(gradient.dtype))
+    return _minus_bound(log_w)
+
+
+def _draw_defensively(
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
+    x: Tensor,
+    num_samples: int,
+    share: float,
+    keys: Keys,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Draws from (1 - share) q(z|x) + share p(z), their log q, and their log-probability under the mixture."""
+    layers = len(recognition)
+    keys = [None] * (2 * layers + 1) if keys is None else keys
+    with torch.no_grad():
+        recognised = recognition.sample(x, num_samples, keys=keys[:layers])
+        imagined = generative.sample_latents((num_samples, *x.shape[:-1]), keys=keys[layers + 1 :])
+        odds = torch.full(x.shape[:-1], math.log(share / (1 - share)), dtype=torch.float32, device=x.device)
+        chosen = ops.bernoulli_sample(odds, (num_samples,), dtype=torch.bool, key=keys[layers]).unsqueeze(-1)
+        latents = [torch.where(chosen, *pair) for pair in zip(imagined, recognised, strict=True)]
+        _, *of_latents = generative.factors(latents, x)
+        log_prior = _sum([conditional(given).log_prob(value) for conditional, value, given in of_latents])
+    log_q = recognition.log_prob(latents, x)
+    log_proposal = torch.logaddexp(log_q.detach() + math.log(1 - share), log_prior + math.log(share))
+    return latents, log_q, log_proposal
+
+
+def _minus_mean_log_prob(factors: Iterable[Factor], like: Tensor) -> Tensor:
+    """Minus the mean over draws, such as z, `[*S, *B, K]`, of the sum over factors."""
+    rows, wide = math.prod(like.shape[:-1]), torch.promote_types(like.dtype, torch.float32)
+    # a weight of the rows rather than a factor of their sum: the gradients are scaled as they are formed
+    weight = torch.full((), -1 / rows if rows else math.nan, dtype=wide, device=like.device)
+    return _sum([conditional(given).log_prob_sum(value, weight) for conditional, value, given in factors])
+
+
+def _detached(conditional: Conditional, given: Tensor | None) -> Distribution:
+    """As a function of what is given, not of the parameters."""
+    parameters = {name: parameter.detach() for name, parameter in conditional.named_parameters()}
+    distribution: Distribution = functional_call(conditional, parameters, (given,))
+    return distribution
+
+
+def require_rsample(recognition: RecognitionNetwork) -> None:
+    """See that draws are differentiable.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for conditional in recognition:
+        if not conditional.has_rsample:
+            raise ValueError(
+                f"expected recognition to have differentiable draws, got {type(conditional).__name__}: "
+                "its latent variables are discrete; train it by wake-sleep or reweighted wake-sleep"
+            )
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)
+
+
+def _minus_bound(log_w: Tensor) -> Tensor:
+    """Minus the mean of the L-sample bounds, of log weights `[L, B]`."""
+    return math.log(len(log_w)) - log_w.logsumexp(0).mean()
+
+
+def _normalised(log_w: Tensor) -> Tensor:
+    """Importance weights `[L, B]` that sum to 1 over the samples of an image, without gradient."""
+    return log_w.detach().softmax(0)

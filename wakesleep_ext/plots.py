@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 _DPI = 150
 _WAKE, _SLEEP, _TEST, _BASELINE = "#c2571a", "#35478c", "#1b7f5c", "#8a8a8a"
+_LOSSES = (
+    ("wake_loss", "Wake: generative network", "nats per image", _WAKE),
+    ("wake_phi_loss", "Wake: recognition network", "nats per image", _SLEEP),
+    ("sleep_loss", "Sleep: $-\\log q(z\\,|\\,x)$", "nats per dream", _SLEEP),
+)
 
 
 def samples(path: Path, pixels: Tensor, shape: tuple[int, int]) -> None:
@@ -55,20 +60,20 @@ def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: floa
 
     Args:
         path: the picture that is written.
-        epochs: records with `epoch`, `wake_loss`, `sleep_loss` and `test_elbo`, in nats.
+        epochs: records with `epoch`, `test_elbo`, and of the losses those that there were, in nats.
         baseline_nll: test NLL of independent Bernoulli pixels, for comparison.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.4), dpi=_DPI, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    panels = [panel for panel in _LOSSES if any(panel[0] in record for record in epochs)]
+    figure = Figure(figsize=(10 / 3 * (len(panels) + 1), 3.4), dpi=_DPI, layout="constrained")
+    *of_losses, right = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
+    for axes, (name, title, unit, color) in zip(of_losses, panels, strict=True):
+        known = [record for record in epochs if name in record]
+        axes.plot([record["epoch"] for record in known], [record[name] for record in known], color=color)
+        _label(axes, title, unit)
     epoch = [record["epoch"] for record in epochs]
-
-    left.plot(epoch, [record["wake_loss"] for record in epochs], color=_WAKE)
-    _label(left, "Wake: $-\\log p(x\\,|\\,z)$", "nats per image")
-    middle.plot(epoch, [record["sleep_loss"] for record in epochs], color=_SLEEP)
-    _label(middle, "Sleep: $-\\log q(z\\,|\\,x)$", "nats per dream")
-    right.plot(epoch, [-record["test_elbo"] for record in epochs], color=_TEST, label="wake-sleep")
+    right.plot(epoch, [-record["test_elbo"] for record in epochs], color=_TEST, label="Helmholtz machine")
     right.axhline(baseline_nll, color=_BASELINE, linestyle="--", label="independent pixels")
     right.legend(frameon=False)
     _label(right, "Test: $-$ELBO", "nats per image")

@@ -75,7 +75,7 @@ class StepCase(Case[Inputs]):
     @property
     def _model(self) -> ModelConfig:
         observed, *hidden, latent = self.net
-        return ModelConfig(observed, latent, tuple(hidden), tuple(reversed(hidden)))
+        return ModelConfig(observed, (latent,), tuple(hidden), tuple(reversed(hidden)))
 
     @property
     def bytes(self) -> int:
@@ -114,7 +114,7 @@ class StepCase(Case[Inputs]):
 
     def _by_hand(self, machine: HelmholtzMachine, inputs: Inputs, wake_loss: _Loss, sleep_loss: _Loss) -> Call:
         """The step around two losses, as one writes it."""
-        recognition, generative = nn.Sequential(*machine.recognition), nn.Sequential(*machine.generative)
+        recognition, generative = (nn.Sequential(*network) for network in _networks(machine))
         wake, sleep = (_adam(network, self.training) for network in (generative, recognition))
         (images, batch), latent = inputs, self.net[-1]
 
@@ -183,7 +183,7 @@ def _copied(loss: _Loss) -> _Loss:
 
 
 def _adam(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    rate, betas, epsilon = config.wake_learning_rate, config.adam_betas, config.adam_epsilon
+    rate, betas, epsilon = config.generative_learning_rate, config.adam_betas, config.adam_epsilon
     return torch.optim.Adam(network.parameters(), rate, betas, epsilon, fused=True)
 
 
@@ -194,13 +194,22 @@ def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     return loss.detach()
 
 
+def _networks(machine: HelmholtzMachine) -> tuple[nn.Sequential, nn.Sequential]:
+    """From x to the packed parameters of z, and from z to the logits of x."""
+    (recognition,), (generative, _) = machine.recognition, machine.generative
+    assert isinstance(recognition.network, nn.Sequential)
+    assert isinstance(generative.network, nn.Sequential)
+    return recognition.network, generative.network
+
+
 def _products(machine: HelmholtzMachine, batch: int, num_samples: int) -> Call:
     """The matrix products of a step, and nothing else: what no implementation can do without."""
+    recognition, generative = _networks(machine)
     passes = (
-        _Products(machine.recognition, batch, backward=False),
-        _Products(machine.generative, num_samples * batch, backward=True),
-        _Products(machine.generative, batch, backward=False),
-        _Products(machine.recognition, batch, backward=True),
+        _Products(recognition, batch, backward=False),
+        _Products(generative, num_samples * batch, backward=True),
+        _Products(generative, batch, backward=False),
+        _Products(recognition, batch, backward=True),
     )
 
     def multiply() -> None:
