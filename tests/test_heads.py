@@ -50,6 +50,15 @@ def test_any_weight_for_each_row_is_exact(recompute: bool | None, device: str, o
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, parameters, upstream), rtol=1e-12, atol=1e-11)
 
 
+@RECOMPUTE
+def test_a_gradient_for_one_argument_alone_is_the_same(recompute: bool | None, device: str) -> None:
+    *parameters, x = _head((5, 4), 3, 7, device=device)
+    found = ws.linear_bernoulli_log_prob(*parameters, x, recompute=recompute).sum()
+    together = torch.autograd.grad(found, parameters, retain_graph=True)
+    alone = [torch.autograd.grad(found, parameter, retain_graph=True)[0] for parameter in parameters]
+    torch.testing.assert_close(alone, list(together))
+
+
 def test_a_weighted_sum_is_exact(device: str, one_thread: None) -> None:
     h, weight, bias, x = _several_chunks(device)
     importance = torch.randn(h.shape[:-1], dtype=torch.float64, device=device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Both phases against expectations taken exactly, over every image and by quadrature over z."""
+"""Every objective against its expectation taken exactly: over every image and every value of z, or by quadrature."""
 
 import itertools
 import math
@@ -6,141 +6,361 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Bernoulli, Normal
 
 from wakesleep_ext.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
 from wakesleep_ext.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
-from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
+from wakesleep_ext.objectives import (
+    dreg_loss,
+    elbo_loss,
+    iwae_loss,
+    reweighted_wake_losses,
+    sleep_phi_loss,
+    wake_theta_loss,
+)
 from wakesleep_ext.random import make_key
 
 D = 3
 EVERY_IMAGE = torch.tensor(list(itertools.product([0.0, 1.0], repeat=D)), dtype=torch.float64)
+SOME_IMAGES = EVERY_IMAGE[[1, 4, 6]]
+
+CONFIGS = {
+    "one Gaussian layer": ModelConfig(D, (1,), (4,), (4,)),
+    "two Gaussian layers": ModelConfig(D, (1, 1), (4,), (4,), (3,)),
+    "two Bernoulli layers": ModelConfig(D, (2, 1), (4,), (4,), (), "bernoulli"),
+}
+DIFFERENTIABLE = [name for name, config in CONFIGS.items() if config.latents == "gaussian"]
+
+
+def make_machine(name):
+    """Small, and far enough from its start to have something to say."""
+    torch.manual_seed(0)
+    machine = HelmholtzMachine(CONFIGS[name], torch.tensor([0.2, 0.5, 0.7]))
+    with torch.no_grad():
+        for parameter in machine.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return machine.double()
 
 
 @pytest.fixture
 def machine():
-    """One latent variable, three pixels, far enough from its start to have something to say."""
-    torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(D, (1,), (4,), (4,)), torch.tensor([0.2, 0.5, 0.7]))
-    with torch.no_grad():
-        for parameter in machine.parameters():
-            parameter += 0.5 * torch.randn_like(parameter)
-    return machine.double()
+    return make_machine("one Gaussian layer")
 
 
-def quadrature():
-    """Nodes and weights of the standard Gaussian, exact beyond what is asked of them here."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
-    return torch.tensor(nodes), torch.tensor(weights / math.sqrt(2 * math.pi))
+# ---- expectations ----------------------------------------------------------------------------------------------------
+# A machine's latent variables as atoms, `[A, B, K]` for each layer, with weights `[A, B]` that make expectations sums.
 
 
-def log_bernoulli(logits, x):
-    logits, x = torch.broadcast_tensors(logits, x)
-    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
+def distribution(conditional, given):
+    """By torch's own distributions, from what the conditional's network returns."""
+    if isinstance(conditional, StandardGaussianPrior):
+        return Normal(torch.zeros(1, dtype=torch.float64), 1)
+    output = conditional.network(given)
+    if isinstance(conditional, BernoulliConditional):
+        return Bernoulli(logits=output)
+    mu, logvar = output.chunk(2, -1)
+    return Normal(mu, (logvar / 2).exp())
+
+
+def log_prob(chain, latents, x):
+    x = x.expand(*latents[0].shape[:-1], D)
+    return sum(distribution(c, given).log_prob(value).sum(-1) for c, value, given in chain.factors(latents, x))
+
+
+def quadrature(layers):
+    """Nodes `[A]` for each layer and weights `[A]` of the standard Gaussian."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60 if layers == 1 else 24)
+    nodes, weights = torch.tensor(nodes), torch.tensor(weights / math.sqrt(2 * math.pi))
+    grid, of_grid = (torch.cartesian_prod(*[values] * layers).view(-1, layers) for values in (nodes, weights))
+    return grid.T, of_grid.prod(-1)
+
+
+def every_state(sizes):
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=sum(sizes))), dtype=torch.float64)
+    return states.split(sizes, -1)
+
+
+def recognised(machine, x):
+    """z ~ q(z|x), differentiable where q can be."""
+    sizes = machine.config.latent
+    if machine.config.latents == "bernoulli":
+        latents = [z[:, None].expand(-1, len(x), -1) for z in every_state(sizes)]
+        return latents, log_prob(machine.recognition, latents, x).exp().detach()
+    noise, weights = quadrature(len(sizes))
+    given, latents = x.expand(noise.shape[1], *x.shape), []
+    for conditional, epsilon in zip(machine.recognition, noise, strict=True):
+        q = distribution(conditional, given)
+        given = q.mean + q.stddev * epsilon[:, None, None]
+        latents.append(given)
+    return latents, weights[:, None].expand(-1, len(x))
+
+
+def imagined(machine):
+    """z ~ p(z), for one image."""
+    sizes = machine.config.latent
+    if machine.config.latents == "bernoulli":
+        latents = [z[:, None] for z in every_state(sizes)]
+        return latents, log_prior(machine, latents).exp().detach()
+    noise, weights = quadrature(len(sizes))
+    given, latents = None, []
+    for conditional, epsilon in zip(reversed(list(machine.generative)[1:]), noise, strict=True):
+        p = distribution(conditional, given)
+        given = p.mean + p.stddev * epsilon[:, None, None]
+        latents.insert(0, given)
+    return detached(latents), weights[:, None]
+
+
+def log_prior(machine, latents):
+    factors = zip(list(machine.generative)[1:], latents, [*latents[1:], None], strict=True)
+    return sum(distribution(c, given).log_prob(value).sum(-1) for c, value, given in factors)
+
+
+def detached(latents):
+    return [z.detach() for z in latents]
 
 
 def exact_wake_loss(machine, x):
-    nodes, weights = quadrature()
-    with torch.no_grad():
-        mu, logvar = machine.recognition[0].network(x).chunk(2, -1)
-        z = mu + (logvar / 2).exp() * nodes  # [B, nodes]
-    log_p = log_bernoulli(machine.generative[0].network(z[..., None]), x[:, None])
-    return -(weights * log_p).sum(-1).mean()
+    latents, weights = recognised(machine, x)
+    log_joint = log_prob(machine.generative, detached(latents), x)
+    if machine.config.latents == "gaussian":  # the topmost prior is left out
+        log_joint = log_joint - Normal(0, 1).log_prob(latents[-1].detach()).sum(-1)
+    return -(weights * log_joint).sum(0).mean()
 
 
 def exact_sleep_loss(machine):
-    nodes, weights = quadrature()
+    latents, weights = imagined(machine)
     with torch.no_grad():
-        logits = machine.generative[0].network(nodes[:, None])
-        p_x_given_z = log_bernoulli(logits[:, None], EVERY_IMAGE).exp()  # [nodes, 2^D]
-    mu, logvar = machine.recognition[0].network(EVERY_IMAGE).chunk(2, -1)
-    q = torch.distributions.Normal(mu[:, 0], (logvar[:, 0] / 2).exp())
-    return -(weights[:, None] * p_x_given_z * q.log_prob(nodes[:, None])).sum()
+        pixels = distribution(machine.generative[0], latents[0])
+        p_x_given_z = pixels.log_prob(EVERY_IMAGE).sum(-1).exp()  # [A, 2^D]
+    latents = [z.expand(-1, len(EVERY_IMAGE), -1) for z in latents]
+    return -(weights * p_x_given_z * log_prob(machine.recognition, latents, EVERY_IMAGE)).sum()
+
+
+def exact_elbo_loss(machine, x):
+    latents, weights = recognised(machine, x)
+    log_w = log_prob(machine.generative, latents, x) - log_prob(machine.recognition, latents, x)
+    return -(weights * log_w).sum(0).mean()
+
+
+def of_pairs(weights, log_w):
+    """Bound of two independent samples and their probability, `[A, A, B]`."""
+    one, other = log_w[:, None], log_w[None]
+    return torch.logaddexp(one, other) - math.log(2), weights[:, None] * weights[None]
+
+
+def exact_iwae_loss(machine, x):
+    """L = 2."""
+    latents, weights = recognised(machine, x)
+    log_w = log_prob(machine.generative, latents, x) - log_prob(machine.recognition, latents, x)
+    bound, probability = of_pairs(weights, log_w)
+    return -(probability * bound).sum((0, 1)).mean()
+
+
+def exact_reweighted_losses(machine, x, share=0.0):
+    """L = 2, of samples from (1 - share) q(z|x) + share p(z)."""
+    latents, weights = recognised(machine, x)
+    latents, weights = detached(latents), (1 - share) * weights
+    if share:
+        others, of_others = imagined(machine)
+        latents = [torch.cat((z, o.expand(-1, len(x), -1))) for z, o in zip(latents, others, strict=True)]
+        weights = torch.cat((weights, share * of_others.expand(-1, len(x))))
+    log_q = log_prob(machine.recognition, latents, x)
+    log_proposal = log_q.detach()
+    if share:
+        log_proposal = torch.logaddexp(
+            log_proposal + math.log(1 - share), log_prior(machine, latents) + math.log(share)
+        )
+    log_w = log_prob(machine.generative, latents, x) - log_proposal.detach()
+    bound, probability = of_pairs(weights, log_w)
+    first = torch.sigmoid(log_w[:, None] - log_w[None]).detach()  # normalised weight of the first of the pair
+    theta = -(probability * bound).sum((0, 1)).mean()
+    phi = -(probability * (first * log_q[:, None] + (1 - first) * log_q[None])).sum((0, 1)).mean()
+    return theta, phi
 
 
 def gradients(loss, network):
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in network.named_parameters()}
-    network.zero_grad()
+    return dict(
+        zip(
+            (name for name, _ in network.named_parameters()),
+            torch.autograd.grad(loss, list(network.parameters()), retain_graph=True),
+            strict=True,
+        )
+    )
+
+
+def assert_same(sampled, exact, *networks, atol=0.02):
+    """In value, and in gradient for each network."""
+    torch.testing.assert_close(sampled, exact, rtol=0, atol=atol)
+    for network in networks:
+        torch.testing.assert_close(gradients(sampled, network), gradients(exact, network), rtol=0, atol=atol)
+
+
+COPIES = 300_000
+MANY = SOME_IMAGES.repeat(COPIES // len(SOME_IMAGES), 1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_wake_loss_and_its_gradient_are_unbiased(name):
+    machine = make_machine(name)
+    sampled = wake_theta_loss(machine.recognition, machine.generative, MANY, 2)
+    assert_same(sampled, exact_wake_loss(machine, SOME_IMAGES), machine.generative)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_sleep_loss_and_its_gradient_are_unbiased(name):
+    machine = make_machine(name)
+    sampled = sleep_phi_loss(machine.recognition, machine.generative, COPIES)
+    assert_same(sampled, exact_sleep_loss(machine), machine.recognition)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_reweighted_losses_and_their_gradients_are_right(name, share):
+    machine = make_machine(name)
+    sampled = reweighted_wake_losses(machine.recognition, machine.generative, MANY, 2, defensive=share)
+    theta, phi = exact_reweighted_losses(machine, SOME_IMAGES, share)
+    assert_same(sampled.theta, theta, machine.generative)
+    assert_same(sampled.phi, phi, machine.recognition)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(
+    ("loss", "exact", "num_samples"),
+    [
+        (elbo_loss, exact_elbo_loss, 1),
+        (elbo_loss, exact_elbo_loss, 3),
+        (iwae_loss, exact_iwae_loss, 2),
+        (dreg_loss, exact_iwae_loss, 2),
+    ],
+)
+def test_bounds_that_are_differentiated_through_the_draws(name, loss, exact, num_samples):
+    machine = make_machine(name)
+    sampled = loss(machine.recognition, machine.generative, MANY, num_samples)
+    assert_same(sampled, exact(machine, SOME_IMAGES), machine.generative, machine.recognition)
+
+
+def test_with_one_sample_every_bound_is_the_elbo(machine):
+    arguments, keys = (machine.recognition, machine.generative, SOME_IMAGES, 1), [make_key(3)]
+    bounds = [loss(*arguments, keys=keys) for loss in (iwae_loss, dreg_loss)]
+    bounds.append(reweighted_wake_losses(*arguments, keys=keys).theta)
+    torch.testing.assert_close(bounds, bounds[:1] * 3)
+
+
+# ---- which network learns --------------------------------------------------------------------------------------------
+
+
+def norms(loss, machine):
+    """Of the gradients for recognition and generative network; None where the loss does not depend on it."""
+    found = []
+    for network in (machine.recognition, machine.generative):
+        parts = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
+        found.append(None if all(part is None for part in parts) else sum(part.abs().sum() for part in parts))
     return found
 
 
-def test_the_wake_loss_and_its_gradient_are_unbiased(machine):
-    x = EVERY_IMAGE[[1, 4, 6]]
-    exact = exact_wake_loss(machine, x)
-    sampled = wake_theta_loss(machine.recognition, machine.generative, x, 200_000, keys=[make_key(0)])
-    torch.testing.assert_close(sampled, exact, rtol=0, atol=0.01)
-    torch.testing.assert_close(
-        gradients(sampled, machine.generative),
-        gradients(exact, machine.generative),
-        rtol=0,
-        atol=0.01,
-    )
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_loss_of_wake_and_sleep_trains_one_network_only(name):
+    machine = make_machine(name)
+    networks = machine.recognition, machine.generative
+    reweighted = reweighted_wake_losses(*networks, EVERY_IMAGE, 4)
+    defensive = reweighted_wake_losses(*networks, EVERY_IMAGE, 4, defensive=0.2)
+    for loss in (wake_theta_loss(*networks, EVERY_IMAGE, 2), reweighted.theta, defensive.theta):
+        for_recognition, for_generative = norms(loss, machine)
+        assert for_recognition is None
+        assert for_generative > 0
+    for loss in (sleep_phi_loss(*networks, 50), reweighted.phi, defensive.phi):
+        for_recognition, for_generative = norms(loss, machine)
+        assert for_recognition > 0
+        assert for_generative is None
 
 
-def test_the_sleep_loss_and_its_gradient_are_unbiased(machine):
-    exact = exact_sleep_loss(machine)
-    sampled = sleep_phi_loss(machine.recognition, machine.generative, 400_000, keys=(make_key(0, 0), make_key(0, 1)))
-    torch.testing.assert_close(sampled, exact, rtol=0, atol=0.02)
-    torch.testing.assert_close(
-        gradients(sampled, machine.recognition),
-        gradients(exact, machine.recognition),
-        rtol=0,
-        atol=0.02,
-    )
+def test_the_sum_of_both_reweighted_losses_teaches_recognition_something(machine):
+    """If q inside the weights were not detached, the gradients would cancel exactly, as they do here."""
+    x, num_samples, keys = EVERY_IMAGE, 4, [make_key(3)]
+    theta, phi = reweighted_wake_losses(machine.recognition, machine.generative, x, num_samples, keys=keys)
+    (draw,) = machine.recognition.sample_log_prob(x, num_samples, keys=keys, detach=True)
+    trap = math.log(num_samples) - (machine.generative.log_prob([draw.z], x) - draw.log_q).logsumexp(0).mean()
+    torch.testing.assert_close(trap, theta)
+    cancelled = gradients(trap + phi, machine.recognition)
+    torch.testing.assert_close(cancelled, {name: torch.zeros_like(g) for name, g in cancelled.items()})
+    torch.testing.assert_close(gradients(theta + phi, machine.recognition), gradients(phi, machine.recognition))
+    assert norms(phi, machine)[0] > 0.1
 
 
-def test_each_phase_trains_one_network_only(machine):
-    x = EVERY_IMAGE
-    wake_theta_loss(machine.recognition, machine.generative, x, 2).backward()
-    assert all(p.grad is None for p in machine.recognition.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in machine.generative.parameters())
+def test_weights_belong_to_each_image(machine):
+    """Each image's bound is of its own samples: the loss of a batch is the mean of what the rows would have alone."""
+    draws = machine.recognition.sample_log_prob(SOME_IMAGES, 5, keys=[make_key(1)])
+    log_w = machine.generative.log_prob([draw.z for draw in draws], SOME_IMAGES) - draws[0].log_q
+    alone = [-(row.exp().mean().log()) for row in log_w.unbind(1)]
+    theta, _ = reweighted_wake_losses(machine.recognition, machine.generative, SOME_IMAGES, 5, keys=[make_key(1)])
+    torch.testing.assert_close(theta, torch.stack(alone).mean())
 
-    machine.zero_grad()
-    sleep_phi_loss(machine.recognition, machine.generative, 50).backward()
-    assert all(p.grad is None for p in machine.generative.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in machine.recognition.parameters())
+
+@pytest.mark.parametrize("loss", [elbo_loss, iwae_loss, dreg_loss])
+def test_discrete_draws_cannot_be_differentiated(loss):
+    machine = make_machine("two Bernoulli layers")
+    with pytest.raises(ValueError, match="expected recognition to have differentiable draws, got BernoulliConditional"):
+        loss(machine.recognition, machine.generative, EVERY_IMAGE, 2)
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------
 
 
 def test_wake_samples_are_averaged_evenly(machine):
     """L samples of one image are as one sample of L copies of it: the same draws, the same mean."""
-    x, key = EVERY_IMAGE[5:6], make_key(7)
-    several = wake_theta_loss(machine.recognition, machine.generative, x, 6, keys=[key])
-    copies = wake_theta_loss(machine.recognition, machine.generative, x.repeat(6, 1), 1, keys=[key])
+    x, keys = EVERY_IMAGE[5:6], [make_key(7)]
+    several = wake_theta_loss(machine.recognition, machine.generative, x, 6, keys=keys)
+    copies = wake_theta_loss(machine.recognition, machine.generative, x.repeat(6, 1), 1, keys=keys)
     torch.testing.assert_close(several, copies)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float64])
-def test_the_wake_loss_takes_pixels_of_any_dtype(machine, dtype):
-    key = make_key(7)
-    expected = wake_theta_loss(machine.recognition, machine.generative, EVERY_IMAGE, keys=[key])
-    loss = wake_theta_loss(machine.recognition, machine.generative, EVERY_IMAGE.to(dtype), keys=[key])
-    torch.testing.assert_close(loss, expected)
+def test_losses_take_pixels_of_any_dtype(machine, dtype):
+    for loss in (wake_theta_loss, elbo_loss, iwae_loss, dreg_loss):
+        of_double, of_dtype = (
+            loss(machine.recognition, machine.generative, x, 2, keys=[make_key(7)])
+            for x in (EVERY_IMAGE, EVERY_IMAGE.to(dtype))
+        )
+        torch.testing.assert_close(of_dtype, of_double)
 
 
 def test_losses_are_functions_of_their_keys(machine):
     networks = machine.recognition, machine.generative
-    keys = make_key(1, 0), make_key(1, 1)
-    assert torch.equal(
-        wake_theta_loss(*networks, EVERY_IMAGE, keys=keys[:1]),
-        wake_theta_loss(*networks, EVERY_IMAGE, keys=keys[:1]),
-    )
-    assert torch.equal(sleep_phi_loss(*networks, 20, keys=keys), sleep_phi_loss(*networks, 20, keys=keys))
-    assert not torch.equal(wake_theta_loss(*networks, EVERY_IMAGE), wake_theta_loss(*networks, EVERY_IMAGE))
-
-
-def test_both_phases_compile_without_graph_breaks(machine):
-    torch.compiler.reset()
-    networks, keys = (machine.recognition, machine.generative), (make_key(1, 0), make_key(1, 1))
-    for loss, arguments, keywords, network in (
-        (wake_theta_loss, (EVERY_IMAGE, 4), {"keys": keys[:1]}, machine.generative),
-        (sleep_phi_loss, (20,), {"keys": keys}, machine.recognition),
+    keys = [make_key(1, offset) for offset in range(3)]
+    for loss, arguments, taken in (
+        (wake_theta_loss, (EVERY_IMAGE,), 1),
+        (sleep_phi_loss, (20,), 2),
+        (lambda *a, **k: reweighted_wake_losses(*a, **k, defensive=0.5).theta, (EVERY_IMAGE, 4), 3),
+        (elbo_loss, (EVERY_IMAGE,), 1),
+        (iwae_loss, (EVERY_IMAGE, 2), 1),
+        (dreg_loss, (EVERY_IMAGE, 2), 1),
     ):
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*networks, *arguments, **keywords)
-        eager = loss(*networks, *arguments, **keywords)
+        first, second = (loss(*networks, *arguments, keys=keys[:taken]) for _ in range(2))
+        assert torch.equal(first, second)
+        assert not torch.equal(loss(*networks, *arguments), loss(*networks, *arguments))
+
+
+def test_too_few_keys_are_refused(machine):
+    with pytest.raises(ValueError, match="argument"):
+        wake_theta_loss(machine.recognition, machine.generative, EVERY_IMAGE, keys=[])
+
+
+def test_objectives_compile_without_graph_breaks(machine):
+    torch.compiler.reset()
+    networks, keys = (machine.recognition, machine.generative), [make_key(1, 0), make_key(1, 1)]
+    for loss, arguments, taken, trained in (
+        (wake_theta_loss, (EVERY_IMAGE, 4), 1, (machine.generative,)),
+        (sleep_phi_loss, (20,), 2, (machine.recognition,)),
+        (lambda *a, **k: sum(reweighted_wake_losses(*a, **k)), (EVERY_IMAGE, 4), 1, networks),
+        (elbo_loss, (EVERY_IMAGE, 4), 1, networks),
+        (iwae_loss, (EVERY_IMAGE, 4), 1, networks),
+    ):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*networks, *arguments, keys=keys[:taken])
+        eager = loss(*networks, *arguments, keys=keys[:taken])
         torch.testing.assert_close(compiled, eager)
-        torch.testing.assert_close(gradients(compiled, network), gradients(eager, network))
+        for network in trained:
+            torch.testing.assert_close(gradients(compiled, network), gradients(eager, network))
 
 
 def test_networks_may_be_any_modules():
@@ -164,5 +384,28 @@ def test_networks_may_be_any_modules():
 
     recognition = RecognitionNetwork([GaussianConditional(Guess())])
     generative = GenerativeNetwork([BernoulliConditional(Causes()), StandardGaussianPrior(1)])
-    assert wake_theta_loss(recognition, generative, torch.ones(5, 1), 3).shape == ()
+    for loss in (wake_theta_loss, elbo_loss, iwae_loss, dreg_loss):
+        assert loss(recognition, generative, torch.ones(5, 1), 3).shape == ()
     assert sleep_phi_loss(recognition, generative, 4).shape == ()
+
+
+# ---- joint distributions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_joint_log_probabilities_are_those_of_the_factors_and_sum_to_one(name):
+    machine = make_machine(name)
+    latents, weights = recognised(machine, EVERY_IMAGE)
+    log_q = machine.recognition.log_prob(latents, EVERY_IMAGE)
+    log_joint = machine.generative.log_prob(latents, EVERY_IMAGE)
+    torch.testing.assert_close(log_q, log_prob(machine.recognition, latents, EVERY_IMAGE))
+    torch.testing.assert_close(log_joint, log_prob(machine.generative, latents, EVERY_IMAGE))
+
+    latents, weights = imagined(machine)
+    latents = [z.expand(-1, len(EVERY_IMAGE), -1) for z in latents]
+    of_x = machine.generative.log_prob(latents, EVERY_IMAGE) - log_prior(machine, latents)
+    assert (weights * of_x.exp()).sum().item() == pytest.approx(1)
+    if machine.config.latents == "bernoulli":  # sums over every state are exact
+        assert machine.generative.log_prob(latents, EVERY_IMAGE).exp().sum().item() == pytest.approx(1)
+        total = machine.recognition.log_prob(latents, EVERY_IMAGE).exp().sum(0)
+        torch.testing.assert_close(total, torch.ones_like(total))

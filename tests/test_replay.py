@@ -135,7 +135,7 @@ def losses(trainer: Trainer) -> list[dict[str, float]]:
 
 
 def make(cuda_graph: bool, **config: Any) -> Trainer:
-    trainer: Trainer = make_trainer(cuda_graph=cuda_graph, epochs=STEPS // 4, num_samples=2, **config)
+    trainer: Trainer = make_trainer(**{"cuda_graph": cuda_graph, "epochs": STEPS // 4, "num_samples": 2, **config})
     return trainer
 
 
@@ -147,19 +147,33 @@ def assert_same_state(one: Trainer, other: Trainer) -> None:
     assert torch.equal(one._keys, other._keys)
 
 
-@pytest.mark.parametrize("learning_rate_decay", [1.0, 0.01])
-def test_replayed_steps_are_those_of_the_eager_path(graphs: list[Recording], learning_rate_decay: float) -> None:
-    eager, replayed = (make(cuda_graph, learning_rate_decay=learning_rate_decay) for cuda_graph in (False, True))
+@pytest.mark.parametrize(
+    ("config", "captured"),
+    [
+        ({}, 1),
+        ({"learning_rate_decay": 0.01}, 1),
+        ({"objective": "reweighted-wake-sleep", "defensive": 0.1}, 1),
+        ({"objective": "dreg"}, 1),
+        ({"objective": "iwae", "sleep_warm_up": 20}, 2),
+    ],
+    ids=str,
+)
+def test_replayed_steps_are_those_of_the_eager_path(
+    graphs: list[Recording], config: dict[str, Any], captured: int
+) -> None:
+    eager, replayed = (make(cuda_graph, **config) for cuda_graph in (False, True))
     assert losses(eager) == losses(replayed)
     assert_same_state(eager, replayed)
     assert eager.step == STEPS
-    assert len(graphs) == 1
+    assert len(graphs) == captured
 
 
-def test_decay_on_the_device_is_that_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_host = make(cuda_graph=True, learning_rate_decay=0.01)
+@pytest.mark.parametrize("schedule", ["exponential", "staged"])
+def test_decay_on_the_device_is_that_on_the_host(monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
+    config = {"learning_rate_decay": 0.01, "schedule": schedule, "epochs": 40}
+    on_host = make(cuda_graph=True, **config)
     monkeypatch.setattr(training, "_DEVICES_WITH_GRAPHS", ("cpu",))
-    on_device = make(cuda_graph=False, learning_rate_decay=0.01)
+    on_device = make(cuda_graph=False, **config)
     for trainer in (on_host, on_device):
         list(trainer.epochs())
     rates = [trainer.optimizers["generative"].param_groups[0]["lr"] for trainer in (on_host, on_device)]

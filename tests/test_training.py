@@ -12,8 +12,15 @@ from wakesleep_ext import conditionals, data, networks, objectives, random, refe
 from wakesleep_ext.data import DIGITS, Images, load
 from wakesleep_ext.evaluation import log_likelihood_bounds
 from wakesleep_ext.models import HelmholtzMachine, ModelConfig
-from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
-from wakesleep_ext.training import DivergedError, TrainConfig, Trainer
+from wakesleep_ext.objectives import (
+    dreg_loss,
+    elbo_loss,
+    iwae_loss,
+    reweighted_wake_losses,
+    sleep_phi_loss,
+    wake_theta_loss,
+)
+from wakesleep_ext.training import RECIPES, DivergedError, TrainConfig, Trainer
 
 BARS = Images(
     torch.tensor([[255, 255, 0, 0], [0, 0, 255, 255], [255, 0, 255, 0], [0, 255, 0, 255]]).to(torch.uint8).repeat(6, 1),
@@ -22,9 +29,10 @@ BARS = Images(
 )
 
 
-def make_trainer(images=BARS, device="cpu", **config):
+def make_trainer(images=BARS, device="cpu", model=None, **config):
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(images.grey.shape[1], (2,), (8,), (8,)), images.mean()).to(device)
+    model = ModelConfig(images.grey.shape[1], (2,), (8,), (8,)) if model is None else model
+    machine = HelmholtzMachine(model, images.mean()).to(device)
     return Trainer(machine, images.to(device), TrainConfig(**{"batch_size": 5, "epochs": 3, **config}))
 
 
@@ -63,11 +71,24 @@ class Keys(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_every_draw_of_a_run_has_a_key_of_its_own():
+DEEP = ModelConfig(4, (3, 2), (8,), (8,), (5,))
+DISCRETE = ModelConfig(4, (3, 2), (8,), (8,), (), "bernoulli")
+
+
+@pytest.mark.parametrize(
+    ("model", "draws", "config"),
+    [
+        (None, 5, {}),
+        (DEEP, 7, {}),
+        (DISCRETE, 7, {}),
+        (DEEP, 10, {"objective": "reweighted-wake-sleep", "num_samples": 3, "defensive": 0.5}),
+    ],
+)
+def test_every_draw_of_a_run_has_a_key_of_its_own(model, draws, config):
     with Keys() as keys:
-        list(make_trainer(seed=7).epochs())
-    offsets = [step * 5 + draw for step in range(12) for draw in range(5) if draw > 0 or step % 4 == 0]
-    assert keys.used == [(7, offset) for offset in offsets]
+        list(make_trainer(model=model, seed=7, **config).epochs())
+    offsets = [step * draws + draw for step in range(12) for draw in range(draws) if draw > 0 or step % 4 == 0]
+    assert sorted(keys.used) == [(7, offset) for offset in offsets]
 
 
 def test_a_run_is_continued_from_its_state_and_step():
@@ -108,6 +129,103 @@ def test_a_step_is_what_one_writes_by_hand():
         assert {i: list(slots) for i, slots in state.items()} == {i: list(slots) for i, slots in expected.items()}
 
 
+def adam(network, config):
+    return torch.optim.Adam(network.parameters(), 1e-3, config.adam_betas, config.adam_epsilon, fused=True)
+
+
+def test_a_step_of_a_mixture_is_what_one_writes_by_hand():
+    """The wake phase's gradient for recognition is of the networks before the step, the dreams' of the new ones."""
+    settings = {
+        "objective": "reweighted-wake-sleep",
+        "sleep_weight": 0.25,
+        "num_samples": 3,
+        "num_dreams": 7,
+        "defensive": 0.1,
+    }
+    trainer, by_hand = make_trainer(seed=3, **settings), make_trainer(seed=3, **settings)
+    recognition, generative = by_hand.machine.recognition, by_hand.machine.generative
+    of_generative, of_recognition = adam(generative, by_hand.config), adam(recognition, by_hand.config)
+    index = torch.tensor([3, 1, 4, 1, 5])
+    for step in range(10):
+        keys = [random.make_key(3, 7 * step + draw) for draw in range(7)]
+        x = BARS.binarize(keys[1], index)
+        theta, phi = reweighted_wake_losses(recognition, generative, x, 3, defensive=0.1, keys=keys[2:5])
+        by_hand.machine.zero_grad()
+        (theta + 0.75 * phi).backward()
+        of_generative.step()
+        sleep_loss = sleep_phi_loss(recognition, generative, 7, keys=keys[5:])
+        (0.25 * sleep_loss).backward()
+        of_recognition.step()
+        losses = torch.stack((theta, phi, sleep_loss)).detach()
+        torch.testing.assert_close(trainer.take_step(index), losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights(trainer), weights(by_hand))
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss"), [("elbo", elbo_loss), ("iwae", iwae_loss), ("dreg", dreg_loss)], ids=lambda value: str(value)
+)
+def test_a_step_of_a_baseline_trains_both_networks_on_one_loss(objective, loss):
+    trainer = make_trainer(model=DEEP, seed=3, objective=objective, num_samples=3)
+    by_hand = make_trainer(model=DEEP, seed=3)
+    optimizer = adam(by_hand.machine, by_hand.config)
+    index = torch.tensor([3, 1, 4, 1, 5])
+    for step in range(10):
+        keys = [random.make_key(3, 7 * step + draw) for draw in range(7)]
+        x = BARS.binarize(keys[1], index)
+        value = loss(by_hand.machine.recognition, by_hand.machine.generative, x, 3, keys=keys[2:4])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        torch.testing.assert_close(trainer.take_step(index), value.detach()[None], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights(trainer), weights(by_hand))
+
+
+@pytest.mark.parametrize("objective", ["wake-sleep", "reweighted-wake-sleep", "iwae"])
+def test_a_warm_up_has_sleep_phases_only(objective):
+    trainer = make_trainer(objective=objective, num_samples=2, sleep_warm_up=1)
+    before = [parameter.clone() for parameter in trainer.machine.generative.parameters()]
+    epochs = trainer.epochs()
+    assert next(epochs).losses.keys() == {"sleep"}
+    after = list(trainer.machine.generative.parameters())
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert "wake" in next(epochs).losses
+    assert not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize(
+    ("objective", "sleep_weight", "names"),
+    [
+        ("wake-sleep", None, ["wake", "sleep"]),
+        ("reweighted-wake-sleep", None, ["wake", "wake_phi", "sleep"]),
+        ("reweighted-wake-sleep", 0.0, ["wake", "wake_phi"]),
+        ("reweighted-wake-sleep", 1.0, ["wake", "sleep"]),
+        ("elbo", None, ["wake"]),
+    ],
+)
+def test_losses_go_by_their_names(objective, sleep_weight, names):
+    trainer = make_trainer(objective=objective, sleep_weight=sleep_weight, num_samples=2)
+    epoch = next(trainer.epochs())
+    assert list(epoch.losses) == names
+    assert all(math.isfinite(loss) for loss in epoch.losses.values())
+
+
+@pytest.mark.parametrize("model", [DEEP, DISCRETE], ids=["Gaussian", "Bernoulli"])
+@pytest.mark.parametrize("objective", ["wake-sleep", "reweighted-wake-sleep"])
+def test_deep_and_discrete_machines_learn(model, objective):
+    rates = {"generative_learning_rate": 0.01, "recognition_learning_rate": 0.01}
+    trainer = make_trainer(model=model, epochs=150, objective=objective, num_samples=4, **rates)
+    x = (BARS.grey[:4] > 0).float()
+    networks = trainer.machine.recognition, trainer.machine.generative
+    before = log_likelihood_bounds(*networks, x, 500).log_likelihood.mean()
+    list(trainer.epochs())
+    assert log_likelihood_bounds(*networks, x, 500).log_likelihood.mean() > before + 0.5
+
+
+def test_discrete_latent_variables_cannot_be_differentiated():
+    with pytest.raises(ValueError, match="differentiable draws"):
+        make_trainer(model=DISCRETE, objective="elbo")
+
+
 def test_gradients_that_others_leave_do_not_enter_and_frozen_weights_stay():
     trainer, other = make_trainer(), make_trainer()
     frozen = [trainer_.machine.generative[0].network[0].weight.requires_grad_(False) for trainer_ in (trainer, other)]
@@ -121,29 +239,38 @@ def test_gradients_that_others_leave_do_not_enter_and_frozen_weights_stay():
     assert all((parameter.grad == 1).all() for parameter in other.machine.parameters())
 
 
-def losses_of_200_steps(device, **config):
-    """In float64, `[steps, 2]`, on images of many grey levels."""
+def losses_of_200_steps(device, latent=(3,), **config):
+    """In float64, `[steps, losses]`, on images of many grey levels."""
     generator = torch.Generator().manual_seed(2)
     images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(12, (3,), (9, 8), (8, 9)), images.mean()).double().to(device)
+    machine = HelmholtzMachine(ModelConfig(12, latent, (9, 8), (8, 9), (7,)), images.mean()).double().to(device)
     config = {"batch_size": 8, "epochs": 40, "num_samples": 2, "learning_rate_decay": 0.1, **config}
     trainer = Trainer(machine, images.to(device), TrainConfig(**config))
     batches = (index for _ in range(40) for index in trainer._batches())
     return torch.stack([trainer.take_step(index) for index in batches])
 
 
-def test_training_with_a_graph_without_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch):
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"objective": "reweighted-wake-sleep", "latent": (3, 2)},
+        {"objective": "dreg"},
+    ],
+    ids=lambda config: config.get("objective", "wake-sleep"),
+)
+def test_training_with_a_graph_without_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
     """A graph, where there are any."""
-    replayed = losses_of_200_steps(device)
-    eager = losses_of_200_steps(device, cuda_graph=False)
+    replayed = losses_of_200_steps(device, **config)
+    eager = losses_of_200_steps(device, cuda_graph=False, **config)
     for module in (conditionals, data, networks, objectives, training):
         monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
-    of_reference = losses_of_200_steps(device, cuda_graph=False)
-    assert replayed.shape == (200, 2)
+    of_reference = losses_of_200_steps(device, cuda_graph=False, **config)
+    assert len(replayed) == 200
     torch.testing.assert_close(replayed, eager, rtol=1e-9, atol=0)
-    torch.testing.assert_close(replayed, of_reference, rtol=1e-9, atol=0)
+    torch.testing.assert_close(replayed, of_reference, rtol=1e-7 if config else 1e-9, atol=0)
     assert not torch.equal(replayed, of_reference)
 
 
@@ -207,6 +334,15 @@ def test_learning_rates_are_separate_and_fall_by_the_decay():
         assert rates[name][0] == start
         assert rates[name][100] == pytest.approx(start * 0.1**0.5)
         assert rates[name][-1] == pytest.approx(start * 0.1, rel=0.02)
+
+
+def test_a_staged_schedule_falls_stage_by_stage():
+    """Of 1, 3 and 9 epochs."""
+    trainer = make_trainer(epochs=13, learning_rate_decay=0.01, schedule="staged")
+    rates = []
+    list(trainer.epochs(on_step=lambda: rates.append(trainer.optimizers["generative"].param_groups[0]["lr"])))
+    assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 12 + [1e-5] * 36)
+    assert RECIPES["burda"].stages == [0, 1, 4, 13, 40, 121, 364, 1093]
 
 
 def test_optimizers_are_what_was_asked_for():
@@ -278,11 +414,41 @@ def test_the_state_names_every_weight_and_both_optimizers():
         ("learning_rate_decay", 1.5),
         ("adam_betas", (0.9, 1.0)),
         ("adam_epsilon", -1e-8),
+        ("objective", "adversarial"),
+        ("sleep_weight", 1.5),
+        ("defensive", 1.0),
+        ("sleep_warm_up", -1),
+        ("num_dreams", 0),
+        ("schedule", "cosine"),
     ],
 )
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"TrainConfig: {name} is out of range, got"):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sleep_weight": 0.5}, "expected sleep_weight 1 with objective 'wake-sleep', got 0.5"),
+        ({"objective": "iwae", "sleep_weight": 0.5}, "expected sleep_weight 0 with objective 'iwae', got 0.5"),
+        ({"objective": "elbo", "defensive": 0.1}, "expected defensive 0 with objective 'elbo', got 0.1"),
+        ({"schedule": "staged", "epochs": 100}, r"whole stages \(1, 4, 13, 40, 121, .*staged schedule, got 100"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+def test_a_state_that_lacks_a_tensor_is_refused_whole():
+    trainer, other = make_trainer(), make_trainer(seed=1)
+    list(other.epochs())
+    state, before = other.state_dict(), weights(trainer)
+    del state["machine.recognition.0.network.0.bias"]
+    with pytest.raises(KeyError, match=r"machine\.recognition\.0\.network\.0\.bias"):
+        trainer.load_state_dict(state)
+    assert torch.equal(weights(trainer), before)
 
 
 def test_the_digits_are_learnt():

@@ -24,7 +24,7 @@ variable_list parameter_gradients(const AutogradContext& context, const Tensor& 
   const bool with_grad_h = context.needs_input_grad(0), with_grad_weight = context.needs_input_grad(1);
   const auto [grad_h, grad_weight, grad_bias] =
       linear_bernoulli_log_prob_backward().call(grad, h, weight, bias, x, logits, with_grad_h, with_grad_weight);
-  return {with_grad_h ? sum_like(grad_h, h) : Tensor(), grad_weight, grad_bias};
+  return {with_grad_h ? sum_like(grad_h, h) : Tensor(), with_grad_weight ? grad_weight : Tensor(), grad_bias};
 }
 
 // For x the gradient is the logits; these are linear in h, and so is their sum over the rows that an x has met: they
