@@ -10,6 +10,7 @@ import torch
 from matplotlib.image import imread
 
 from wakesleep_ext import checkpoint, cli
+from wakesleep_ext.training import Trainer
 
 RUN_FILES = {
     "checkpoint.safetensors",
@@ -80,6 +81,90 @@ def test_the_metrics_are_one_object_an_epoch_and_the_result(run):
     assert (result["bound_samples"], result["images"], result["step"]) == (30, 30, 2)
 
 
+MACHINES = {
+    "deep": ["--latent", "3", "2", "--latent-hidden", "4"],
+    "discrete": ["--latent", "3", "2", "--latent-hidden", "4", "--latents", "bernoulli"],
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_deep_and_discrete_machines_go_by_the_same_commands(tmp_path, data, machine, capsys):
+    out = tmp_path / "run"
+    reweighted = ["--objective", "reweighted-wake-sleep", "--num-samples", "3"]
+    command = ["train", "--data", str(data), "--out", str(out), *SMALL, *MACHINES[machine], *reweighted]
+    assert cli.main([*command, "--epochs", "30", "--bound-samples", "20"]) == 0
+    assert {path.name for path in out.iterdir()} == RUN_FILES
+    first, *_, last, result = read_metrics(out)
+    assert last["test_elbo"] > first["test_elbo"]
+    assert {"wake_loss", "wake_phi_loss", "sleep_loss"} <= last.keys()
+    assert cli.main(["evaluate", str(out), "--bound-samples", "20", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["nll"] == pytest.approx(result["nll"])
+    assert cli.main(["sample", str(out), "--count", "4", "--out", str(tmp_path / "dreams.png")]) == 0
+
+
+class Interrupted(Trainer):
+    """By Ctrl-C, in the third epoch."""
+
+    def epochs(self, on_step):
+        for epoch in super().epochs(on_step):
+            yield epoch
+            if epoch.epoch == 2:
+                self.take_step(self._batches()[0])
+                raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_end(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_SAVES", -1.0)
+    command = ["train", "--data", str(data), *SMALL, "--epochs", "4", "--batch-size", "30", "--bound-samples", "5"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli.main([*command, "--out", str(whole)]) == 0
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(cli, "Trainer", Interrupted)
+        assert cli.main([*command, "--out", str(broken)]) == 130
+    assert len(read_metrics(broken)) == 2
+    with (broken / "metrics.jsonl").open("a") as metrics:  # of an epoch that the checkpoint has not seen
+        print(json.dumps({"epoch": 3, "step": 12}), file=metrics)
+    assert cli.main(["resume", str(broken)]) == 0
+    tensors, same = (checkpoint.load(folder / "checkpoint.safetensors").tensors for folder in (whole, broken))
+    assert all(torch.equal(tensors[name], same[name]) for name in tensors)
+    records = [[{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(f)] for f in (whole, broken)]
+    assert records[0] == records[1]
+
+
+def test_a_checkpoint_that_does_not_tell_how_to_go_on_is_refused(tmp_path, run, capsys):
+    tensors, description = checkpoint.load(run / "checkpoint.safetensors")
+    for change, reason in (
+        ({"training": {"epochs": -1}}, "epochs is out of range"),
+        ({"training": {"speed": 3}}, "unexpected keyword argument 'speed'"),
+    ):
+        checkpoint.save(tmp_path / "checkpoint.safetensors", tensors, {**description, **change})
+        assert cli.main(["resume", str(tmp_path)]) == 1
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"epochs": 500, "learning_rate_decay": 1.0}),
+        (["--recipe", "mnist"], {"epochs": 100, "learning_rate_decay": 0.1, "schedule": "exponential"}),
+        (["--recipe", "mnist", "--epochs", "7"], {"epochs": 7, "learning_rate_decay": 0.1}),
+        (["--recipe=burda"], {"epochs": 3280, "batch_size": 20, "schedule": "staged"}),
+    ],
+)
+def test_a_recipe_is_what_the_flags_default_to(tmp_path, data, monkeypatch, arguments, expected):
+    monkeypatch.setattr(cli, "_run_to_the_end", lambda *run: None)
+    assert cli.main(["train", "--data", str(data), "--out", str(tmp_path), *arguments]) == 0
+    training = json.loads((tmp_path / "config.json").read_text())["training"]
+    assert training.items() >= expected.items()
+
+
+def test_an_unknown_recipe_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--recipe", "secret"])
+    assert "secret" in capsys.readouterr().err
+
+
 def test_evaluate_prints_one_json_object(run, capsys):
     assert cli.main(["evaluate", str(run), "--bound-samples", "50", "--json"]) == 0
     captured = capsys.readouterr()
@@ -138,6 +223,8 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
     [
         (["train", "--data", "nowhere"], "nowhere: expected 'digits', a folder of IDX files"),
         (["train", "--latent", "0"], "expected latent > 0, got (0,)"),
+        (["train", "--latents", "bernoulli", "--objective", "elbo"], "differentiable draws"),
+        (["resume", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
         (["evaluate", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
         (["sample", "nowhere", "--out", "x.png", "--count", "0"], "--count of at least 1, got 0"),
     ],

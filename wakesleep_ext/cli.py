@@ -110,11 +110,14 @@ def resume(run: Path, /, device: Device = "auto") -> None:
     """
     machine, description = _load(run, device)
     where = next(machine.parameters()).device
-    dataset = load(description["data"])
-    training = checkpoint.restore(TrainConfig, description["training"])
-    trainer = Trainer(machine, dataset.train.to(where), training)
-    trainer.load_state_dict(checkpoint.load(run / CHECKPOINT).tensors)
-    trainer.step = description["step"]
+    dataset = _dataset(run, description)
+    try:
+        training = checkpoint.restore(TrainConfig, description["training"])
+        trainer = Trainer(machine, dataset.train.to(where), training)
+        trainer.load_state_dict(checkpoint.load(run / CHECKPOINT).tensors)
+        trainer.step = description["step"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(run / CHECKPOINT, f"does not tell how to go on: {error}") from error
     _run_to_the_end(trainer, dataset, description, run)
 
 
@@ -195,12 +198,7 @@ def evaluate(
         json: Print one JSON object instead of a table.
     """
     machine, description = _load(run, device)
-    dataset = load(data or description["data"])
-    if dataset.test.shape != tuple(description["image_shape"]):
-        raise UsageError(
-            f"{run} was trained on images of shape {description['image_shape']}, "
-            f"those of {dataset.name} have {list(dataset.test.shape)}"
-        )
+    dataset = _dataset(run, description, data)
     where = next(machine.parameters()).device
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
@@ -256,6 +254,17 @@ def _claim(out: Path, overwrite: bool) -> None:
 def _load(run: Path, device: Device) -> tuple[HelmholtzMachine, dict[str, Any]]:
     machine, description = checkpoint.load_machine(run / CHECKPOINT)
     return machine.to(find_device(device)), description
+
+
+def _dataset(run: Path, description: dict[str, Any], data: str | None = None) -> Dataset:
+    """What a run was trained on, or other data of the same shape."""
+    dataset = load(data or description["data"])
+    if dataset.test.shape != tuple(description["image_shape"]):
+        raise UsageError(
+            f"{run} was trained on images of shape {description['image_shape']}, "
+            f"those of {dataset.name} have {list(dataset.test.shape)}"
+        )
+    return dataset
 
 
 @torch.no_grad()
