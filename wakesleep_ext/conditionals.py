@@ -143,7 +143,8 @@ class BernoulliConditional(Conditional):
     def forward(self, given: Tensor) -> Bernoulli | LinearBernoulli:
         network = self.network
         if isinstance(network, MultilayerPerceptron) and not (self.hold_logits or network.output_is_hooked):
-            return LinearBernoulli(network.features(given), network.head.weight, network.head.bias)
+            head = network.head
+            return LinearBernoulli(network.features(given), head.weight, head.bias)
         return Bernoulli(network(given))
 
 

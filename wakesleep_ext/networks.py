@@ -58,7 +58,7 @@ class MultilayerPerceptron(nn.Sequential):
     def features(self, input: Tensor) -> Tensor:
         """What the last layer gets, `[*, first] -> [*, next to last]`."""
         output = input.to(self.head.weight.dtype)
-        hidden = list(self._modules.values())[:-1]
+        *hidden, _ = self._modules.values()
         for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
             hooked = _has_hooks(linear) or _has_hooks(activation)
             if isinstance(linear, nn.Linear) and isinstance(activation, nn.Tanh) and not hooked:
@@ -85,5 +85,6 @@ class Constant(nn.Module):
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody waits for what the module itself is called with, or returns."""
-    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any(kinds)
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from wakesleep_ext import ops
-from wakesleep_ext.conditionals import Conditional, Distribution, Gaussian, StandardGaussianPrior
+from wakesleep_ext.conditionals import Conditional, Distribution, Gaussian, StandardGaussian
 from wakesleep_ext.models import Factor, GenerativeNetwork, Keys, RecognitionNetwork
 
 
@@ -55,7 +55,7 @@ def wake_theta_loss(
     .. math:: -\frac1B\sum_b \frac1L\sum_l \log p_\theta(x_b, z_{bl}),
         \qquad z_{bl} \sim q_\phi(z \mid x_b)
 
-    less the factors that have no parameters: the prior N(0, I), so that what is left of a machine of one layer is
+    less a prior N(0, I), which has no parameters: what is left of a machine of one layer is
     :math:`\log p_\theta(x|z)`. L = 1 is the wake phase of Hinton et al. (1995); more samples average its noise.
 
     Args:
@@ -67,8 +67,7 @@ def wake_theta_loss(
     """
     with torch.no_grad():
         latents = recognition.sample(x, num_samples, keys=keys)
-    trained = [factor for factor in generative.factors(latents, x) if next(factor[0].parameters(), None) is not None]
-    return _minus_mean_log_prob(trained, latents[-1])
+    return _minus_mean_log_prob(generative.factors(latents, x), latents[-1])
 
 
 def sleep_phi_loss(
@@ -153,12 +152,12 @@ def elbo_loss(
     """
     require_rsample(recognition)
     draws = recognition.sample_log_prob(x, num_samples, keys=keys)
-    *factors, (prior, z, _) = generative.factors([draw.z for draw in draws], x)
-    *below, top = draws
-    if isinstance(prior, StandardGaussianPrior) and isinstance(top.q, Gaussian):
+    *factors, (conditional, z, _) = generative.factors([draw.z for draw in draws], x)
+    (*below, top), prior = draws, conditional(None)
+    if isinstance(prior, StandardGaussian) and isinstance(top.q, Gaussian):
         kl = ops.gaussian_kl(top.q.mu, top.q.logvar)
     else:
-        kl = top.log_q - prior(None).log_prob(z)
+        kl = top.log_q - prior.log_prob(z)
     return _sum([_minus_mean_log_prob(factors, z), kl.mean(), *(draw.log_q.mean() for draw in below)])
 
 
@@ -238,11 +237,12 @@ def _draw_defensively(
 
 
 def _minus_mean_log_prob(factors: Iterable[Factor], like: Tensor) -> Tensor:
-    """Minus the mean over draws, such as z, `[*S, *B, K]`, of the sum over factors."""
+    """Minus the mean over draws, such as z, `[*S, *B, K]`, of the sum over factors that depend on parameters."""
     rows, wide = math.prod(like.shape[:-1]), torch.promote_types(like.dtype, torch.float32)
     # a weight of the rows rather than a factor of their sum: the gradients are scaled as they are formed
     weight = torch.full((), -1 / rows if rows else math.nan, dtype=wide, device=like.device)
-    return _sum([conditional(given).log_prob_sum(value, weight) for conditional, value, given in factors])
+    scored = ((conditional(given), value) for conditional, value, given in factors)
+    return _sum([p.log_prob_sum(value, weight) for p, value in scored if not isinstance(p, StandardGaussian)])
 
 
 def _detached(conditional: Conditional, given: Tensor | None) -> Distribution:

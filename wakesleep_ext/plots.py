@@ -80,6 +80,26 @@ def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: floa
     _save(path, figure)
 
 
+def comparison(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
+    """Test losses of several runs together.
+
+    Args:
+        path: the picture that is written.
+        curves: -ELBO after each epoch, in nats per image, by the name of the run.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, label=name)
+    last = [values[-1] for values in curves.values()]
+    axes.set_ylim(min(last) - 1, max(last) + 12)
+    axes.legend(frameon=False)
+    _label(axes, "Test: $-$ELBO", "nats per image")
+    _save(path, figure)
+
+
 def _label(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("epoch")

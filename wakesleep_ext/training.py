@@ -185,6 +185,7 @@ class Trainer:
             "recognition": machine.recognition,
         }
         device = images.grey.device
+        self._dtype = next(machine.parameters()).dtype
         self._capturable = device.type in _DEVICES_WITH_GRAPHS
         self.optimizers = {name: self._optimizer(network) for name, network in self.networks.items()}
         self._wake_losses = self._objective()
@@ -339,7 +340,7 @@ class Trainer:
     def _wake(self, index: Tensor, decay: float | Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
         """Trains the generative network; returns the losses, and their gradient for the recognition network, if any."""
         (key,) = self._keys_of("binarize")
-        x = self.images.binarize(key, index, next(self.machine.parameters()).dtype)
+        x = self.images.binarize(key, index, self._dtype)
         theta, phi = self._wake_losses(x, self._keys_of("wake"))
         wake_weight = 1 - self._sleep_weight
         if not wake_weight:
