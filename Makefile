@@ -10,6 +10,7 @@ TESTS ?= tests
 CUDA_ARCHITECTURES ?= 9.0
 RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen5-avx512-1-thread.json
 STEP_RESULT ?= $(RESULT:.json=-step.json)
+ON_EVERY_CORE := --numprocesses auto --dist loadgroup
 PIP := -m pip install --quiet --disable-pip-version-check
 
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
@@ -35,7 +36,7 @@ train: $(VENV)/.installed
 	$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) $(TESTS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -62,12 +63,12 @@ readme: $(VENV)/.installed
 cuda-on-cpu-asan: $(VENV)/.installed
 	WAKESLEEP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(VENV)/bin/python -m pytest --capture=sys -k "not order" tests/cuda_on_cpu
+		$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) --capture=sys -k "not order" tests/cuda_on_cpu
 
 # The tests run against the installed wheel: from their own folder, so that the source tree is not on the path.
 cuda-check: $(CUDA_VENV)/.installed
 	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/cuda_check.py
-	cd tests && ../$(CUDA_VENV)/bin/pytest -c ../pyproject.toml --rootdir . -m "not source_tree" .
+	cd tests && ../$(CUDA_VENV)/bin/pytest -c ../pyproject.toml --rootdir . $(ON_EVERY_CORE) -m "not source_tree" .
 
 sass-report: $(CUDA_VENV)/.installed
 	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/sass_report.py
@@ -95,7 +96,7 @@ $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
 $(CUDA_VENV)/.environment: constraints.txt pyproject.toml
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python $(PIP) -c <(sed '/^torch==/d' constraints.txt) torch==2.14.1 setuptools wheel ninja pybind11 \
-		hypothesis matplotlib numpy pytest safetensors scikit-learn scipy tqdm tyro
+		hypothesis matplotlib numpy pytest pytest-xdist safetensors scikit-learn scipy tqdm tyro
 	touch $@
 
 $(CUDA_VENV)/.installed: $(CUDA_VENV)/.environment $(SOURCES)

@@ -12,6 +12,8 @@ from matplotlib.image import imread
 from wakesleep_ext import checkpoint, cli
 from wakesleep_ext.training import Trainer
 
+pytestmark = pytest.mark.xdist_group("command line")
+
 RUN_FILES = {
     "checkpoint.safetensors",
     "config.json",

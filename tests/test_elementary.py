@@ -15,6 +15,8 @@ import torch
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
+pytestmark = pytest.mark.xdist_group("elementary functions")
+
 SOURCE = """
 #include "elementary.h"
 using namespace wakesleep;

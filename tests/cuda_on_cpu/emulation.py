@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ninja
 import torch
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
@@ -36,12 +37,13 @@ def load() -> None:
     build = ROOT / "build" / ("cuda_on_cpu-sanitized" if SANITIZE else "cuda_on_cpu")
     build.mkdir(parents=True, exist_ok=True)
     sources = [HERE / "cuda_on_cpu.cpp"]
-    for kernels in (*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "emulator_cases.cu"):
-        source = build / f"{kernels.stem}.cpp"  # under a name that is compiled as C++
-        text = f'#include "{HERE / "cuda_on_cpu.h"}"\n#include "{kernels}"\n'
-        if not source.exists() or source.read_text() != text:
-            source.write_text(text)
-        sources.append(source)
+    with FileLock(build / "sources.lock"):  # several workers may be at it
+        for kernels in (*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "emulator_cases.cu"):
+            source = build / f"{kernels.stem}.cpp"  # under a name that is compiled as C++
+            text = f'#include "{HERE / "cuda_on_cpu.h"}"\n#include "{kernels}"\n'
+            if not source.exists() or source.read_text() != text:
+                source.write_text(text)
+            sources.append(source)
     # As on a GPU, multiplications and additions are contracted: what is said of errors holds either way.
     flags = ["-O1", "-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
     linked = []
