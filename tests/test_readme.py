@@ -35,7 +35,10 @@ def test_every_block_is_run() -> None:
     first_words = {tuple(command.split()[:2]) for command in COMMANDS}
     assert first_words == {
         *(("make", target) for target in ("train", "test")),
-        *(("wakesleep", name) for name in ("train", "resume", "evaluate", "sample", "bench", "selftest", "info")),
+        *(
+            ("wakesleep", name)
+            for name in ("train", "resume", "evaluate", "sample", "bench", "check", "selftest", "info")
+        ),
         ("pip", "install"),
     }
 

@@ -1,4 +1,4 @@
-"""The command line: `wakesleep train | resume | evaluate | sample | bench | selftest | info`."""
+"""The command line: `wakesleep train | resume | evaluate | sample | bench | check | selftest | info`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from wakesleep_ext import checkpoint, plots, random
 from wakesleep_ext import info as information
 from wakesleep_ext import selftest as checks
 from wakesleep_ext.benchmark import bench
+from wakesleep_ext.check import check
 from wakesleep_ext.data import DIGITS, DataError, Dataset, load
 from wakesleep_ext.evaluation import independent_bernoulli_nll, log_likelihood_bounds
 from wakesleep_ext.models import (
@@ -309,7 +310,7 @@ def _table(result: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-_COMMANDS: tuple[Callable[..., int | None], ...] = (train, resume, evaluate, sample, bench, selftest, info)
+_COMMANDS: tuple[Callable[..., int | None], ...] = (train, resume, evaluate, sample, bench, check, selftest, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

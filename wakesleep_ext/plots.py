@@ -100,6 +100,27 @@ def comparison(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
     _save(path, figure)
 
 
+def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> None:
+    """Ranks of simulation-based calibration, beside where 99% of uniform ones would lie.
+
+    Args:
+        path: the picture that is written.
+        ranks: integers from 0, `[N]`, by what is calibrated.
+        num_ranks: how many different ones there can be.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(ranks), 2.8), dpi=_DPI, layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(ranks), squeeze=False)[0], ranks.items(), strict=True):
+        expected = len(values) / num_ranks
+        spread = 2.58 * math.sqrt(expected * (1 - 1 / num_ranks))
+        axes.bar(range(num_ranks), values.bincount(minlength=num_ranks).tolist(), width=1, color=_SLEEP, alpha=0.7)
+        axes.axhspan(expected - spread, expected + spread, color=_BASELINE, alpha=0.4)
+        _label(axes, name, "dreams")
+        axes.set_xlabel("rank")
+    _save(path, figure)
+
+
 def _label(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("epoch")

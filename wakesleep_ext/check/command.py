@@ -1,0 +1,55 @@
+"""`wakesleep check`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from json import dumps
+from pathlib import Path
+
+from wakesleep_ext import plots
+from wakesleep_ext.check.calibration import NUM_SAMPLES
+from wakesleep_ext.check.problems import PROBLEMS, Answer, Check
+from wakesleep_ext.usage import UsageError
+
+
+def check(quick: bool = False, json: bool = False, plot: Path | None = None) -> int:
+    """Train and evaluate problems whose answers are known, through the real ops and objectives; 1 if one is wrong.
+
+    Args:
+        quick: Train for a quarter of the time, half a minute in all, to the same tolerances.
+        json: Print one JSON object instead of a table.
+        plot: Draw the histograms of simulation-based calibration to this file, a PNG.
+    """
+    if plot and plot.suffix != ".png":
+        raise UsageError(f"expected --plot to name a .png file, got {plot}")
+    form, answers = Check(quick=quick, ranks={}), []
+    if not json:
+        print(_ROW.format("problem", "quantity", "expected", "got", "tolerance", ""))
+    for problem in PROBLEMS:
+        for answer in problem(form):
+            answers.append(answer)
+            if not json:
+                print(_line(answer), flush=True)
+    failed = sum(not answer.passed for answer in answers)
+    if json:
+        print(dumps({"failed": failed, "answers": [asdict(answer) | {"passed": answer.passed} for answer in answers]}))
+    else:
+        print(f"\n{failed or 'none'} of {len(answers)} wrong")
+    if plot:
+        plots.rank_histograms(plot, form.ranks, NUM_SAMPLES + 1)
+    return int(failed > 0)
+
+
+_ROW = "{:28}  {:45}  {:>10}  {:>10}  {:14}  {}"
+
+
+def _line(answer: Answer) -> str:
+    verdict = "pass" if answer.passed else "FAIL"
+    expected, got = f"{answer.expected:.6f}", f"{answer.got:.6f}"
+    return _ROW.format(answer.problem, answer.quantity, expected, got, _tolerance(answer), verdict).rstrip()
+
+
+def _tolerance(answer: Answer) -> str:
+    if answer.below == answer.above:
+        return f"± {answer.above:g}"
+    return f"{answer.expected - answer.below:.3g} to {answer.expected + answer.above:.3g}"

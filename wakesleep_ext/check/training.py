@@ -1,0 +1,104 @@
+"""Small networks and plain loops, for problems that need no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep_ext import random
+from wakesleep_ext.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
+from wakesleep_ext.models import GenerativeNetwork, RecognitionNetwork
+from wakesleep_ext.objectives import sleep_phi_loss
+
+Networks = tuple[RecognitionNetwork, GenerativeNetwork]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a problem is trained for."""
+
+    steps: int
+    draws: int
+    """In each step: dreams, or images."""
+
+
+class Keys:
+    """One key after the other, all of one seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed, self._offsets = seed, count()
+
+    def __call__(self, number: int) -> list[Tensor]:
+        return [random.make_key(self._seed, next(self._offsets)) for _ in range(number)]
+
+
+class Pixelwise(nn.Module):
+    """Packed parameters of q(z|x), x `[*, D]` to `[*, 2K]`: each latent variable looks at one pixel, at its own where
+    there are as many, else at the only one there is."""
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.when_off = nn.Parameter(torch.full((2, latent), 0.3))
+        self.when_on = nn.Parameter(torch.full((2, latent), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(self.when_off, self.when_on, x.to(self.when_on.dtype).unsqueeze(-2)).flatten(-2)
+
+
+class Table(nn.Module):
+    """Parameters of their own for each of the 2^D binary images: x `[*, D]` to `[*, size]`."""
+
+    def __init__(self, pixels: int, size: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(2**pixels, size))
+        self._places = [2**place for place in reversed(range(pixels))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows[(x * x.new_tensor(self._places)).sum(-1).long()]
+
+
+class Fixed(nn.Module):
+    """A function without parameters."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z)
+
+
+def machine(recognition: nn.Module, generative: nn.Module, latent: int) -> Networks:
+    """One Gaussian layer and binary pixels, in float64: packed parameters of x, logits of z."""
+    return (
+        RecognitionNetwork([GaussianConditional(recognition)]).double(),
+        GenerativeNetwork([BernoulliConditional(generative), StandardGaussianPrior(latent)]).double(),
+    )
+
+
+def minimise(
+    losses: Iterator[Tensor], parameters: Iterable[nn.Parameter], steps: int, learning_rate: float = 0.1
+) -> None:
+    """Adam with a step size that falls to a thousandth of its start, to average out the noise."""
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.001 ** (1 / steps))
+    for _, loss in zip(range(steps), losses, strict=False):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def sleep(networks: Networks, effort: Effort, learning_rate: float = 0.1) -> None:
+    """Train the recognition network on dreams of a fixed generative network."""
+    keys, (recognition, generative) = Keys(), networks
+
+    def losses() -> Iterator[Tensor]:
+        while True:
+            yield sleep_phi_loss(recognition, generative, effort.draws, keys=keys(len(generative)))
+
+    minimise(losses(), recognition.parameters(), effort.steps, learning_rate)
