@@ -250,7 +250,7 @@ def stationarity(check: Check) -> Iterator[Answer]:
     whole = HelmholtzMachine(ModelConfig(16, (2,), (32,), (16,))).double()
     with torch.no_grad():
         for parameter in whole.generative.parameters():
-            parameter *= 3
+            parameter.mul_(3)
     networks = whole.recognition, whole.generative
     sleep(networks, check.effort(500, 4000), 0.03)
     (z,), x = whole.dream(100_000, keys=Keys(1)(2))
