@@ -89,7 +89,7 @@ $(VENV)/.environment: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
-	$(VENV)/bin/python $(PIP) -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	$(VENV)/bin/python $(PIP) -c constraints.txt --no-build-isolation -e '.[train,dev,examples]'
 	touch $@
 
 # Everything as in the other environment, but for a torch that has CUDA in it.

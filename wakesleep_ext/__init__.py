@@ -11,6 +11,7 @@ from wakesleep_ext import _loading, random, reference
 
 _loading.load_kernels()
 
+from wakesleep_ext import distributions, modules  # noqa: E402
 from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered first
     bernoulli_log_prob,
     bernoulli_sample,
@@ -37,6 +38,7 @@ __all__ = [
     "bernoulli_log_prob",
     "bernoulli_sample",
     "binarize",
+    "distributions",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_parameters",
@@ -46,6 +48,7 @@ __all__ = [
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
     "linear_tanh",
+    "modules",
     "random",
     "reference",
     "standard_gaussian_log_prob",

@@ -1,0 +1,81 @@
+"""Layers and heads in the place of linear layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import wakesleep_ext as ws
+from wakesleep_ext.modules import BernoulliHead, GaussianHead, LinearTanh
+from wakesleep_ext.random import make_key
+
+KINDS = pytest.mark.parametrize("kind", [LinearTanh, BernoulliHead, GaussianHead])
+BIAS = pytest.mark.parametrize("bias", [True, False])
+
+
+@KINDS
+@BIAS
+def test_a_layer_shares_the_parameters_of_the_one_it_takes_the_place_of(kind: type, bias: bool) -> None:
+    linear = nn.Linear(3, 4, bias=bias).eval()
+    layer = kind.from_linear(linear)  # type: ignore[attr-defined]
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not layer.training
+    assert layer.state_dict().keys() == linear.state_dict().keys()
+    other = kind(3, 4, bias)
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(copy.deepcopy(layer).weight, other.weight)
+    assert repr(layer) == f"{kind.__name__}(in_features=3, out_features=4, bias={bias})"
+
+
+@KINDS
+def test_a_new_layer_starts_as_a_linear_one_does(kind: type) -> None:
+    torch.manual_seed(3)
+    linear = nn.Linear(3, 4)
+    torch.manual_seed(3)
+    assert torch.equal(kind(3, 4).weight, linear.weight)
+
+
+@BIAS
+def test_what_layers_compute_is_what_the_ops_compute(bias: bool) -> None:
+    h, x, key = torch.randn(5, 3), torch.randint(2, (5, 4)).bool(), make_key(1)
+    linear = nn.Linear(3, 4, bias=bias)
+    tanh, pixels, z = (kind.from_linear(linear) for kind in (LinearTanh, BernoulliHead, GaussianHead))
+    output = linear(h)
+    torch.testing.assert_close(tanh(h), output.tanh())
+    for head in (pixels, z):
+        assert torch.equal(head(h), output)
+    torch.testing.assert_close(pixels.log_prob(h, x), ws.bernoulli_log_prob(output, x))
+    importance = torch.randn(5)
+    expected = (importance * ws.bernoulli_log_prob(output, x)).sum()
+    torch.testing.assert_close(pixels.log_prob_sum(h, x, importance), expected)
+    assert torch.equal(pixels.sample(h, key=key, dtype=torch.bool), ws.bernoulli_sample(output, key=key).bool())
+
+    mu, logvar = output.chunk(2, -1)
+    torch.testing.assert_close(z.moments(h), (mu, logvar))
+    draw, log_q = z.rsample_log_prob(h, (2,), key=key)
+    torch.testing.assert_close((draw, log_q), ws.gaussian_rsample_log_prob(mu, logvar, (2,), key=key))
+    torch.testing.assert_close(z.log_prob(h, draw), ws.gaussian_log_prob(mu, logvar, draw))
+    torch.testing.assert_close(z.distribution(h).log_prob(draw), ws.gaussian_log_prob(mu, logvar, draw))
+
+
+def test_a_head_in_somebodys_model_trains_it() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6))
+    state = model.state_dict().keys()
+    model[2] = BernoulliHead.from_linear(model[2])
+    assert model.state_dict().keys() == state
+    x = torch.randint(2, (8, 6)).float()
+    (-model[2].log_prob(model[:2](x), x).mean()).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_what_is_no_linear_layer_and_what_cannot_be_halved_are_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"BernoulliHead\.from_linear: expected linear to be an nn\.Linear, got .*Conv2d"
+    ):
+        BernoulliHead.from_linear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected out_features .* to be even, got 5"):
+        GaussianHead.from_linear(nn.Linear(3, 5))

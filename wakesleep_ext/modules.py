@@ -1,0 +1,113 @@
+"""Layers and heads as modules: linear layers that know what their output is for.
+
+Each is an `nn.Linear`, with its parameters, its initialisation and its state dict, and takes the place of one that is
+there already by `from_linear`, which shares the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep_ext import ops
+from wakesleep_ext.distributions import DiagonalGaussian
+
+__all__ = ["BernoulliHead", "GaussianHead", "LinearTanh"]
+
+_Layer = TypeVar("_Layer", bound="_Linear")
+
+
+class _Linear(nn.Linear):
+    @classmethod
+    def from_linear(cls: type[_Layer], linear: nn.Linear) -> _Layer:
+        """The layer that has the same parameters as `linear`, which it shares with it: what trains one trains both."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{cls.__name__}.from_linear: expected linear to be an nn.Linear, got {type(linear)}")
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+
+class LinearTanh(_Linear):
+    """tanh(h Wᵀ + b), `[*, in_features] -> [*, out_features]`; see :func:`wakesleep_ext.ops.linear_tanh`."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ops.linear_tanh(h, self.weight, self.bias)
+
+
+class BernoulliHead(_Linear):
+    """p(x|h) of independent binary variables whose logits are h Wᵀ + b, never held whole by what scores or draws them.
+
+    Called as a module it returns the logits, as the linear layer that it is.
+    """
+
+    def log_prob(self, h: Tensor, x: Tensor, *, recompute: bool | None = None) -> Tensor:
+        """Log-likelihood of each row, h `[*S, *B, H]`, x `[*B, D]`, to `[*S, *B]`; see
+        :func:`wakesleep_ext.ops.linear_bernoulli_log_prob`."""
+        return ops.linear_bernoulli_log_prob(h, self.weight, self.bias, x, recompute=recompute)
+
+    def log_prob_sum(self, h: Tensor, x: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Their weighted sum, for training, its gradients formed in the same pass; see
+        :func:`wakesleep_ext.ops.linear_bernoulli_log_prob_sum`."""
+        return ops.linear_bernoulli_log_prob_sum(h, self.weight, self.bias, x, importance)
+
+    def sample(
+        self,
+        h: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        key: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """x ~ p(x|h), `[*B, H] -> [*B, D]`; see :func:`wakesleep_ext.ops.linear_bernoulli_sample`."""
+        return ops.linear_bernoulli_sample(h, self.weight, self.bias, dtype=dtype, key=key, generator=generator)
+
+
+class GaussianHead(_Linear):
+    """q(z|h) of a diagonal Gaussian whose packed parameters `[mu | logvar]` are h Wᵀ + b, read in place.
+
+    Called as a module it returns the packed parameters, as the linear layer that it is.
+
+    Raises:
+        ValueError: `out_features` is odd.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if out_features % 2:
+            raise ValueError(f"GaussianHead: expected out_features [mu | logvar] to be even, got {out_features}")
+        super().__init__(in_features, out_features, bias, device, dtype)
+
+    def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and logvar, `[*B, H] -> [*B, out_features / 2]` each, whose gradients come back packed; see
+        :func:`wakesleep_ext.ops.gaussian_parameters`."""
+        return ops.gaussian_parameters(self(h))
+
+    def distribution(self, h: Tensor, validate_args: bool | None = None) -> DiagonalGaussian:
+        """As a :class:`wakesleep_ext.distributions.DiagonalGaussian`."""
+        return DiagonalGaussian(*self.moments(h), validate_args=validate_args)
+
+    def rsample_log_prob(
+        self,
+        h: Tensor,
+        sample_shape: Sequence[int] = (),
+        *,
+        key: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """z ~ q(z|h) `[*S, *B, K]` and log q(z|h) `[*S, *B]`; see
+        :func:`wakesleep_ext.ops.gaussian_rsample_log_prob`."""
+        return ops.gaussian_rsample_log_prob(*self.moments(h), sample_shape, key=key, generator=generator)
+
+    def log_prob(self, h: Tensor, z: Tensor) -> Tensor:
+        """log q(z|h), h `[*B, H]`, z `[*S, *B, K]`, to `[*S, *B]`; see :func:`wakesleep_ext.ops.gaussian_log_prob`."""
+        return ops.gaussian_log_prob(*self.moments(h), z)

@@ -1,0 +1,18 @@
+"""The distributions of :mod:`wakesleep_ext.distributions` as Pyro takes them: what `pyro.distributions.Normal` is to
+`torch.distributions.Normal`. Importing this module imports Pyro."""
+
+from __future__ import annotations
+
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+
+from wakesleep_ext import distributions
+
+__all__ = ["BernoulliVector", "DiagonalGaussian"]
+
+
+class DiagonalGaussian(distributions.DiagonalGaussian, TorchDistributionMixin):  # type: ignore[misc]
+    __doc__ = distributions.DiagonalGaussian.__doc__
+
+
+class BernoulliVector(distributions.BernoulliVector, TorchDistributionMixin):  # type: ignore[misc]
+    __doc__ = distributions.BernoulliVector.__doc__
