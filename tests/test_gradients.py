@@ -9,7 +9,6 @@ import torch
 from cases import SMALL, Case, as_tuple, make_key
 
 import wakesleep_ext as ws
-from wakesleep_ext import reference
 
 DIFFERENTIABLE = [case for case in SMALL if not case.is_binary]
 
@@ -96,35 +95,6 @@ def test_every_operator_of_the_library_is_checked() -> None:
         assert own == 3 * [not has_kernel(name, "CompositeImplicitAutograd")], name
 
 
-@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
-def test_torch_func(case: Case, device: str) -> None:
-    """grad, vmap of grad, and jacrev, as the reference has them."""
-    inputs = case.inputs(torch.float64, device)
-    which = tuple(range(len(inputs)))
-
-    def total(function: Any) -> Any:
-        def summed(*tensors: torch.Tensor) -> torch.Tensor:
-            result = function(*tensors)
-            return sum(r.sin().sum() for r in (result if isinstance(result, tuple) else (result,)))
-
-        return summed
-
-    ours, theirs = total(case.function()), total(case.function(reference))
-    found = torch.func.grad(ours, which)(*inputs)
-    wanted = torch.func.grad(theirs, which)(*inputs)
-    torch.testing.assert_close(found, wanted)
-
-    batch = tuple(torch.stack([tensor, 2 * tensor]) for tensor in inputs)
-    torch.testing.assert_close(torch.vmap(case.function())(*batch), torch.vmap(case.function(reference))(*batch))
-    found = torch.vmap(torch.func.grad(ours, which))(*batch)
-    wanted = torch.vmap(torch.func.grad(theirs, which))(*batch)
-    torch.testing.assert_close(found, wanted)
-
-    jacobian = torch.func.jacrev(case.function(), which)(*inputs)
-    expected = torch.func.jacrev(case.function(reference), which)(*inputs)
-    torch.testing.assert_close(jacobian, expected)
-
-
 # ops of mu and logvar, as functions of these and of what else they take
 PACKED = {
     "rsample": lambda mu, logvar, z: ws.gaussian_rsample(mu, logvar, (3,), key=make_key(mu.device)).sin().sum(-1),
@@ -185,33 +155,6 @@ def test_packed_parameters_used_in_any_way(device: str) -> None:
     found = torch.func.grad(lambda tensor: _in_any_way(tensor).sum())(packed.detach())
     torch.testing.assert_close(found, expected[0])
     torch.library.opcheck(torch.ops.wakesleep_ext.gaussian_parameters.default, (packed,))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_forward_mode_is_refused_not_dropped() -> None:
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(torch.zeros(3), torch.ones(3))
-        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
-            ws.standard_gaussian_log_prob(dual)
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_compile(case: Case, dynamic: bool, device: str) -> None:
-    """torch.compile without graph breaks gives the eager values and gradients."""
-    torch.compiler.reset()
-    compiled = torch.compile(case.function(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    inputs = case.inputs(torch.float32, device, requires_grad=True)
-    key = make_key(device)
-    with torch.no_grad():
-        torch.testing.assert_close(case.function(key=key)(*inputs), case.function()(*inputs))
-    found = compiled(*inputs)
-    torch.testing.assert_close(found, case.function()(*inputs))
-    if not case.is_binary:
-        results = found if isinstance(found, tuple) else (found,)
-        got = torch.autograd.grad(sum(r.sum() for r in results), inputs)
-        expected = torch.autograd.grad(sum(r.sum() for r in case(*inputs)), inputs)
-        torch.testing.assert_close(got, expected)
 
 
 def test_compiled_draws_differ(device: str) -> None:

@@ -7,12 +7,12 @@ import inspect
 import pytest
 import test_binarize
 import test_errors
-import test_exact_answers
 import test_gradients
 import test_heads
 import test_layers
 import test_ops
 import test_random
+import test_ways
 import torch
 from cases import FLOATING, SHAPES, SMALL, Case, make_key
 from emulation import cuda_kernels, launches, operators
@@ -29,7 +29,7 @@ for _module in (
     test_layers,
     test_random,
     test_errors,
-    test_exact_answers,
+    test_ways,
 ):
     for _name, _test in list(vars(_module).items()):
         if _name.startswith("test_") and "device" in inspect.signature(_test).parameters:
