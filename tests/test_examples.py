@@ -1,0 +1,33 @@
+"""Every example, run for a few steps."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.source_tree
+
+EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
+NEEDS = {"pyro_vae": "pyro", "lightning_vae": "pytorch_lightning"}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_tells_its_speed(example: Path, tmp_path: Path) -> None:
+    if example.stem in NEEDS:
+        pytest.importorskip(NEEDS[example.stem])
+    command = [sys.executable, str(example), "--steps", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
+    speed = re.search(r"^speed: (\d+\.\d+) times that of ", done.stdout, re.MULTILINE)
+    assert speed
+    assert float(speed[1]) > 0
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_has_at_most_120_lines(example: Path) -> None:
+    assert len(example.read_text().splitlines()) <= 120
