@@ -1,0 +1,73 @@
+"""Machines small enough for their sums over latent variables to be summed, or integrated."""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+
+from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+
+
+def every_binary(size):
+    """`[2**size, size]`."""
+    return torch.tensor(list(itertools.product([0, 1], repeat=size)), dtype=torch.float64)
+
+
+def random_machine(latent, latents="gaussian", observed=3):
+    """In float64, its weights and biases far from zero, but q everywhere broad enough for importance sampling."""
+    torch.manual_seed(0)
+    machine = HelmholtzMachine(ModelConfig(observed, latent, (4,), (4,), (4,), latents)).double()
+    with torch.no_grad():
+        for parameter in machine.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+        for parameter in machine.recognition.parameters():
+            parameter *= 0.6
+    return machine
+
+
+@torch.no_grad()
+def prior_nodes(machine, points=60):
+    """Latent variables z_1, ..., z_T `[S, 1, K]` and the log of how probable each is a priori, `[S, 1]`: all that there
+    are, or those of a quadrature."""
+    _, *of_latents = machine.generative
+    latents, log_weights = _nodes(machine, of_latents[::-1], None, points)
+    return latents[::-1], log_weights
+
+
+@torch.no_grad()
+def recognition_nodes(machine, x, points=60):
+    """Likewise under q(z|x), `[S, N, K]` and `[S, N]`."""
+    return _nodes(machine, machine.recognition, x, points)
+
+
+def log_likelihood(machine, x, points=60):
+    """log p(x), `[N]`."""
+    (z, *_), log_weights = prior_nodes(machine, points)
+    with torch.no_grad():
+        return (machine.generative[0](z).log_prob(x) + log_weights).logsumexp(0)
+
+
+def _nodes(machine, conditionals, given, points):
+    sizes = machine.config.latent if given is not None else machine.config.latent[::-1]
+    discrete = machine.config.latents == "bernoulli"
+    if discrete:
+        values, log_weights = every_binary(sum(sizes)), torch.zeros(1, dtype=torch.float64)
+    else:
+        values, log_weights = _hermite(sum(sizes), points)
+    latents, log_weights = [], log_weights.unsqueeze(-1)
+    for conditional, value in zip(conditionals, values.unsqueeze(1).split(sizes, -1), strict=True):
+        p = conditional(given)
+        given = value if discrete else p.mu + torch.exp(p.logvar / 2) * value
+        if discrete:
+            log_weights = log_weights + p.log_prob(value)
+        latents.append(given)
+    return latents, log_weights
+
+
+def _hermite(dimensions, points):
+    """Nodes `[points**dimensions, dimensions]` of N(0, I), and the log of their weights."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
+    z = torch.cartesian_prod(*[torch.tensor(nodes)] * dimensions).view(-1, dimensions)
+    log_weights = torch.tensor(weights / math.sqrt(2 * math.pi)).log()
+    return z, torch.cartesian_prod(*[log_weights] * dimensions).view(-1, dimensions).sum(-1)
