@@ -18,6 +18,7 @@ RUN_FILES = {
     "checkpoint.safetensors",
     "config.json",
     "curves.png",
+    "evaluation.png",
     "metrics.jsonl",
     "reconstructions.png",
     "samples.png",
@@ -186,6 +187,20 @@ def test_evaluate_prints_a_table(run, capsys):
     assert "K = 5" in out
 
 
+def test_annealing_is_asked_for_and_drawn_with_the_rest(run, tmp_path, capsys):
+    picture = tmp_path / "new" / "evaluation.png"
+    annealed = ["--ais-images", "4", "--ais-chains", "3", "--ais-steps", "5"]
+    command = ["evaluate", str(run), "--bound-samples", "5", "--dreams", "20", *annealed]
+    assert cli.main([*command, "--picture", str(picture)]) == 0
+    assert "of these by annealed importance sampling" in capsys.readouterr().out
+    assert imread(picture).shape == imread(run / "evaluation.png").shape
+    assert cli.main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["dreams"] == 20
+    assert result["ais"]["images"] == 4
+    assert result["ais"]["standard_error"] > 0
+
+
 def test_sample_draws_as_many_dreams_as_asked(run, tmp_path):
     sizes = []
     for count in (4, 16):
@@ -228,6 +243,8 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
         (["train", "--latents", "bernoulli", "--objective", "elbo"], "differentiable draws"),
         (["resume", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
         (["evaluate", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
+        (["evaluate", "nowhere", "--dreams", "1"], "--dreams of at least 2, got 1"),
+        (["evaluate", "nowhere", "--ais-images", "-1"], "--ais-images of at least 0, got -1"),
         (["sample", "nowhere", "--out", "x.png", "--count", "0"], "--count of at least 1, got 0"),
     ],
 )

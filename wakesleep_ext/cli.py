@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import wraps
 from importlib.util import find_spec
@@ -24,7 +25,8 @@ from wakesleep_ext import selftest as checks
 from wakesleep_ext.benchmark import bench
 from wakesleep_ext.check import check
 from wakesleep_ext.data import DIGITS, DataError, Dataset, load
-from wakesleep_ext.evaluation import independent_bernoulli_nll, log_likelihood_bounds
+from wakesleep_ext.evaluation import Evaluation, independent_bernoulli_nll, log_likelihood_bounds
+from wakesleep_ext.evaluation import evaluate as evaluate_machine
 from wakesleep_ext.models import (
     GenerativeNetwork,
     HelmholtzMachine,
@@ -40,7 +42,7 @@ CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
-_RUN_FILES = (CHECKPOINT, CONFIG, METRICS, "samples.png", "reconstructions.png", "curves.png")
+_RUN_FILES = (CHECKPOINT, CONFIG, METRICS, "samples.png", "reconstructions.png", "curves.png", "evaluation.png")
 _SECONDS_BETWEEN_SAVES = 10.0
 _EXTRA_MODULES = ("matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "tyro")
 
@@ -159,7 +161,8 @@ def _run_to_the_end(trainer: Trainer, dataset: Dataset, description: dict[str, A
                 f"{error}; the last good checkpoint, of step {saved_step}, is {out / CHECKPOINT}"
             ) from error
         save()
-    result = _result(machine, test, baseline_nll, description["bound_samples"])
+    evaluation = _evaluation(machine, test, description["bound_samples"])
+    result = _result(evaluation, baseline_nll)
     with (out / METRICS).open("a") as metrics:
         print(dumps({"step": trainer.step} | result), file=metrics)
 
@@ -169,6 +172,7 @@ def _run_to_the_end(trainer: Trainer, dataset: Dataset, description: dict[str, A
     reconstructed = machine.reconstruct(shown, keys=_keys(machine.recognition, 0))
     plots.reconstructions(out / "reconstructions.png", shown, reconstructed, shape)
     plots.curves(out / "curves.png", epochs, baseline_nll)
+    plots.evaluation(out / "evaluation.png", evaluation)
     print(_table(result))
     print(f"\nRun folder: {out}")
 
@@ -183,27 +187,53 @@ def evaluate(
     run: Path,
     /,
     bound_samples: int = 1000,
+    dreams: int = 1000,
+    ais_images: int = 0,
+    ais_chains: int = 16,
+    ais_steps: int = 1000,
     data: str | None = None,
     device: Device = "auto",
     seed: int = 0,
+    picture: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Test a trained machine: its NLL bound and ELBO beside independent Bernoulli pixels.
+    """Test a trained machine: its NLL bound and ELBO beside independent Bernoulli pixels, how far recognition is from
+    the posterior, and dreams from the data.
 
     Args:
         run: Folder of a training run.
-        bound_samples: Samples per test image, K.
+        bound_samples: Samples per test image, and per dream, K.
+        dreams: How many dreams.
+        ais_images: Test images, from the first on, whose likelihood is also found by annealed importance sampling,
+            which is slow: seconds an image on a CPU.
+        ais_chains: Its chains for each image.
+        ais_steps: Its steps from the prior to the posterior.
         data: As for train; what the run was trained on by default.
         device: Where to compute; auto takes the GPU if there is one.
         seed: Seed of the samples.
+        picture: A PNG that is drawn of the result.
         json: Print one JSON object instead of a table.
     """
+    for flag, value, least in (
+        ("--bound-samples", bound_samples, 1),
+        ("--dreams", dreams, 2),
+        ("--ais-images", ais_images, 0),
+        ("--ais-chains", ais_chains, 2),
+        ("--ais-steps", ais_steps, 1),
+    ):
+        if value < least:
+            raise UsageError(f"expected {flag} of at least {least}, got {value}")
     machine, description = _load(run, device)
     dataset = _dataset(run, description, data)
     where = next(machine.parameters()).device
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
-    result = _result(machine, test, baseline_nll, bound_samples, seed)
+    annealing = {"annealed_images": ais_images, "chains": ais_chains, "temperatures": ais_steps}
+    evaluation = _evaluation(machine, test, bound_samples, num_dreams=dreams, seed=seed, **annealing)
+    if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        plots.evaluation(picture, evaluation)
+    result = _result(evaluation, baseline_nll)
     print(dumps(result) if json else _table(result))
 
 
@@ -280,33 +310,61 @@ def _keys(network: RecognitionNetwork | GenerativeNetwork, seed: int) -> list[Te
     return [random.make_key(seed, draw, where) for draw in range(len(network))]
 
 
-def _result(
-    machine: HelmholtzMachine, test: Tensor, baseline_nll: float, samples: int, seed: int = 0
-) -> dict[str, float]:
+def _evaluation(
+    machine: HelmholtzMachine, test: Tensor, bound_samples: int, num_dreams: int = 1000, **settings: int
+) -> Evaluation:
+    """With a progress bar for each part of it."""
     from tqdm import tqdm
 
-    with tqdm(total=len(test), unit="image", desc=f"NLL bound, K = {samples}") as bar:
-        bounds = log_likelihood_bounds(
-            machine.recognition, machine.generative, test, samples, seed=seed, on_images=bar.update
-        )
-    return {
-        "nll": -bounds.log_likelihood.mean().item(),
-        "elbo": bounds.elbo.mean().item(),
-        "baseline_nll": baseline_nll,
-        "bound_samples": samples,
-        "images": len(test),
-    }
+    with ExitStack() as bars:
+
+        def progress(part: str, images: int) -> Callable[[int], object]:
+            bars.close()  # that of the part before
+            bar = bars.enter_context(tqdm(total=images, unit="image", desc=part))
+            return bar.update
+
+        try:
+            return evaluate_machine(machine, test, bound_samples, num_dreams, progress=progress, **settings)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
-def _table(result: dict[str, float]) -> str:
+def _result(evaluation: Evaluation, baseline_nll: float) -> dict[str, Any]:
+    return {"baseline_nll": baseline_nll} | evaluation.summary()
+
+
+def _table(result: dict[str, Any]) -> str:
+    samples, images, dreams = result["bound_samples"], result["images"], result["dreams"]
     rows = {
         "independent Bernoulli pixels": result["baseline_nll"],
         "Helmholtz machine, -ELBO": -result["elbo"],
-        f"Helmholtz machine, NLL bound, K = {result['bound_samples']}": result["nll"],
+        "  reconstruction, -E log p(x|z)": -result["reconstruction"],
     }
+    rows |= {f"  KL of layer {layer}": kl for layer, kl in enumerate(result["kl"], start=1)}
+    rows[f"Helmholtz machine, NLL bound, K = {samples}"] = result["nll"]
+    notes = {}
+    if (annealed := result.get("ais")) is not None:
+        first = f"{annealed['images']} images"
+        rows[f"  of the first {first}"] = annealed["bound_nll"]
+        rows["  of these by annealed importance sampling"] = annealed["nll"]
+        notes["  of these by annealed importance sampling"] = f" +- {annealed['standard_error']:.3f}"
     width = max(map(len, rows))
-    lines = [f"{'':{width}}  nats per image ({result['images']} test images)"]
-    lines += [f"{name:{width}}  {nats:9.3f}" for name, nats in rows.items()]
+    lines = [f"{'':{width}}  nats per image ({images} test images)"]
+    lines += [f"{name:{width}}  {nats:9.3f}{notes.get(name, '')}" for name, nats in rows.items()]
+
+    wake, sleep = result["posterior_kl"]["wake"], result["posterior_kl"]["sleep"]
+    lines += ["", f"{'Recognition against the posterior':{width}}  {'images':>9} {'dreams':>9}"]
+    for direction, formula in (("reverse", "KL(q(z|x) || p(z|x))"), ("forward", "KL(p(z|x) || q(z|x))")):
+        lines.append(f"{formula:{width}}  {wake[direction]:9.3f} {sleep[direction]:9.3f}")
+    active = ", ".join(
+        f"{active} of {units}" for active, units in zip(result["active_units"], result["units"], strict=True)
+    )
+    lines += [
+        f"{f'effective sample size, of {samples}':{width}}  {result['effective_sample_size']:9.1f}",
+        f"{'active units':{width}}  {active:>9}",
+        f"{f'energy distance of {dreams} dreams':{width}}  {result['energy_distance']:9.4f} "
+        f"(permutation test: p = {result['energy_distance_p_value']:.3f})",
+    ]
     return "\n".join(lines)
 
 

@@ -21,6 +21,11 @@ from wakesleep_ext.networks import MultilayerPerceptron
 class Distribution(ABC):
     """Of vectors; one for each of a batch, `[*B]`."""
 
+    @property
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """`[*B, K]`."""
+
     @abstractmethod
     def sample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
         """Draws `[*S, *B, K]`: a function of the key, drawn if not given; differentiable where `has_rsample`."""
@@ -46,6 +51,10 @@ class Gaussian(Distribution):
     mu: Tensor
     logvar: Tensor
 
+    @property
+    def mean(self) -> Tensor:
+        return self.mu
+
     def sample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
         return ops.gaussian_rsample(self.mu, self.logvar, sample_shape, key=key)
 
@@ -70,6 +79,10 @@ class Bernoulli(Distribution):
 
     logits: Tensor
 
+    @property
+    def mean(self) -> Tensor:
+        return self.logits.sigmoid()
+
     def sample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
         return ops.bernoulli_sample(self.logits, sample_shape, key=key)
 
@@ -88,6 +101,10 @@ class LinearBernoulli(Distribution):
     @property
     def logits(self) -> Tensor:
         return nn.functional.linear(self.h, self.weight, self.bias)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.logits.sigmoid()
 
     def sample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
         key = random.draw_key(self.h) if key is None else key

@@ -1,26 +1,56 @@
-"""How good a trained machine is: bounds on log p(x), and the baseline that any model must beat."""
+r"""How good a trained machine is, and what is wrong with it.
+
+With :math:`w = p_\theta(x, z)/q_\phi(z|x)` of samples of q, one pass over them gives bounds on log p(x), the parts of
+the ELBO, the effective number of samples, and the divergence of q from the posterior in both directions. On dreams that
+divergence is known better, since there the z that made x is at hand.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wakesleep_ext import ops, random
-from wakesleep_ext.models import PIXEL_MEAN_CLIP, GenerativeNetwork, RecognitionNetwork
+from wakesleep_ext.annealing import AnnealedLogLikelihood, annealed_log_likelihood
+from wakesleep_ext.discrepancy import Discrepancy, energy_distance
+from wakesleep_ext.importance import ImportanceWeights
+from wakesleep_ext.models import PIXEL_MEAN_CLIP, GenerativeNetwork, HelmholtzMachine, RecognitionNetwork
+
+ACTIVE = 0.01
+"""A latent variable is active if its activity is above this."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lower bounds on log p(x) in nats, one per image: float64 `[N]`, on the CPU."""
+    """Lower bounds on log p(x) and what they are made of, in nats, one per image: float64 `[N]`, on the CPU."""
 
-    elbo: Tensor
-    """Mean over the K samples of log w = log p(x, z) - log q(z|x)."""
     log_likelihood: Tensor
     """The K-sample bound, log of the mean of w: between the ELBO and log p(x) in expectation."""
+    reconstruction: Tensor
+    """Mean of log p(x|z_1) over the samples."""
+    kl: Tensor
+    """`[N, T]`, for each stochastic layer the mean of log q(z_t|z_{t-1}) - log p(z_t|z_{t+1}). That of the topmost is
+    a divergence from its prior; of those below, one in expectation over z_{t+1}, which depends on z_t: it may be
+    negative."""
+    forward_kl: Tensor
+    """KL(p(z|x) || q(z|x)), the samples standing for the posterior by their weights: at most log K, so too small
+    where it is large."""
+    effective_sample_size: Tensor
+    """Of K: how many samples of the posterior they are worth."""
+
+    @property
+    def elbo(self) -> Tensor:
+        """Mean over the K samples of log w = log p(x, z) - log q(z|x)."""
+        return self.reconstruction - self.kl.sum(-1)
+
+    @property
+    def reverse_kl(self) -> Tensor:
+        """KL(q(z|x) || p(z|x)): what the ELBO lacks of the log-likelihood."""
+        return self.log_likelihood - self.elbo
 
 
 @torch.no_grad()
@@ -31,8 +61,7 @@ def log_likelihood_bounds(
     num_samples: int,
     *,
     seed: int = 0,
-    chunk_images: int = 100,
-    chunk_samples: int = 20,
+    chunk_rows: int = 2000,
     on_images: Callable[[int], object] = lambda images: None,
 ) -> Bounds:
     r"""ELBO and importance-weighted bound (Burda, Grosse & Salakhutdinov 2016) of each image.
@@ -40,46 +69,84 @@ def log_likelihood_bounds(
     .. math:: \log \frac1K\sum_k w_k, \qquad
         w_k = \frac{p_\theta(x \mid z_k)\, p(z_k)}{q_\phi(z_k \mid x)}, \quad z_k \sim q_\phi
 
-    Images and samples are taken in chunks, whose log-sum-exps are accumulated in float64: memory
-    depends on the chunk sizes alone.
+    and, :math:`\tilde w_k` being the weights normalised, of the same samples
+
+    .. math:: \mathrm{ESS} = \frac{1}{\sum_k \tilde w_k^2}, \qquad
+        \mathrm{KL}(p(z|x) \,\|\, q) \approx \sum_k \tilde w_k \log w_k - \log \frac1K\sum_k w_k
+
+    Sums are kept in float64 while images and samples pass by in chunks: memory depends on `chunk_rows` alone.
 
     Args:
         recognition: what the samples are drawn from.
         generative: what is to be judged.
         x: binary pixels `[N, D]`, bool, uint8 or floating, on the device of the networks.
-        num_samples: samples per image.
-        seed: the same seed and chunk sizes give the same samples on every device.
-        chunk_images: images in a chunk.
-        chunk_samples: samples per image in a chunk.
+        num_samples: K, samples per image.
+        seed: the same seed and chunk size give the same samples on every device.
+        chunk_rows: samples in a chunk: all K of several images, or some of one.
         on_images: called with the number of images that have just been finished.
     """
-    for name, value in {
-        "num_samples": num_samples,
-        "chunk_images": chunk_images,
-        "chunk_samples": chunk_samples,
-    }.items():
+    for name, value in {"num_samples": num_samples, "chunk_rows": chunk_rows}.items():
         if value < 1:
             raise ValueError(f"log_likelihood_bounds: expected {name} >= 1, got {value}")
-    elbos, bounds = [], []
+    found = []
     number = 0
-    for images in x.split(chunk_images):
-        total = torch.zeros(len(images), dtype=torch.float64, device=x.device)
-        log_total = torch.full_like(total, -math.inf)
-        for first in range(0, num_samples, chunk_samples):
-            samples = min(chunk_samples, num_samples - first)
+    for images in x.split(max(1, chunk_rows // num_samples)):
+        weights = ImportanceWeights(len(images), x.device)
+        total = torch.zeros(len(recognition) + 1, len(images), dtype=torch.float64, device=x.device)
+        for first in range(0, num_samples, chunk_rows):
+            samples = min(chunk_rows, num_samples - first)
             keys = [random.make_key(seed, number + layer, x.device) for layer in range(len(recognition))]
             number += len(recognition)
             draws = recognition.sample_log_prob(images, samples, keys=keys)
-            log_w = generative.log_prob([draw.z for draw in draws], images)
-            for draw in draws:
-                log_w = log_w - draw.log_q
-            log_w = log_w.double()
-            total += log_w.sum(0)
-            log_total = torch.logaddexp(log_total, log_w.logsumexp(0))
-        elbos.append(total / num_samples)
-        bounds.append(log_total - math.log(num_samples))
+            factors = generative.factors([draw.z for draw in draws], images)
+            of_x, *of_latents = [conditional(given).log_prob(value) for conditional, value, given in factors]
+            of_layers = [log_p - draw.log_q for log_p, draw in zip(of_latents, draws, strict=True)]
+            terms = torch.stack((of_x, *of_layers)).double()
+            total += terms.sum(1)
+            weights.add(terms.sum(0))
+        of_images = (total.t() / num_samples, weights.log_mean, weights.divergence, weights.effective_sample_size)
+        found.append([value.cpu() for value in of_images])
         on_images(len(images))
-    return Bounds(torch.cat(elbos).cpu(), torch.cat(bounds).cpu())
+    mean, log_likelihood, forward_kl, effective_sample_size = map(torch.cat, zip(*found, strict=True))
+    return Bounds(log_likelihood, mean[:, 0], -mean[:, 1:], forward_kl, effective_sample_size)
+
+
+@torch.no_grad()
+def activities(
+    recognition: RecognitionNetwork, x: Tensor, num_samples: int = 20, *, seed: int = 0, chunk_rows: int = 2000
+) -> list[Tensor]:
+    r"""Whether latent variables say anything about the image (Burda, Grosse & Salakhutdinov 2016).
+
+    .. math:: A_u = \mathrm{Var}_x\big(\mathbb E_{q_\phi(u \mid x)}[u]\big)
+
+    A variable is active if this exceeds 0.01 (:data:`ACTIVE`); a Bernoulli one whose probability of being on varies by
+    0.1 from image to image does too. Above the first layer the expectation is over draws of the layers below, and what
+    their noise adds to the variance is taken off: the estimate is unbiased, and of an idle variable may be negative.
+
+    Args:
+        recognition: what is to be judged.
+        x: binary pixels `[N, D]`, N >= 2.
+        num_samples: draws for each image; two at least where there is a layer above the first.
+        seed: of the draws.
+        chunk_rows: samples that are held at a time.
+
+    Returns:
+        `[K]` for each layer from x up, float64, on the CPU.
+    """
+    if len(x) < 2 or num_samples < 2:
+        raise ValueError(f"activities: expected two images and samples at least, got {len(x)} and {num_samples}")
+    means: list[list[Tensor]] = [[] for _ in recognition]
+    noises: list[list[Tensor]] = [[] for _ in recognition]
+    for number, images in enumerate(x.split(max(1, chunk_rows // num_samples))):
+        offset = number * len(recognition)
+        keys = [random.make_key(seed, offset + layer, x.device) for layer in range(len(recognition))]
+        for layer, draw in enumerate(recognition.sample_log_prob(images, num_samples, keys=keys)):
+            mean = draw.q.mean.double().expand_as(draw.z)
+            means[layer].append(mean.mean(0))
+            noises[layer].append(mean.var(0) / num_samples)
+    return [
+        (torch.cat(mean).var(0) - torch.cat(noise).mean(0)).cpu() for mean, noise in zip(means, noises, strict=True)
+    ]
 
 
 def independent_bernoulli_nll(pixel_mean: Tensor, x: Tensor) -> float:
@@ -92,3 +159,132 @@ def independent_bernoulli_nll(pixel_mean: Tensor, x: Tensor) -> float:
     """
     logits = torch.logit(pixel_mean.double(), eps=PIXEL_MEAN_CLIP)
     return -ops.bernoulli_log_prob(logits, x).mean().item()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` finds out about a machine."""
+
+    num_samples: int
+    """K, of the bounds."""
+    wake: Bounds
+    """On images, which the wake phase is given."""
+    sleep: Bounds
+    """On dreams, which the sleep phase is given."""
+    sleep_forward_kl: Tensor
+    r"""log p(x, z) - log q(z|x) - log p(x) of each dream and the z that made it: float64 `[N]`. Its mean over dreams is
+    that of KL(p(z|x) || q(z|x)), the divergence that the sleep phase makes small."""
+    activities: list[Tensor]
+    """Of the latent variables of each layer; see :func:`activities`."""
+    discrepancy: Discrepancy
+    """Between dreams and images."""
+    annealed: AnnealedLogLikelihood | None
+    """Of as many images, from the first on, as were asked for."""
+
+    @property
+    def active_units(self) -> list[int]:
+        """Active latent variables of each layer."""
+        return [int((activity > ACTIVE).sum()) for activity in self.activities]
+
+    def summary(self) -> dict[str, Any]:
+        """Means over images in nats, and counts, as JSON takes them."""
+        summary: dict[str, Any] = {
+            "nll": -self.wake.log_likelihood.mean().item(),
+            "elbo": self.wake.elbo.mean().item(),
+            "reconstruction": self.wake.reconstruction.mean().item(),
+            "kl": self.wake.kl.mean(0).tolist(),
+            "bound_samples": self.num_samples,
+            "images": len(self.wake.log_likelihood),
+            "effective_sample_size": self.wake.effective_sample_size.mean().item(),
+            "active_units": self.active_units,
+            "units": [len(activity) for activity in self.activities],
+            "posterior_kl": {
+                "wake": {
+                    "reverse": self.wake.reverse_kl.mean().item(),
+                    "forward": self.wake.forward_kl.mean().item(),
+                },
+                "sleep": {
+                    "reverse": self.sleep.reverse_kl.mean().item(),
+                    "forward": self.sleep_forward_kl.mean().item(),
+                },
+            },
+            "dreams": len(self.sleep_forward_kl),
+            "energy_distance": self.discrepancy.energy_distance,
+            "energy_distance_p_value": self.discrepancy.p_value,
+        }
+        if self.annealed is not None:
+            images = len(self.annealed.log_likelihood)
+            summary["ais"] = {
+                "nll": -self.annealed.mean,
+                "standard_error": self.annealed.standard_error_of_mean,
+                "acceptance": self.annealed.acceptance.mean().item(),
+                "images": images,
+                "bound_nll": -self.wake.log_likelihood[:images].mean().item(),
+            }
+        return summary
+
+
+@torch.no_grad()
+def evaluate(
+    machine: HelmholtzMachine,
+    x: Tensor,
+    num_samples: int,
+    num_dreams: int,
+    *,
+    annealed_images: int = 0,
+    chains: int = 16,
+    temperatures: int = 1000,
+    seed: int = 0,
+    progress: Callable[[str, int], Callable[[int], object]] = lambda part, images: lambda finished: None,
+) -> Evaluation:
+    """Everything that there is to say about a machine.
+
+    Args:
+        machine: what is to be judged.
+        x: binary pixels `[N, D]`, N >= 2, on its device.
+        num_samples: K of the bounds.
+        num_dreams: as many are drawn, from two on.
+        annealed_images: as many, from the first on, are evaluated by annealed importance sampling.
+        chains, temperatures: of that; see :func:`wakesleep_ext.annealing.annealed_log_likelihood`.
+        seed: of everything. The bounds on images are those of :func:`log_likelihood_bounds` with this seed.
+        progress: called with the name of a part and how many images it has; what it returns is called with the number
+            of images that have just been finished.
+    """
+    recognition, generative = machine.recognition, machine.generative
+    # draws under one key would not be independent of those that they are compared with
+    seeds = random.philox_words(random.make_key(seed), 5).tolist()
+    of_dreams, of_sleep, of_chains, of_activities, of_permutations = seeds
+    keys = [random.make_key(of_dreams, draw, x.device) for draw in range(len(generative))]
+    latents, dreams = generative.dream(num_dreams, keys=keys)
+
+    name = f"NLL bound, K = {num_samples}"
+    wake = log_likelihood_bounds(recognition, generative, x, num_samples, seed=seed, on_images=progress(name, len(x)))
+    sleep = log_likelihood_bounds(
+        recognition,
+        generative,
+        dreams,
+        num_samples,
+        seed=of_sleep,
+        on_images=progress("The same of dreams", num_dreams),
+    )
+    log_w = generative.log_prob(latents, dreams).double() - recognition.log_prob(latents, dreams).double()
+    annealed = None
+    if annealed_images:
+        chosen = x[:annealed_images]
+        annealed = annealed_log_likelihood(
+            generative,
+            chosen,
+            chains,
+            temperatures,
+            seed=of_chains,
+            on_images=progress("Annealed importance sampling", len(chosen)),
+        )
+    return Evaluation(
+        num_samples,
+        wake,
+        sleep,
+        log_w.cpu() - sleep.log_likelihood,
+        activities(recognition, x, seed=of_activities),
+        energy_distance(dreams, x, seed=of_permutations),
+        annealed,
+    )

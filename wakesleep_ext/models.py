@@ -213,7 +213,7 @@ class GenerativeNetwork(_Chain):
     @torch.no_grad()
     def pixel_means(self, z: Tensor) -> Tensor:
         """E[x | z_1]: `[*, K] -> [*, D]` in [0, 1]."""
-        means: Tensor = self[0](z).logits.sigmoid()
+        means: Tensor = self[0](z).mean
         return means
 
 

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wakesleep_ext.evaluation import ACTIVE, Evaluation
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 _DPI = 150
+_LEAST_ACTIVITY = 1e-5  # drawn; what is below, or by chance negative, is put there
 _WAKE, _SLEEP, _TEST, _BASELINE = "#c2571a", "#35478c", "#1b7f5c", "#8a8a8a"
 _LOSSES = (
     ("wake_loss", "Wake: generative network", "nats per image", _WAKE),
@@ -116,14 +120,55 @@ def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> 
         spread = 2.58 * math.sqrt(expected * (1 - 1 / num_ranks))
         axes.bar(range(num_ranks), values.bincount(minlength=num_ranks).tolist(), width=1, color=_SLEEP, alpha=0.7)
         axes.axhspan(expected - spread, expected + spread, color=_BASELINE, alpha=0.4)
-        _label(axes, name, "dreams")
-        axes.set_xlabel("rank")
+        _label(axes, name, "dreams", "rank")
     _save(path, figure)
 
 
-def _label(axes: Axes, title: str, unit: str) -> None:
+def evaluation(path: Path, found: Evaluation) -> None:
+    """Which latent variables are used, what the samples of q are worth, and how far q is from the posterior.
+
+    Args:
+        path: the picture that is written.
+        found: what is to be drawn.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), dpi=_DPI, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+
+    for layer, activity in enumerate(found.activities, start=1):
+        ranked = activity.sort(descending=True).values.clamp_min(_LEAST_ACTIVITY)
+        label = f"layer {layer}: {found.active_units[layer - 1]} of {len(activity)} active"
+        left.plot(range(1, len(ranked) + 1), ranked.tolist(), marker=".", label=label)
+    left.axhline(ACTIVE, color=_BASELINE, linestyle="--")
+    left.set_yscale("log")
+    left.legend(frameon=False)
+    _label(left, "Latent variables by activity", "variance of the posterior mean", "rank")
+
+    for bounds, label, color in ((found.wake, "images", _WAKE), (found.sleep, "dreams", _SLEEP)):
+        size = bounds.effective_sample_size.clamp(1, found.num_samples)
+        edges = [found.num_samples ** (i / 30) for i in range(31)] if found.num_samples > 1 else 1
+        shares = [1 / len(size)] * len(size)
+        middle.hist(size.tolist(), edges, weights=shares, histtype="step", label=label, color=color)
+    middle.set_xscale("log")
+    middle.legend(frameon=False)
+    _label(middle, f"Effective sample size, $K = {found.num_samples}$", "share", "samples")
+
+    divergences = found.summary()["posterior_kl"]
+    for shift, (phase, label, color) in enumerate((("wake", "images", _WAKE), ("sleep", "dreams", _SLEEP))):
+        heights = [divergences[phase]["reverse"], divergences[phase]["forward"]]
+        bars = right.bar([0.4 * shift, 1 + 0.4 * shift], heights, 0.36, label=label, color=color)
+        right.bar_label(bars, fmt="%.2f", fontsize=8)
+    right.set_xticks([0.2, 1.2], ["KL$(q\\,\\|\\,p)$", "KL$(p\\,\\|\\,q)$"])
+    right.margins(y=0.3)  # above the bars, for the legend
+    right.legend(frameon=False)
+    _label(right, "Recognition against the posterior", "nats", "")
+    _save(path, figure)
+
+
+def _label(axes: Axes, title: str, unit: str, horizontal: str = "epoch") -> None:
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(horizontal)
     axes.set_ylabel(unit)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -127,7 +127,7 @@ def two_modes(check: Check) -> Iterator[Answer]:
     mu, logvar = recognition.when_on
     yield from near(problem, ["sleep: mu 1", "sleep: mu 2"], 0.0, mu, 0.02)
     yield from near(problem, ["sleep: logvar 1", "sleep: logvar 2"], 0.0, logvar, 0.02)
-    bounds = log_likelihood_bounds(*networks, x, 100_000, chunk_samples=10_000)
+    bounds = log_likelihood_bounds(*networks, x, 100_000, chunk_rows=10_000)
     yield from near(problem, "sleep: ELBO", -2.118842, bounds.elbo, 0.02)
     yield from near(problem, "log p(x)", -math.log(2), bounds.log_likelihood, 0.02)
 
@@ -139,7 +139,7 @@ def two_modes(check: Check) -> Iterator[Answer]:
     yield from near(problem, ["ELBO: |mu 1|", "ELBO: |mu 2|"], 0.543, mu.abs(), 0.02)
     yield from near(problem, "ELBO: mu 1 and mu 2 of one sign", 1.0, (mu[0] * mu[1]).sign(), 0.0)
     yield from near(problem, ["ELBO: logvar 1", "ELBO: logvar 2"], -0.9676, logvar, 0.02)
-    bounds = log_likelihood_bounds(*networks, x, 100_000, chunk_samples=10_000)
+    bounds = log_likelihood_bounds(*networks, x, 100_000, chunk_rows=10_000)
     yield from near(problem, "ELBO", -1.353046, bounds.elbo, 0.02)
 
 
