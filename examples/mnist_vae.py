@@ -1,7 +1,7 @@
 """A variational autoencoder as people write it, and with two lines changed: `python examples/mnist_vae.py`.
 
-Both are trained side by side, taking turns, and their steps timed. `--data` names a folder of MNIST's IDX files; without
-it scikit-learn's small digits are taken. Most of what is gained is the likelihood's, of which
+Both are trained side by side, taking turns, and their steps timed. `--data` names a folder of MNIST's IDX files;
+without it scikit-learn's small digits are taken. Most of what is gained is the likelihood's, of which
 `binary_cross_entropy_with_logits` would gain a good part, too.
 """
 

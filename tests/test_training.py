@@ -162,7 +162,7 @@ def test_a_step_of_a_mixture_is_what_one_writes_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("objective", "loss"), [("elbo", elbo_loss), ("iwae", iwae_loss), ("dreg", dreg_loss)], ids=lambda value: str(value)
+    ("objective", "loss"), [("elbo", elbo_loss), ("iwae", iwae_loss), ("dreg", dreg_loss)], ids=["elbo", "iwae", "dreg"]
 )
 def test_a_step_of_a_baseline_trains_both_networks_on_one_loss(objective, loss):
     trainer = make_trainer(model=DEEP, seed=3, objective=objective, num_samples=3)

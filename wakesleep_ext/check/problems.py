@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep_ext import ops
+from wakesleep_ext.annealing import annealed_log_likelihood
 from wakesleep_ext.check import calibration
 from wakesleep_ext.check.training import (
     Effort,
@@ -156,6 +157,10 @@ def joint_fixed_points(check: Check) -> Iterator[Answer]:
     data = data_log_prob.exp()
     yield from near(ONE_PROBLEM, "entropy", 2.6138498, -(data * data_log_prob).sum(), 1e-6)
     yield from _sleep_optimum(check, data)
+    generative = machine(Table(4, 2), _linear(SLOPES, OFFSETS), 1)[1]
+    annealed = annealed_log_likelihood(generative, EVERY_IMAGE, 100, 100)
+    deviation = (annealed.log_likelihood - data_log_prob) / annealed.standard_error
+    yield from near(ONE_PROBLEM, "AIS: largest error, in its own", 0.0, deviation.abs().max(), 4.0)
 
     # as many copies of each image as its probability asks for, so that a batch has no noise of its own
     effort = check.effort(1500, 4000)
