@@ -16,7 +16,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 SHELL := /bin/bash
 
-.PHONY: help train test lint format benchmark readme mnist cuda-check cuda-on-cpu-asan sass-report gpu-check clean
+.PHONY: help train test lint format benchmark readme mnist docs cuda-check cuda-on-cpu-asan sass-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and README's tables"
 	@echo "make readme      makes the README's speed tables and pictures anew from the results that they name"
 	@echo "make mnist       trains every objective on the MNIST in the folder DATA, in hours; writes benchmarks/results/mnist"
+	@echo "make docs        builds the reference pages, build/docs/index.html; a warning is an error"
 	@echo "make cuda-check  compiles the CUDA kernels for CUDA_ARCHITECTURES against a CUDA build of torch; needs nvcc, no GPU"
 	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
 	@echo "make sass-report prints registers, spills and loads of every kernel; needs nvcc, no GPU"
@@ -73,6 +74,9 @@ cuda-check: $(CUDA_VENV)/.installed
 sass-report: $(CUDA_VENV)/.installed
 	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/sass_report.py
 
+docs: $(VENV)/.installed
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --fresh-env docs build/docs
+
 mnist: $(VENV)/.installed
 	$(VENV)/bin/python scripts/mnist_objectives.py --data $(DATA) --runs runs/mnist
 
@@ -89,7 +93,7 @@ $(VENV)/.environment: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
-	$(VENV)/bin/python $(PIP) -c constraints.txt --no-build-isolation -e '.[train,dev,examples]'
+	$(VENV)/bin/python $(PIP) -c constraints.txt --no-build-isolation -e '.[train,dev,examples,docs]'
 	touch $@
 
 # Everything as in the other environment, but for a torch that has CUDA in it.

@@ -1,4 +1,4 @@
-"""Every command and every line of code of the README, run."""
+"""Every command and every line of code of the README and of the guides, run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,20 @@ import pytest
 pytestmark = pytest.mark.source_tree
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
-COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
+Blocks = list[tuple[str, str]]
+
+
+def _blocks(page: Path) -> Blocks:
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def _lines(blocks: Blocks, language: str) -> list[str]:
+    return [line for of, block in blocks if of == language for line in block.splitlines()]
+
+
+BLOCKS = _blocks(ROOT / "README.md")
+COMMANDS = _lines(BLOCKS, "sh")
 BIN = Path(sys.executable).parent
 
 
@@ -50,6 +61,17 @@ def test_python() -> None:
     exec(compile(code, "README.md", "exec"), names)
     assert names["elbo"].shape == (128,)  # type: ignore[attr-defined]
     assert names["encoder"].weight.grad.abs().sum() > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_guides(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = _blocks(guide)
+    assert {language for language, _ in blocks} <= {"sh", "python"}
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(_lines(blocks, "python")), str(guide), "exec"), {})
+    for command in _lines(blocks, "sh"):
+        if command != "pip install .":
+            _run(command, tmp_path)
 
 
 def test_the_example_has_ten_lines() -> None:

@@ -246,7 +246,7 @@ class HelmholtzMachine(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *, keys: Keys = None) -> Tensor:
-        """Mean of p(x'|z) at a z ~ q(z|x): pixels in [0, 1], `[N, D] -> [N, D]`."""
+        """E[x | z_1] at a z_1 ~ q(z_1|x): pixels in [0, 1], `[N, D] -> [N, D]`."""
         return self.generative.pixel_means(self.recognition.sample(x, keys=keys)[0][0])
 
 

@@ -51,7 +51,7 @@ class Outcome:
     device: str
     dtype: torch.dtype
     error: float
-    """Largest deviation of a result or a gradient, relative to the largest; of a pixel drawn otherwise, |u - p|."""
+    """Largest deviation of a result or a gradient, relative to the largest; of a pixel drawn otherwise, how far u is from p."""
     tolerance: float
 
     @property
