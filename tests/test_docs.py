@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import pytest
 
@@ -27,7 +28,7 @@ def public_names(module: ModuleType) -> set[str]:
     declared = getattr(module, "__all__", None)
     if declared is None:
         own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
-        declared = [name for name in own if not name.startswith("_")]
+        declared = [name for name in own if not name.startswith("_") and not isinstance(getattr(module, name), TypeVar)]
     return {f"{module.__name__}.{name}" for name in declared}
 
 

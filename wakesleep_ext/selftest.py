@@ -51,7 +51,8 @@ class Outcome:
     device: str
     dtype: torch.dtype
     error: float
-    """Largest deviation of a result or a gradient, relative to the largest; of a pixel drawn otherwise, how far u is from p."""
+    """Largest deviation of a result or a gradient, relative to the largest; of a pixel drawn otherwise,
+    how far u is from p."""
     tolerance: float
 
     @property
