@@ -115,8 +115,9 @@ binarised once from a fixed seed: the bound with K = 5000 samples, and the ELBO 
 
 {markdown(lines)}
 
-{about["processor"]}, {about["simd"]}, {about["threads"]} thread for each run, two at a time beside other work; torch
-{about["torch"]}. `make mnist DATA=mnist` trains them all.
+{about["processor"]}, {about["simd"]}, {about["threads"]} thread for each run; torch {about["torch"]}, commit
+{str(about["commit"])[:7]}. Times are of a machine that was busy with other things. `make mnist DATA=mnist` trains them
+all.
 """
 
 

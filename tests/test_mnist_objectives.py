@@ -13,6 +13,7 @@ import pytest
 from wakesleep_ext import cli
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/mnist"
 
 pytestmark = pytest.mark.source_tree
 
@@ -49,3 +50,10 @@ def test_every_objective_is_trained_once_and_told_with_its_command(
 
     monkeypatch.setattr(cli, "main", None)  # what is there already is not trained again
     objectives.train(data, tmp_path / "runs", (3,))
+
+
+def test_the_committed_table_is_that_of_the_results(objectives: Any) -> None:
+    results = json.loads((RESULTS / "results.json").read_text())
+    assert (RESULTS / "README.md").read_text() == objectives.page(results), "run `make mnist`"
+    assert {record["objective"] for record in results["records"]} == set(objectives.OBJECTIVES)
+    assert len({record["seed"] for record in results["records"]}) >= 2
