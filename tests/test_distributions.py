@@ -50,6 +50,15 @@ def test_shapes_and_densities_are_those_of_torch(make: Make, batch: tuple[int, .
 
 
 @KINDS
+def test_entropies_and_divergences_are_the_expectations_that_they_stand_for(make: Make) -> None:
+    (p, _), (q, _) = make(3), make(3)
+    value = p.sample((100_000,), key=make_key(5))
+    surprisal = -p.log_prob(value)
+    torch.testing.assert_close(p.entropy(), surprisal.mean(0), rtol=0, atol=0.05)
+    torch.testing.assert_close(kl_divergence(p, q), (-surprisal - q.log_prob(value)).mean(0), rtol=0.05, atol=0.05)
+
+
+@KINDS
 def test_expanded_ones_are_the_same_with_draws_of_their_own(make: Make) -> None:
     ours, theirs = make(4, 1)
     wide, theirs = ours.expand((2, 4, 3)), theirs.expand((2, 4, 3))
@@ -159,7 +168,7 @@ def test_copies_and_pickles_are_the_same(make: Make) -> None:
     [
         (lambda: DiagonalGaussian(torch.zeros(3), torch.tensor([0.0, torch.nan, 0.0])), "parameter logvar"),
         (lambda: BernoulliVector(torch.tensor([0.0, torch.nan])), "parameter logits"),
-        (lambda: DiagonalGaussian(torch.tensor(0.0), torch.tensor(0.0)), "one dimension at least, got"),
+        (lambda: DiagonalGaussian(torch.zeros(3), torch.tensor(0.0)), "expected logvar to have one dimension at least"),
         (lambda: DiagonalGaussian(torch.zeros(3), torch.zeros(4)), r"to broadcast, got \[\[3\], \[4\]\]"),
         (lambda: BernoulliVector(torch.tensor(0.0)), "one dimension at least, got"),
         (lambda: gaussian(3)[0].log_prob(torch.full((K,), torch.nan)), "within the support"),
@@ -169,6 +178,18 @@ def test_copies_and_pickles_are_the_same(make: Make) -> None:
 )
 def test_wrong_arguments_and_values_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DiagonalGaussian(torch.zeros(3), 0.0), "expected logvar to be a tensor, got float"),  # type: ignore[arg-type]
+        (lambda: BernoulliVector([0.0]), "expected logits to be a tensor, got list"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_tensor_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         make()
 
 
@@ -192,10 +213,26 @@ def test_an_empty_batch_is_no_mistake(make: Make) -> None:
 
 
 def test_half_types_are_scored_in_float32() -> None:
-    logits = torch.randn(3, K, dtype=torch.bfloat16)
-    ours = BernoulliVector(logits)
-    assert ours.sample().dtype == torch.bfloat16
-    assert ours.log_prob(torch.ones(K, dtype=torch.bool)).dtype == torch.float32
+    a, b = torch.randn(2, 3, 300, dtype=torch.bfloat16)
+    for p, q in (
+        (DiagonalGaussian(a, b), DiagonalGaussian(b, a)),
+        (BernoulliVector(a), BernoulliVector(b)),
+    ):
+        value = p.sample()
+        assert value.dtype == torch.bfloat16
+        assert p.log_prob(value).dtype == torch.float32
+        precise_p, precise_q = (type(d)(*(getattr(d, name).double() for name in d.arg_constraints)) for d in (p, q))
+        torch.testing.assert_close(p.entropy(), precise_p.entropy().float())
+        torch.testing.assert_close(kl_divergence(p, q), kl_divergence(precise_p, precise_q).float())
+    assert BernoulliVector(a).log_prob(torch.ones(300, dtype=torch.bool)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("logits", [(8.0, 8.01), (18.0, 16.0), (-12.0, -11.0)])
+def test_a_divergence_between_near_certainties_keeps_its_precision(logits: tuple[float, float]) -> None:
+    a, b = torch.tensor(logits)[:, None]
+    expected = kl_divergence(*(Independent(Bernoulli(logits=logit.double()), 1) for logit in (a, b)))
+    divergence = kl_divergence(BernoulliVector(a), BernoulliVector(b))
+    torch.testing.assert_close(divergence.double(), expected, rtol=0.02, atol=0)
 
 
 def test_a_loss_of_distributions_compiles() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from wakesleep_ext import ops
 
@@ -29,7 +29,8 @@ class DiagonalGaussian(Distribution):
         validate_args: whether arguments and values are checked, as in `torch.distributions`.
 
     Raises:
-        ValueError: mu and logvar are no vectors, do not broadcast, or are not finite.
+        TypeError: mu or logvar is no tensor.
+        ValueError: mu and logvar are no vectors, do not broadcast, or hold NaN.
     """
 
     arg_constraints = {"mu": constraints.real_vector, "logvar": constraints.real_vector}  # noqa: RUF012
@@ -100,7 +101,8 @@ class DiagonalGaussian(Distribution):
         return ops.gaussian_log_prob(self.mu, self.logvar, value)
 
     def entropy(self) -> Tensor:
-        entropy = self.logvar.sum(-1) / 2 + self.event_shape[0] * (1 + math.log(2 * math.pi)) / 2
+        """float32 for half types, as are divergences."""
+        entropy = _widened(self.logvar).sum(-1) / 2 + self.event_shape[0] * (1 + math.log(2 * math.pi)) / 2
         return entropy.expand(self.batch_shape)
 
 
@@ -112,7 +114,8 @@ class BernoulliVector(Distribution):
         validate_args: whether arguments and values are checked, as in `torch.distributions`.
 
     Raises:
-        ValueError: the logits are no vectors, or not finite.
+        TypeError: the logits are no tensor.
+        ValueError: the logits are no vectors, or hold NaN.
     """
 
     arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
@@ -160,30 +163,45 @@ class BernoulliVector(Distribution):
         return ops.bernoulli_log_prob(self.logits, value)
 
     def entropy(self) -> Tensor:
-        return (softplus(self.logits) - self.logits * self.probs).sum(-1)
+        """float32 for half types, as are divergences."""
+        logits = _widened(self.logits)
+        return -ops.bernoulli_log_prob(logits, logits.sigmoid())
 
 
 @register_kl(DiagonalGaussian, DiagonalGaussian)
 def _kl_gaussian_gaussian(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
     """Measured in units of q, the divergence is that from N(0, I)."""
-    return ops.gaussian_kl((p.mu - q.mu) * (-q.logvar / 2).exp(), p.logvar - q.logvar)
+    logvar = _widened(q.logvar)
+    return ops.gaussian_kl((_widened(p.mu) - q.mu) * (-logvar / 2).exp(), p.logvar - logvar)
 
 
 @register_kl(BernoulliVector, BernoulliVector)
 def _kl_bernoulli_bernoulli(p: BernoulliVector, q: BernoulliVector) -> Tensor:
-    return (p.probs * (p.logits - q.logits) - softplus(p.logits) + softplus(q.logits)).sum(-1)
+    """Sums over both outcomes, each of which keeps its precision where the other is nearly certain."""
+    a, b = _widened(p.logits), _widened(q.logits)
+    one, zero = logsigmoid(a) - logsigmoid(b), logsigmoid(-a) - logsigmoid(-b)
+    return (a.sigmoid() * one + (-a).sigmoid() * zero).sum(-1)
 
 
 def _shapes(kind: type[Distribution], **parameters: Tensor) -> tuple[torch.Size, torch.Size]:
     """Batch and event shape."""
-    names, shapes = " and ".join(parameters), [list(parameter.shape) for parameter in parameters.values()]
+    for name, parameter in parameters.items():
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{kind.__name__}: expected {name} to be a tensor, got {type(parameter).__name__}")
+        if parameter.dim() == 0:
+            raise ValueError(f"{kind.__name__}: expected {name} to have one dimension at least, got a scalar")
     try:
-        shape = torch.broadcast_shapes(*shapes)
+        # a fifth of the time of torch.broadcast_shapes, which is written in Python
+        shape = torch.broadcast_tensors(*parameters.values())[0].shape
     except RuntimeError as error:
+        names, shapes = " and ".join(parameters), [list(parameter.shape) for parameter in parameters.values()]
         raise ValueError(f"{kind.__name__}: expected {names} to broadcast, got {shapes}") from error
-    if not all(shapes):
-        raise ValueError(f"{kind.__name__}: expected {names} to have one dimension at least, got {shapes}")
     return shape[:-1], shape[-1:]
+
+
+def _widened(parameter: Tensor) -> Tensor:
+    """In the type of log-probabilities."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _of_shape(new: Any, batch_shape: Sequence[int], old: Distribution) -> Any:
