@@ -35,6 +35,8 @@ class Policy(nn.Module):
         super().__init__()
         self.distribution = distribution
         self.mean = nn.Linear(2 * DIMENSIONS, DIMENSIONS)
+        nn.init.zeros_(self.mean.weight)  # no force at first: a random one would drive the mass away, ever faster
+        nn.init.zeros_(self.mean.bias)
         self.logvar = nn.Parameter(torch.full((DIMENSIONS,), -1.0))
 
     def forward(self, state: Tensor) -> Distribution:
