@@ -21,7 +21,15 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 9 * 60.0  # seconds, for all of it
 
-DEVICE_TESTS = ("test_cuda.py", "test_ops.py", "test_gradients.py", "test_random.py", "test_exact_answers.py")
+DEVICE_TESTS = (
+    "test_cuda.py",
+    "test_ops.py",
+    "test_gradients.py",
+    "test_random.py",
+    "test_heads.py",
+    "test_layers.py",
+    "test_binarize.py",
+)
 
 
 @dataclass(frozen=True)

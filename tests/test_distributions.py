@@ -32,6 +32,12 @@ def bernoulli(*batch: int, **options: Any) -> tuple[BernoulliVector, Independent
     return BernoulliVector(logits, **options), Independent(Bernoulli(logits=logits), 1)
 
 
+@pytest.fixture(autouse=True)
+def _validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by default, whatever other code of the process has chosen for all distributions."""
+    monkeypatch.setattr(Distribution, "_validate_args", True)
+
+
 KINDS = pytest.mark.parametrize("make", [gaussian, bernoulli])
 Make = Callable[..., tuple[Any, Independent]]
 
