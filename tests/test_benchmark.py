@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import shlex
@@ -16,8 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import checkout
 import pytest
 import torch
+from checkout import ROOT
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +27,6 @@ from wakesleep_ext.benchmark import Plan, bench, command, goals, measure, report
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.op_suite import GOALS, OPS, SUITE, OpCase, cases, headline
 
-ROOT = Path(__file__).resolve().parent.parent
 OP = {op.name: op for op in OPS}
 CPU = torch.device("cpu")
 
@@ -608,9 +608,8 @@ def test_every_goal_can_be_measured() -> None:
 
 
 @pytest.fixture
-def update_readme(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module("update_readme")
+def update_readme() -> Any:
+    return checkout.load("update_readme", "scripts")
 
 
 @pytest.mark.source_tree

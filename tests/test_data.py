@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkout import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wakesleep_ext.data import DIGITS, DataError, Images, load
 from wakesleep_ext.random import make_key
 
-MNIST = Path(os.environ.get("WAKESLEEP_MNIST") or Path(__file__).resolve().parents[1] / "../shared/data/mnist")
+MNIST = Path(os.environ.get("WAKESLEEP_MNIST") or ROOT / "../shared/data/mnist")
 
 rng = np.random.default_rng(0)
 TRAIN = rng.integers(256, size=(7, 3, 4), dtype=np.uint8)

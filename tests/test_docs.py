@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TypeVar
 
 import pytest
+from checkout import ROOT
 
 import wakesleep_ext
 
@@ -20,7 +21,7 @@ from sphinx.util.inventory import InventoryFile
 
 pytestmark = [pytest.mark.source_tree, pytest.mark.filterwarnings("default")]
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 def public_names(module: ModuleType) -> set[str]:

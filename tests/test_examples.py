@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 pytestmark = pytest.mark.source_tree
 
-EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"pyro_vae": "pyro", "lightning_vae": "pytorch_lightning"}
 
 

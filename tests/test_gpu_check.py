@@ -10,12 +10,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import checkout
 import pytest
 import torch
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-gpu_check = pytest.importorskip("gpu_check")
+gpu_check = checkout.load("gpu_check", "scripts")
 
 pytestmark = pytest.mark.source_tree
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
+import checkout
 import pytest
 
 from wakesleep_ext import _build
@@ -15,17 +11,7 @@ if _build.CUDA_VERSION is None:
     pytest.skip("built without CUDA", allow_module_level=True)
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sass_report = _load(Path(__file__).resolve().parent.parent / "scripts/sass_report.py")
+sass_report = checkout.load("sass_report", "scripts")
 
 
 @pytest.fixture(scope="module")

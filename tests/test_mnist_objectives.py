@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import checkout
 import numpy as np
 import pytest
+from checkout import ROOT
 
 from wakesleep_ext import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/mnist"
 
 pytestmark = pytest.mark.source_tree
 
 
 @pytest.fixture
-def objectives(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module("mnist_objectives")
+def objectives() -> Any:
+    return checkout.load("mnist_objectives", "scripts")
 
 
 def test_every_objective_is_trained_once_and_told_with_its_command(

@@ -9,15 +9,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import checkout
 import pytest
+from checkout import ROOT
 
 pytestmark = pytest.mark.source_tree
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from build_support import toolchain  # noqa: E402
-from build_support.toolchain import BuildError, Toolkit, Torch, make_plan  # noqa: E402
+toolchain = checkout.load("build_support.toolchain")
+Torch, Toolkit, make_plan, BuildError = toolchain.Torch, toolchain.Toolkit, toolchain.make_plan, toolchain.BuildError
 
 CPU_TORCH = Torch(Path("site"), "2.13.0+cpu", None)
 CUDA_TORCH = Torch(Path("site"), "2.14.1+cu130", "13.0")

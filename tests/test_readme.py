@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 pytestmark = pytest.mark.source_tree
 
-ROOT = Path(__file__).resolve().parent.parent
+
 GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
 Blocks = list[tuple[str, str]]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import checkout
 import pytest
 import torch
 from test_benchmark import record, result
@@ -257,10 +257,9 @@ def test_a_step_that_has_slowed_down_is_named(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.source_tree
-def test_a_readme_can_show_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "scripts")
+def test_a_readme_can_show_steps(tmp_path: Path) -> None:
     results.write(tmp_path / "step.json", RESULT)
     text = "<!-- speed: step.json -->\n<!-- end of speed -->\n"
-    refreshed = importlib.import_module("update_readme").refresh(text, tmp_path)
+    refreshed = checkout.load("update_readme", "scripts").refresh(text, tmp_path)
     assert TOLD[: TOLD.index("| batch | L  |")].strip() in refreshed
     assert "how many times as fast as eager PyTorch each step is](step.png)" in refreshed
