@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ def extension_and_commands() -> dict[str, Any]:
     if plan.toolkit is not None:
         os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # read when torch.utils.cpp_extension is imported
     os.environ["MAX_JOBS"] = str(toolchain.parallel_jobs(os.environ))
+    if find_spec("ninja") is not None:  # its log tells nothing to another version, which would compile all anew
+        import ninja
+
+        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", os.defpath)
 
     import torch.cuda
     from setuptools.command.build import build
