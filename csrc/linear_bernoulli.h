@@ -50,14 +50,15 @@ struct LinearBernoulliOperands : Linear {
 };
 
 struct LinearBernoulliLogProb : LinearBernoulliOperands {
-  at::Tensor logits;  // [N, D], without bias, if these are no more than `kept_bytes`; otherwise [0, D]
+  bool keeps;         // the logits, if these are no more than `kept_bytes`
+  at::Tensor logits;  // [N, D], without bias, as they are kept; otherwise [0, D]
   RowMap<1> rows;     // of x
 
   LinearBernoulliLogProb(const at::Tensor& h_in, const at::Tensor& weight_in, const at::Tensor& bias_in,
                          const at::Tensor& x_in, int64_t kept_bytes)
       : LinearBernoulliOperands("linear_bernoulli_log_prob", h_in, weight_in, bias_in, x_in) {
-    const bool kept = N * D * static_cast<int64_t>(c10::elementSize(compute)) <= kept_bytes;
-    logits = at::empty({kept ? N : 0, D}, log_prob.options());
+    keeps = N * D * static_cast<int64_t>(c10::elementSize(compute)) <= kept_bytes;
+    logits = at::empty({0, D}, log_prob.options());
     rows = map_rows<1>(batch, {row_strides(x, batch)});
   }
 };
@@ -102,9 +103,9 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
                     [&](const at::Tensor& sums) { write_gradient(first, products, grad_logits, sums); });
     };
     if (!kept) {
-      return for_products(h, logits, add);
+      return for_products(h, false, add);
     }
-    for_chunks(h, [&](int64_t first, const at::Tensor& h_rows) {
+    for_chunks(h, chunk_rows(), [&](int64_t first, const at::Tensor& h_rows) {
       add(first, h_rows, rows_of(logits, first, h_rows.size(0)));
     });
   }
@@ -144,9 +145,12 @@ struct LinearBernoulliOps {
   static std::tuple<at::Tensor, at::Tensor> log_prob_and_logits(const at::Tensor& h, const at::Tensor& weight,
                                                                 const at::Tensor& bias, const at::Tensor& x,
                                                                 int64_t kept_bytes) {
-    const LinearBernoulliLogProb call(h, weight, bias, x, kept_bytes);
-    call.for_products(call.h, call.logits, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
+    LinearBernoulliLogProb call(h, weight, bias, x, kept_bytes);
+    call.for_products(call.h, call.keeps, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
       Kernels::write_log_prob(call, first, products);
+      if (call.keeps) {
+        call.logits = products;
+      }
     });
     return {call.log_prob, call.logits};
   }

@@ -21,7 +21,7 @@ struct LinearTanh : Linear {
 
 // write_activations(call, products [rows, D], activations [rows, D]) and write_gradient(call, grad [rows, D],
 // activations [rows, D], gradient of what tanh was taken of [rows, D], its sums over every rows_of_sum(compute) rows
-// [pieces, D]); the first may write where it reads.
+// [pieces, D]).
 template <typename Kernels>
 struct LinearTanhOps {
   static at::Tensor linear_tanh(const at::Tensor& h,       // [*B, H]
@@ -29,8 +29,7 @@ struct LinearTanhOps {
                                 const at::Tensor& bias) {  // [D]
     const LinearTanh call("linear_tanh", h, weight, bias);
     const at::Tensor activations = at::empty({call.N, call.D}, call.weight.options().dtype(call.dtype));
-    const at::Tensor kept = call.dtype == call.compute ? activations : at::Tensor();
-    call.for_products(call.h, kept, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
+    call.for_products(call.h, false, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
       Kernels::write_activations(call, products, rows_of(activations, first, products.size(0)));
     });
     return activations.view(concat(call.batch, {call.D}));
@@ -54,7 +53,7 @@ struct LinearTanhOps {
     const at::Tensor grad_rows = flat(grad), activation_rows = flat(activations);
     LinearGradients gradients(call, call.N, Kernels::rows_of_sum(call.compute), with_grad_h, with_grad_weight);
     const at::Tensor buffer = call.chunk(call.N, call.operand);
-    call.for_chunks(call.h, [&](int64_t first, const at::Tensor& h_rows) {
+    call.for_chunks(call.h, call.chunk_rows(), [&](int64_t first, const at::Tensor& h_rows) {
       const int64_t count = h_rows.size(0);
       const at::Tensor written = rows_of(buffer, 0, count);
       gradients.add(first, h_rows, written, [&](const at::Tensor& sums) {
