@@ -1,4 +1,4 @@
-// Under autocast a hidden layer or a Bernoulli head multiplies in the lower precision, as nn.Linear does.
+// Under autocast a layer or a Bernoulli head multiplies in the lower precision, as nn.Linear does.
 // Log-likelihoods come back in float32, as ever; the other ops take their arguments as they are.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
@@ -21,8 +21,9 @@ at::Tensor cast_layer(const Operator& op, const at::Tensor& h, const at::Tensor&
   return op.call(cast(h), cast(weight), cast(bias), others...);
 }
 
-at::Tensor tanh_layer(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias) {
-  return cast_layer(autograd::linear_tanh(), h, weight, bias);
+at::Tensor layer(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
+                 std::optional<std::string_view> activation) {
+  return cast_layer(autograd::linear(), h, weight, bias, activation);
 }
 
 at::Tensor log_prob(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
@@ -41,7 +42,7 @@ at::Tensor sample(const at::Tensor& h, const at::Tensor& weight, const at::Tenso
 }
 
 void implement(torch::Library& m) {
-  m.impl("linear_tanh", tanh_layer);
+  m.impl("linear", layer);
   m.impl("linear_bernoulli_log_prob", log_prob);
   m.impl("linear_bernoulli_log_prob_sum", log_prob_sum);
   m.impl("linear_bernoulli_sample", sample);

@@ -69,12 +69,6 @@ WAKESLEEP_FUNCTION T bernoulli_grad_logits(T a, T x) {
   return divide(plain + scaled * e, T(1) + e);
 }
 
-// d/da tanh(a), from y = tanh(a).
-template <typename T>
-WAKESLEEP_FUNCTION T tanh_gradient(T y) {
-  return T(1) - y * y;
-}
-
 // s(a) = 1 / (1 + e^-a), the exponential never overflowing.
 template <typename T>
 WAKESLEEP_FUNCTION T sigmoid(T a) {

@@ -46,10 +46,10 @@ constexpr Operator kOperators[] = {
     {"bernoulli_log_prob(Tensor logits, Tensor x) -> Tensor"},
     {"bernoulli_log_prob_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor"},
 
-    // a hidden layer, tanh(h weight^T + bias): h [*B, H], weight [D, H], bias [D]
-    {"linear_tanh(Tensor h, Tensor weight, Tensor bias) -> Tensor"},
-    {"linear_tanh_backward(Tensor grad, Tensor activations, Tensor h, Tensor weight, Tensor bias, bool with_grad_h, "
-     "bool with_grad_weight) -> (Tensor, Tensor, Tensor)"},
+    // a layer, f(h weight^T + bias): h [*B, H], weight [D, H], bias [D]
+    {"linear(Tensor h, Tensor weight, Tensor bias, str? activation=None) -> Tensor"},
+    {"linear_backward(Tensor grad, Tensor output, Tensor h, Tensor weight, Tensor bias, str? activation, "
+     "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor)"},
 
     // a Bernoulli head, its logits being h weight^T + bias: h [*S, *B, H], weight [D, H], bias [D], x [*B, D]
     {"linear_bernoulli_sample(Tensor h, Tensor weight, Tensor bias, Tensor key, ScalarType? dtype=None) -> Tensor"},

@@ -46,7 +46,7 @@ class FusedVAE(VAE):
     def __init__(self, pixels: int) -> None:
         super().__init__(pixels)
         for network in (self.encoder, self.decoder):
-            network[0], network[1] = ws.modules.LinearTanh.from_linear(network[0]), nn.Identity()
+            network[0], network[1] = ws.modules.Linear.from_linear(network[0], "tanh"), nn.Identity()
         self.encoder[2] = ws.modules.GaussianHead.from_linear(self.encoder[2])
         self.decoder[2] = ws.modules.BernoulliHead.from_linear(self.decoder[2])
 

@@ -27,7 +27,7 @@ ARGUMENTS = {
     "gaussian_kl": ("mu", "logvar"),
     "bernoulli_log_prob": ("logits", "x"),
     "bernoulli_sample": ("logits",),
-    "linear_tanh": ("h", "weight", "bias"),
+    "linear": ("h", "weight", "bias"),
     "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
     "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
     "linear_bernoulli_sample": ("h", "weight", "bias"),
@@ -45,6 +45,7 @@ class Case:
     x_dtype: torch.dtype | None = None  # of the observation; that of the logits if None
     layout: str = "contiguous"
     recompute: bool | None = None  # by the backward pass, of a head that has the choice
+    activation: str | None = None  # of a layer
 
     def __str__(self) -> str:
         parts = [self.op, "x".join(str(list(shape)).replace(" ", "") for shape in self.shapes)]
@@ -56,6 +57,8 @@ class Case:
             parts.append(self.layout)
         if self.recompute is not None:
             parts.append(f"recompute={self.recompute}")
+        if self.activation is not None:
+            parts.append(self.activation)
         return "-".join(parts)
 
     @property
@@ -97,6 +100,8 @@ class Case:
         function = getattr(module, self.op)
         if self.recompute is not None:
             return partial(function, recompute=self.recompute)
+        if self.activation is not None:
+            return partial(function, activation=self.activation)
         if not self.draws:
             return function
         sample_shape = () if self.op == "linear_bernoulli_sample" else (self.sample_shape,)
@@ -162,7 +167,7 @@ SMALL = (
     Case("gaussian_kl", ((3, 5), (3, 5))),
     Case("bernoulli_log_prob", ((2, 3, 5), (3, 5))),
     Case("bernoulli_sample", ((3, 5),), (2,)),
-    Case("linear_tanh", ((2, 3, 4), (5, 4), (5,))),
+    *(Case("linear", ((2, 3, 4), (5, 4), (5,)), activation=activation) for activation in (None, "relu", "tanh")),
     Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5))),
     Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5)), recompute=True),
     Case("linear_bernoulli_log_prob_sum", ((2, 3, 4), (5, 4), (5,), (3, 5), (2, 3))),
@@ -241,7 +246,9 @@ SHAPES = (
     *(Case("linear_bernoulli_log_prob_sum", (*shapes, shapes[0][:-1])) for shapes in _HEADS[:-1]),
     Case("linear_bernoulli_log_prob_sum", ((2, 3, 5), (9, 5), (9,), (3, 9), (2, 1))),  # a weight for many rows
     Case("linear_bernoulli_log_prob_sum", ((2, 3, 5), (9, 5), (9,), (3, 9), ()), x_dtype=torch.uint8),
-    *(Case(op, shapes[:3]) for op in ("linear_tanh", "linear_bernoulli_sample") for shapes in _HEADS),
+    *(Case("linear", shapes[:3], activation="tanh") for shapes in _HEADS),
+    *(Case("linear", ((2, 3, 5), (37, 5), (37,)), activation=activation) for activation in (None, "relu", "sigmoid")),
+    *(Case("linear_bernoulli_sample", shapes[:3]) for shapes in _HEADS),
     *(
         replace(case, layout=layout)
         for layout in LAYOUTS
@@ -255,7 +262,7 @@ SHAPES = (
             Case("bernoulli_sample", ((4, 3, 21),), (2,)),
             Case("linear_bernoulli_log_prob", ((2, 4, 3, 5), (21, 5), (21,), (4, 3, 21)), x_dtype=torch.uint8),
             Case("linear_bernoulli_log_prob_sum", ((4, 3, 5), (21, 5), (21,), (4, 3, 21), (4, 3))),
-            Case("linear_tanh", ((4, 3, 5), (21, 5), (21,))),
+            Case("linear", ((4, 3, 5), (21, 5), (21,)), activation="tanh"),
             Case("linear_bernoulli_sample", ((4, 3, 5), (21, 5), (21,))),
         )
     ),

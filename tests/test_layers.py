@@ -24,7 +24,7 @@ def _layer(rows: int, features: int, width: int, dtype: torch.dtype, device: str
 def test_a_layer_in_several_chunks(device: str, one_thread: None) -> None:
     dtype = torch.float64
     layer = _layer(2 * CHUNK + 7, 3, 2**20 // dtype.itemsize // CHUNK - 3, dtype, device)
-    found, expected = ws.linear_tanh(*layer), F.linear(*layer).tanh()
+    found, expected = ws.linear(*layer, "tanh"), F.linear(*layer).tanh()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     upstream = torch.randn_like(found)
     gradients = torch.autograd.grad(found, layer, upstream)
@@ -36,7 +36,7 @@ def test_layers_of_half_types_are_summed_in_float32(dtype: torch.dtype, device: 
     """A sum over thousands of rows in bfloat16 would have stopped growing long before its end."""
     layer = _layer(5000, 4, 9, dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in layer]
-    found, expected = ws.linear_tanh(*layer), reference.linear_tanh(*exact)
+    found, expected = ws.linear(*layer, "tanh"), reference.linear(*exact, "tanh")
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() <= torch.finfo(dtype).eps
     gradients = torch.autograd.grad(found.float().sum(), layer)
@@ -46,16 +46,16 @@ def test_layers_of_half_types_are_summed_in_float32(dtype: torch.dtype, device: 
 
 def test_gradients_of_a_layer_go_where_they_are_asked_for(device: str) -> None:
     layer = _layer(6, 4, 5, torch.float64, device)
-    everything = torch.autograd.grad(ws.linear_tanh(*layer).sum(), layer)
+    everything = torch.autograd.grad(ws.linear(*layer, "tanh").sum(), layer)
     for index in range(3):
         alone = [tensor.detach().requires_grad_(i == index) for i, tensor in enumerate(layer)]
-        (gradient,) = torch.autograd.grad(ws.linear_tanh(*alone).sum(), alone[index])
+        (gradient,) = torch.autograd.grad(ws.linear(*alone, "tanh").sum(), alone[index])
         torch.testing.assert_close(gradient, everything[index])
 
 
 def test_a_layer_without_bias(device: str) -> None:
-    h, weight, bias = _layer(6, 4, 5, torch.float64, device)
-    torch.testing.assert_close(ws.linear_tanh(h, weight, None), ws.linear_tanh(h, weight, torch.zeros_like(bias)))
+    h, weight, _ = _layer(6, 4, 5, torch.float64, device)
+    torch.testing.assert_close(ws.linear(h, weight, None), F.linear(h, weight))
 
 
 def test_a_layer_under_autocast(device: str) -> None:
@@ -63,8 +63,8 @@ def test_a_layer_under_autocast(device: str) -> None:
     layer = _layer(6, 40, 5, torch.float32, device)
     lower = [tensor.detach().bfloat16().requires_grad_() for tensor in layer]
     with torch.autocast(device, torch.bfloat16):
-        found = ws.linear_tanh(*layer)
-    expected = ws.linear_tanh(*lower)
+        found = ws.linear(*layer, "tanh")
+    expected = ws.linear(*lower, "tanh")
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)
     gradients = torch.autograd.grad(found.float().sum(), layer)
@@ -78,15 +78,29 @@ def test_gradients_of_each_row_of_a_layer_by_vmap(device: str) -> None:
 
     def of_each(module: object) -> tuple[Tensor, ...]:
         def loss(weight: Tensor, bias: Tensor, h: Tensor) -> Tensor:
-            return module.linear_tanh(h, weight, bias).sin().sum()
+            return module.linear(h, weight, bias, "tanh").sin().sum()
 
         return torch.vmap(torch.func.grad(loss, (0, 1, 2)), in_dims=(None, None, 0))(weight, bias, h)
 
     torch.testing.assert_close(of_each(ws), of_each(reference))
 
 
+def test_activations_at_their_ends(device: str) -> None:
+    """NaN stays NaN, as torch has it, and the gradient of what was cut off is zero whatever comes from upstream."""
+    values = torch.tensor([[-torch.inf], [-90.0], [0.0], [90.0], [torch.inf], [torch.nan]], device=device)
+    one, none = torch.ones(1, 1, device=device), torch.zeros(1, device=device)
+    for activation in ("relu", "sigmoid", "tanh"):
+        expected = getattr(torch, activation)(values)
+        torch.testing.assert_close(ws.linear(values, one, none, activation), expected, equal_nan=True)
+    bias = torch.tensor([-1.0], device=device, requires_grad=True)
+    ws.linear(none[None], one, bias, "relu").backward(torch.full((1, 1), torch.inf, device=device))
+    assert bias.grad == 0
+
+
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"linear_tanh: expected the last dimension of h to be 4, .*, got 3"):
-        ws.linear_tanh(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(5))
-    with pytest.raises(TypeError, match=r"linear_tanh: expected h to be float64, .*, got Int"):
-        ws.linear_tanh(torch.zeros(2, 3, dtype=torch.int32), torch.zeros(5, 3), torch.zeros(5))
+    with pytest.raises(ValueError, match=r"linear: expected activation to be None, 'relu', .*, got 'gelu'"):
+        ws.linear(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(5), "gelu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"linear: expected the last dimension of h to be 4, .*, got 3"):
+        ws.linear(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(5))
+    with pytest.raises(TypeError, match=r"linear: expected h to be float64, .*, got Int"):
+        ws.linear(torch.zeros(2, 3, dtype=torch.int32), torch.zeros(5, 3), torch.zeros(5))

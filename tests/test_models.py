@@ -10,7 +10,7 @@ from wakesleep_ext.models import (
     HelmholtzMachine,
     ModelConfig,
 )
-from wakesleep_ext.networks import Activation
+from wakesleep_ext.networks import Activation, MultilayerPerceptron
 from wakesleep_ext.random import make_key
 
 SMALL = ModelConfig(observed=6, latent=(2,), recognition_hidden=(5,), generative_hidden=(4, 3))
@@ -140,6 +140,30 @@ def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
         module.register_forward_hook(lambda *call: seen.append(call[-1]))
     torch.testing.assert_close(perceptron(z).log_prob_sum(x, weights), theirs)
     assert [tuple(logits.shape) for logits in seen] == [(4, 3, 6)] * 2  # a hook still gets what it waits for
+
+
+def test_a_layer_of_somebodys_own_computes_what_it_computes():
+    class Doubled(torch.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    z, x = torch.randn(3, 2), torch.randint(2, (3, 6)).float()
+    for name in ("0", "2"):
+        network = HelmholtzMachine(SMALL).generative[0].network
+        plain = getattr(network, name)
+        setattr(network, name, Doubled(plain.in_features, plain.out_features))
+        getattr(network, name).load_state_dict(plain.state_dict())
+        expected = torch.nn.Sequential.forward(network, z)
+        torch.testing.assert_close(network(z), expected)
+        log_prob = BernoulliConditional(network)(z).log_prob(x)
+        torch.testing.assert_close(log_prob, torch.distributions.Bernoulli(logits=expected).log_prob(x).sum(-1))
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_layers_are_fused_and_the_same(activation):
+    network = MultilayerPerceptron((5, 4, 3, 2), activation)
+    input = torch.randn(7, 5)
+    torch.testing.assert_close(network(input), torch.nn.Sequential.forward(network, input))
 
 
 def test_reconstructions_are_pixel_means_and_a_function_of_the_key():

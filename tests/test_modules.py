@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import wakesleep_ext as ws
-from wakesleep_ext.modules import BernoulliHead, GaussianHead, LinearTanh
+from wakesleep_ext.modules import BernoulliHead, GaussianHead, Linear, fuse
 from wakesleep_ext.random import make_key
 
-KINDS = pytest.mark.parametrize("kind", [LinearTanh, BernoulliHead, GaussianHead])
+KINDS = pytest.mark.parametrize("kind", [Linear, BernoulliHead, GaussianHead])
 BIAS = pytest.mark.parametrize("bias", [True, False])
 
 
@@ -43,11 +43,11 @@ def test_a_new_layer_starts_as_a_linear_one_does(kind: type) -> None:
 def test_what_layers_compute_is_what_the_ops_compute(bias: bool) -> None:
     h, x, key = torch.randn(5, 3), torch.randint(2, (5, 4)).bool(), make_key(1)
     linear = nn.Linear(3, 4, bias=bias)
-    tanh, pixels, z = (kind.from_linear(linear) for kind in (LinearTanh, BernoulliHead, GaussianHead))
+    pixels, z = BernoulliHead.from_linear(linear), GaussianHead.from_linear(linear)
     output = linear(h)
-    torch.testing.assert_close(tanh(h), output.tanh())
-    for head in (pixels, z):
-        assert torch.equal(head(h), output)
+    torch.testing.assert_close(Linear.from_linear(linear, "tanh")(h), output.tanh())
+    for layer in (Linear.from_linear(linear), pixels, z):
+        torch.testing.assert_close(layer(h), output)
     torch.testing.assert_close(pixels.log_prob(h, x), ws.bernoulli_log_prob(output, x))
     importance = torch.randn(5)
     expected = (importance * ws.bernoulli_log_prob(output, x)).sum()
@@ -70,6 +70,46 @@ def test_a_head_in_somebodys_model_trains_it() -> None:
     x = torch.randint(2, (8, 6)).float()
     (-model[2].log_prob(model[:2](x), x).mean()).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_a_fused_model_is_the_same_model() -> None:
+    class Twice(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.GELU(), Twice(5, 5), nn.Tanh())
+            self.heads = nn.ModuleList([nn.Sequential(nn.Linear(5, 4, bias=False), nn.Sigmoid()), nn.Linear(5, 3)])
+            self.watched = nn.Sequential(nn.Linear(5, 2), nn.Tanh())
+            self.watched[0].register_forward_hook(lambda *_: seen.append("layer"))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            h = self.trunk(x)
+            return [head(h) for head in (*self.heads, self.watched)]
+
+    seen: list[str] = []
+    model, x = Model(), torch.randn(7, 6)
+    parameters, state, expected = list(model.parameters()), list(model.state_dict()), model(x)
+    assert fuse(model) is model
+    assert [type(module) for module in model.trunk] == [Linear, nn.Identity, Linear, nn.GELU, Twice, nn.Tanh]
+    assert [module.activation for module in model.modules() if type(module) is Linear] == [
+        "relu",
+        None,
+        "sigmoid",
+        None,
+    ]
+    torch.testing.assert_close(model(x), expected)
+    assert seen == ["layer", "layer"]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == state
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    for make in (lambda: Linear(3, 4, activation="gelu"), lambda: Linear.from_linear(nn.Linear(3, 4), "gelu")):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"expected activation to be None or one of \('relu', .*\), got 'gelu'"):
+            make()
 
 
 def test_what_is_no_linear_layer_and_what_cannot_be_halved_are_refused() -> None:

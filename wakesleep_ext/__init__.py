@@ -21,10 +21,10 @@ from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered 
     gaussian_parameters,
     gaussian_rsample,
     gaussian_rsample_log_prob,
+    linear,
     linear_bernoulli_log_prob,
     linear_bernoulli_log_prob_sum,
     linear_bernoulli_sample,
-    linear_tanh,
     standard_gaussian_log_prob,
 )
 
@@ -44,10 +44,10 @@ __all__ = [
     "gaussian_parameters",
     "gaussian_rsample",
     "gaussian_rsample_log_prob",
+    "linear",
     "linear_bernoulli_log_prob",
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
-    "linear_tanh",
     "modules",
     "random",
     "reference",

@@ -152,18 +152,19 @@ def _layer_gradients(
     return grad_h, grad_weight, torch.empty_like(bias, dtype=dtype)
 
 
-@torch.library.register_fake("wakesleep_ext::linear_tanh")
-def _(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+@torch.library.register_fake("wakesleep_ext::linear")
+def _(h: Tensor, weight: Tensor, bias: Tensor, activation: str | None = None) -> Tensor:
     return _layer(h, weight, bias)
 
 
-@torch.library.register_fake("wakesleep_ext::linear_tanh_backward")
+@torch.library.register_fake("wakesleep_ext::linear_backward")
 def _(
     grad: Tensor,
-    activations: Tensor,
+    output: Tensor,
     h: Tensor,
     weight: Tensor,
     bias: Tensor,
+    activation: str | None,
     with_grad_h: bool,
     with_grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,12 +278,12 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
     return operator(h, weight, bias, x, *others), 0
 
 
-@torch.library.register_vmap("wakesleep_ext::linear_tanh")
-def _(info: Any, in_dims: tuple[int | None, ...], h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Any, Any]:
-    operator = _ops.linear_tanh.default
+@torch.library.register_vmap("wakesleep_ext::linear")
+def _(info: Any, in_dims: tuple[int | None, ...], h: Tensor, *others: Any) -> tuple[Any, Any]:
+    operator = _ops.linear.default
     if in_dims[1] is not None or in_dims[2] is not None:
-        return _one_by_one(operator)(info, in_dims, h, weight, bias)
-    return operator(*_aligned((h,), in_dims[:1]), weight, bias), 0
+        return _one_by_one(operator)(info, in_dims, h, *others)
+    return operator(*_aligned((h,), in_dims[:1]), *others), 0
 
 
 @torch.library.register_vmap("wakesleep_ext::draw_key")
@@ -322,7 +323,7 @@ for _op in (
     _ops.standard_gaussian_log_prob_backward.default,
     _ops.gaussian_kl_backward.default,
     _ops.bernoulli_log_prob_backward.default,
-    _ops.linear_tanh_backward.default,
+    _ops.linear_backward.default,
     _ops.linear_bernoulli_sample.default,
     _ops.linear_bernoulli_log_prob_backward.default,
 ):
@@ -389,9 +390,9 @@ def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tu
     return grad_logits, grad_x
 
 
-def _linear_tanh(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    activations: Tensor = call(_ops.linear_tanh.default, *arguments)
-    gradients: tuple[Tensor, ...] = _ops.linear_tanh_backward.default(grads[0], activations, *arguments, True, True)
+def _linear(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    output: Tensor = call(_ops.linear.default, *arguments)
+    gradients: tuple[Tensor, ...] = _ops.linear_backward.default(grads[0], output, *arguments, True, True)
     return gradients
 
 
@@ -421,7 +422,7 @@ _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
         _ops.standard_gaussian_log_prob.default: _standard_gaussian_log_prob,
         _ops.gaussian_kl.default: _gaussian_kl,
         _ops.bernoulli_log_prob.default: _bernoulli_log_prob,
-        _ops.linear_tanh.default: _linear_tanh,
+        _ops.linear.default: _linear,
         _ops.linear_bernoulli_log_prob.default: _linear_bernoulli_log_prob,
     }.items()
 }

@@ -159,7 +159,7 @@ class BernoulliConditional(Conditional):
 
     def forward(self, given: Tensor) -> Bernoulli | LinearBernoulli:
         network = self.network
-        if isinstance(network, MultilayerPerceptron) and not (self.hold_logits or network.output_is_hooked):
+        if isinstance(network, MultilayerPerceptron) and network.may_be_fused and not self.hold_logits:
             head = network.head
             return LinearBernoulli(network.features(given), head.weight, head.bias)
         return Bernoulli(network(given))

@@ -1,13 +1,14 @@
 """Layers and heads as modules: linear layers that know what their output is for.
 
 Each is an `nn.Linear`, with its parameters, its initialisation and its state dict, and takes the place of one that is
-there already by `from_linear`, which shares the parameters.
+there already by `from_linear`, which shares the parameters; `fuse` does so for all layers of a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from itertools import zip_longest
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,24 @@ from torch import Tensor, nn
 from wakesleep_ext import ops
 from wakesleep_ext.distributions import DiagonalGaussian
 
-__all__ = ["BernoulliHead", "GaussianHead", "LinearTanh"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-_Layer = TypeVar("_Layer", bound="_Linear")
+__all__ = ["BernoulliHead", "GaussianHead", "Linear", "fuse"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_NAMES: dict[type[nn.Module], ops.Activation] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 
 
 class _Linear(nn.Linear):
+    activation: ops.Activation | None = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ops.linear(h, self.weight, self.bias, self.activation)
+
     @classmethod
-    def from_linear(cls: type[_Layer], linear: nn.Linear) -> _Layer:
+    def from_linear(cls, linear: nn.Linear) -> Self:
         """The layer that has the same parameters as `linear`, which it shares with it: what trains one trains both."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{cls.__name__}.from_linear: expected linear to be an nn.Linear, got {type(linear)}")
@@ -31,11 +42,45 @@ class _Linear(nn.Linear):
         return layer.train(linear.training)
 
 
-class LinearTanh(_Linear):
-    """tanh(h Wᵀ + b), `[*, in_features] -> [*, out_features]`; see :func:`wakesleep_ext.ops.linear_tanh`."""
+class Linear(_Linear):
+    """f(h Wᵀ + b), `[*, in_features] -> [*, out_features]`; see :func:`wakesleep_ext.ops.linear`.
 
-    def forward(self, h: Tensor) -> Tensor:
-        return ops.linear_tanh(h, self.weight, self.bias)
+    Args:
+        activation: f, `"relu"`, `"sigmoid"` or `"tanh"`; None for none.
+
+    Raises:
+        ValueError: `activation` is none of these.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        activation: ops.Activation | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = _checked(activation)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, activation: ops.Activation | None = None) -> Self:
+        """The layer that has the same parameters as `linear`, which it shares with it, and an activation besides."""
+        layer = super().from_linear(linear)
+        layer.activation = _checked(activation)
+        return layer
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+def _checked(activation: ops.Activation | None) -> ops.Activation | None:
+    if activation not in (None, *get_args(ops.Activation)):
+        raise ValueError(
+            f"Linear: expected activation to be None or one of {get_args(ops.Activation)}, got {activation!r}"
+        )
+    return activation
 
 
 class BernoulliHead(_Linear):
@@ -111,3 +156,35 @@ class GaussianHead(_Linear):
     def log_prob(self, h: Tensor, z: Tensor) -> Tensor:
         """log q(z|h), h `[*B, H]`, z `[*S, *B, K]`, to `[*S, *B]`; see :func:`wakesleep_ext.ops.gaussian_log_prob`."""
         return ops.gaussian_log_prob(*self.moments(h), z)
+
+
+def fuse(model: Model) -> Model:
+    """Give a model's linear layers to :func:`wakesleep_ext.ops.linear`, in place; the model itself is returned.
+
+    Every `nn.Linear` in it is exchanged for a :class:`Linear` that shares its parameters and takes over the `nn.ReLU`,
+    `nn.Sigmoid` or `nn.Tanh` that follows it in an `nn.Sequential`, where an `nn.Identity` keeps the place: optimizers
+    and state dicts notice nothing. Subclasses of `nn.Linear` and layers with hooks stay as they are.
+    """
+    for parent in [*model.modules()]:
+        in_sequence = type(parent).forward is nn.Sequential.forward
+        names = [*parent._modules]
+        for name, following in zip_longest(names, names[1:]):
+            layer = parent._modules[name]
+            if type(layer) is nn.Linear and not has_hooks(layer):
+                activation = name_of_activation(parent._modules.get(following) if in_sequence else None)
+                parent._modules[name] = Linear.from_linear(layer, activation)
+                if activation:
+                    parent._modules[following] = nn.Identity()
+    return model
+
+
+def name_of_activation(module: nn.Module | None) -> ops.Activation | None:
+    """By what name :func:`wakesleep_ext.ops.linear` does what the module does, if it can and nobody waits for it."""
+    return None if module is None or has_hooks(module) else _NAMES.get(type(module))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for what the module itself is called with, or returns."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )

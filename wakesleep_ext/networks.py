@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from wakesleep_ext import ops
+from wakesleep_ext.modules import has_hooks, name_of_activation
 
 Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
 
@@ -51,25 +52,20 @@ class MultilayerPerceptron(nn.Sequential):
         return last
 
     @property
-    def output_is_hooked(self) -> bool:
-        """Whether somebody waits for what the last layer returns."""
-        return _has_hooks(self) or _has_hooks(self.head)
+    def may_be_fused(self) -> bool:
+        """Whether the head's product may be left to an op: it is torch's own, and nobody waits for what it returns."""
+        return _is_plain(self.head) and not has_hooks(self)
 
     def features(self, input: Tensor) -> Tensor:
         """What the last layer gets, `[*, first] -> [*, next to last]`."""
         output = input.to(self.head.weight.dtype)
         *hidden, _ = self._modules.values()
         for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
-            hooked = _has_hooks(linear) or _has_hooks(activation)
-            if isinstance(linear, nn.Linear) and isinstance(activation, nn.Tanh) and not hooked:
-                output = ops.linear_tanh(output, linear.weight, linear.bias)
-            else:
-                output = activation(linear(output))
+            output = _layer(linear, activation, output)
         return output
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.head(self.features(input))
-        return output
+        return _layer(self.head, None, self.features(input))
 
 
 class Constant(nn.Module):
@@ -83,8 +79,17 @@ class Constant(nn.Module):
         return self.value
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody waits for what the module itself is called with, or returns."""
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
+def _layer(linear: nn.Module, activation: nn.Module | None, input: Tensor) -> Tensor:
+    """activation(linear(input)), by the op as far as both are torch's own and nobody waits for what they return."""
+    name = name_of_activation(activation)
+    output: Tensor
+    if _is_plain(linear):
+        output = ops.linear(input, linear.weight, linear.bias, name)
+    else:
+        output, name = linear(input), None
+    return output if activation is None or name else activation(output)
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer that torch itself computes, and nobody waits for what it does."""
+    return type(module).forward is nn.Linear.forward and not has_hooks(module)

@@ -109,10 +109,11 @@ def binarize(
     return (random.uniforms(key, p.shape) <= p).to(dtype or torch.uint8)
 
 
-def linear_tanh(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """tanh of h weight^T + bias."""
+def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """f(h weight^T + bias)."""
     dtype = _promote(h, weight)[0].dtype
-    return _linear(h, weight, bias).tanh().to(dtype)
+    output = _linear(h, weight, bias)
+    return (output if activation is None else getattr(torch, activation)(output)).to(dtype)
 
 
 def linear_bernoulli_log_prob(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -28,7 +29,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gaussian_kl": ("mu", "logvar"),
     "bernoulli_log_prob": ("logits", "x"),
     "bernoulli_sample": ("logits",),
-    "linear_tanh": ("h", "weight", "bias"),
+    "linear": ("h", "weight", "bias"),
     "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
     "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
     "linear_bernoulli_sample": ("h", "weight", "bias"),
@@ -94,8 +95,10 @@ def _input(name: str) -> Tensor:
 
 
 def _function(module: ModuleType, op: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """The op as a function of its tensors: draws have a key, and a sample shape where they take one."""
+    """The op as a function of its tensors: a draw has a key and maybe a sample shape, a layer an activation."""
     function: Callable[..., Tensor | tuple[Tensor, ...]] = getattr(module, op)
+    if op == "linear":
+        return partial(function, activation="tanh")
     if "sample" not in op:
         return function
     sample_shape = () if op == "linear_bernoulli_sample" else ((_SAMPLES,),)

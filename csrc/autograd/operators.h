@@ -22,6 +22,7 @@ using torch::autograd::variable_list;
     return handle;                                                                                        \
   }
 
+using OptionalName = std::optional<std::string_view>;
 using OptionalTensor = std::optional<Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
@@ -39,9 +40,9 @@ WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(linear_tanh, Tensor(const Tensor&, const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(linear_tanh_backward,
-                   Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool))
+WAKESLEEP_OPERATOR(linear, Tensor(const Tensor&, const Tensor&, const Tensor&, OptionalName))
+WAKESLEEP_OPERATOR(linear_backward, Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                           OptionalName, bool, bool))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<bool>))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,

@@ -1,7 +1,6 @@
-// tanh(h weight^T + bias) and its gradients, on the CPU, a chunk of rows at a time.
-#include "../linear_tanh.h"
+// f(h weight^T + bias) and its gradients, on the CPU, a chunk of rows at a time.
+#include "../linear_layer.h"
 
-#include "../densities.h"
 #include "summed_rows.h"
 
 namespace wakesleep::cpu {
@@ -10,24 +9,24 @@ namespace {
 struct Kernels {
   static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
 
-  static void write_activations(const LinearTanh& call,
-                                const at::Tensor& products,       // [rows, D]
-                                const at::Tensor& activations) {  // [rows, D]
-    dispatch_floating(call.op, call.dtype, [&](auto type) {
+  static void write_output(const LinearLayer& call,
+                           const at::Tensor& products,  // [rows, D]
+                           const at::Tensor& output) {  // [rows, D]
+    dispatch(call, [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
       const auto* products_data = products.const_data_ptr<compute_t>();
       const auto* bias = call.bias.const_data_ptr<compute_t>();
-      auto* activations_data = activations.mutable_data_ptr<scalar_t>();
+      auto* output_data = output.mutable_data_ptr<scalar_t>();
       vectorized_parallel_for(products.size(0), grain_rows(call.D), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           for_tiles(call.D, [&](int64_t column, int64_t columns) {
             Tile<compute_t> tile;
-            auto* out = activations_data + row * activations.stride(0) + column;
+            auto* out = output_data + row * output.stride(0) + column;
             compute_t* written = tile.place_for(out);
             for_lanes<compute_t>(
                 columns,
-                [&](auto element, compute_t product, compute_t b) { element.store(written, tanh(product + b)); },
+                [&](auto element, compute_t product, compute_t b) { element.store(written, activation(product + b)); },
                 products_data + row * products.stride(0) + column, bias + column);
             tile.store(out, columns);
           });
@@ -36,31 +35,31 @@ struct Kernels {
     });
   }
 
-  static void write_gradient(const LinearTanh& call,
-                             const at::Tensor& grad,         // [rows, D]
-                             const at::Tensor& activations,  // [rows, D]
-                             const at::Tensor& written,      // [rows, D]
-                             const at::Tensor& sums) {       // [pieces, D]
-    dispatch_floating(call.op, call.dtype, [&](auto type) {
+  static void write_gradient(const LinearLayer& call,
+                             const at::Tensor& grad,     // [rows, D]
+                             const at::Tensor& output,   // [rows, D]
+                             const at::Tensor& written,  // [rows, D]
+                             const at::Tensor& sums) {   // [pieces, D]
+    dispatch(call, [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
       const auto* grad_data = grad.const_data_ptr<scalar_t>();
-      const auto* activations_data = activations.const_data_ptr<scalar_t>();
+      const auto* output_data = output.const_data_ptr<scalar_t>();
       auto* written_data = written.mutable_data_ptr<compute_t>();
       const int64_t D = call.D;
       for_summed_rows(grad.size(0), D, sums.mutable_data_ptr<compute_t>(), [&](int64_t row, compute_t* sum) {
         for_tiles(D, [&](int64_t column, int64_t columns) {
-          Tile<compute_t> grad_tile, activations_tile;
+          Tile<compute_t> grad_tile, output_tile;
           auto* out = written_data + row * written.stride(0) + column;
           for_lanes<compute_t>(
               columns,
               [&](auto element, compute_t upstream, compute_t y) {
-                const compute_t gradient = upstream * tanh_gradient(y);
+                const compute_t gradient = activation.gradient(upstream, y);
                 element.store(out, gradient);
                 element.add(sum + column, gradient);
               },
               grad_tile.read(grad_data + row * D + column, columns),
-              activations_tile.read(activations_data + row * D + column, columns));
+              output_tile.read(output_data + row * D + column, columns));
         });
       });
     });
@@ -69,6 +68,6 @@ struct Kernels {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { LinearTanhOps<Kernels>::implement(m); }
+TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { LinearOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cpu

@@ -1,0 +1,76 @@
+// What a layer does to each of its coordinates, y = f(a), host and device, and the gradient of a, given that of y: a
+// function of y, so that a layer keeps nothing else for its backward pass.
+#pragma once
+
+#include <optional>
+#include <string_view>
+#include <variant>
+
+#include "checks.h"
+#include "densities.h"
+
+namespace wakesleep {
+
+struct Identity {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T a) const {
+    return a;
+  }
+  template <typename T>
+  WAKESLEEP_FUNCTION T gradient(T upstream, T) const {
+    return upstream;
+  }
+};
+
+struct Relu {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T a) const {
+    return a < T(0) ? T(0) : a;  // NaN stays
+  }
+  template <typename T>
+  WAKESLEEP_FUNCTION T gradient(T upstream, T y) const {
+    return y <= T(0) ? T(0) : upstream;
+  }
+};
+
+struct Sigmoid {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T a) const {
+    return wakesleep::sigmoid(a);
+  }
+  template <typename T>
+  WAKESLEEP_FUNCTION T gradient(T upstream, T y) const {
+    return upstream * (y * (1 - y));
+  }
+};
+
+struct Tanh {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T a) const {
+    return wakesleep::tanh(a);
+  }
+  template <typename T>
+  WAKESLEEP_FUNCTION T gradient(T upstream, T y) const {
+    return upstream * (1 - y * y);
+  }
+};
+
+using Activation = std::variant<Identity, Relu, Sigmoid, Tanh>;
+
+// By the name that callers use.
+inline Activation activation_of(const char* op, std::optional<std::string_view> name) {
+  if (!name) {
+    return Identity{};
+  }
+  if (*name == "relu") {
+    return Relu{};
+  }
+  if (*name == "sigmoid") {
+    return Sigmoid{};
+  }
+  TORCH_CHECK_VALUE(*name == "tanh", op, ": expected activation to be None, 'relu', 'sigmoid' or 'tanh', got '", *name,
+                    "'");
+  return Tanh{};
+}
+
+}  // namespace wakesleep
