@@ -41,12 +41,11 @@ class VAE(lightning.LightningModule):
 
 
 class FusedVAE(VAE):
-    """With a layer and a head in the place of the linear ones, and the state dict of the other."""
+    """With fused layers and heads in the place of the linear ones, and the state dict of the other."""
 
     def __init__(self, pixels: int) -> None:
         super().__init__(pixels)
-        for network in (self.encoder, self.decoder):
-            network[0], network[1] = ws.modules.Linear.from_linear(network[0], "tanh"), nn.Identity()
+        ws.modules.fuse(self)
         self.encoder[2] = ws.modules.GaussianHead.from_linear(self.encoder[2])
         self.decoder[2] = ws.modules.BernoulliHead.from_linear(self.decoder[2])
 

@@ -17,7 +17,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from wakesleep_ext import objectives, ops, random
 from wakesleep_ext.data import Images
@@ -39,7 +38,6 @@ _SLEEP_WEIGHTS: dict[Objective, float] = {
 }
 
 _DEVICES_WITH_GRAPHS = ("cuda",)
-_DEVICES_WITH_FUSED_ADAM = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -186,6 +184,7 @@ class Trainer:
         }
         device = images.grey.device
         self._dtype = next(machine.parameters()).dtype
+        self._one = torch.ones((), device=device)
         self._capturable = device.type in _DEVICES_WITH_GRAPHS
         self.optimizers = {name: self._optimizer(network) for name, network in self.networks.items()}
         self._wake_losses = self._objective()
@@ -243,7 +242,7 @@ class Trainer:
             network.parameters(),
             betas=self.config.adam_betas,
             eps=self.config.adam_epsilon,
-            fused=self.images.grey.device.type in _DEVICES_WITH_FUSED_ADAM,
+            fused=True,
             capturable=self._capturable,
         )
         for parameter in network.parameters():
@@ -392,23 +391,23 @@ class Trainer:
         start = getattr(self.config, f"{network}_learning_rate")
         group["lr"] = start * decay
         states = [optimizer.state[parameter] for parameter in trained]
-        # What optimizer.step() would call; around it, it takes 40 µs of the 750 that a phase of 20 images has on a CPU.
+        steps = [state["step"] for state in states]
+        # What optimizer.step() would call; around it, it takes 80 µs of the 650 that a phase of 20 images has on a CPU.
         with torch.no_grad():
-            adam(
+            torch._foreach_add_(steps, self._one)
+            torch._fused_adam_(
                 trained,
                 list(gradients),
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                [state["step"] for state in states],
-                fused=group["fused"],
-                capturable=group["capturable"],
-                amsgrad=False,
+                steps,
+                lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
                 weight_decay=0.0,
                 eps=group["eps"],
+                amsgrad=False,
                 maximize=False,
             )
 

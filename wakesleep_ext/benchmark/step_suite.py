@@ -203,7 +203,7 @@ def _networks(machine: HelmholtzMachine) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def _products(machine: HelmholtzMachine, batch: int, num_samples: int) -> Call:
-    """The matrix products of a step, and nothing else: what no implementation can do without."""
+    """The matrix products of a step, by `torch.mm`, and nothing else."""
     recognition, generative = _networks(machine)
     passes = (
         _Products(recognition, batch, backward=False),
