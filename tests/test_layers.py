@@ -85,6 +85,35 @@ def test_gradients_of_each_row_of_a_layer_by_vmap(device: str) -> None:
     torch.testing.assert_close(of_each(ws), of_each(reference))
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("layout", ["plain", "transposed", "gaps", "overlapping"])
+def test_large_products_whoever_multiplies(layout: str) -> None:
+    """oneDNN does, of float32 that is worth its while, if it can and is not switched off."""
+    rows, features, width = 130, 90, 100
+    h, weight = torch.randn(rows, features), torch.randn(width, features)
+    h, weight = {
+        "plain": (h, weight),
+        "transposed": (h.t().contiguous().t(), weight.t().contiguous().t()),
+        "gaps": (torch.randn(rows, 2 * features)[:, ::2], torch.randn(width, features + 3)[:, 3:]),
+        "overlapping": (h[:1].expand(rows, -1), weight[:, :1].expand(-1, features)),
+    }[layout]
+    layer = h.requires_grad_(), weight.requires_grad_(), torch.randn(width, requires_grad=True)
+    exact = [tensor.detach().double().requires_grad_() for tensor in layer]
+    expected = F.linear(*exact).tanh()
+    upstream = torch.randn(rows, width)
+    expected_gradients = torch.autograd.grad(expected, exact, upstream.double())
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:
+            found = ws.linear(*layer, "tanh")
+            gradients = torch.autograd.grad(found, layer, upstream)
+        by_onednn = any(event.name == "mkldnn::_linear_pointwise" for event in profile.events())
+        assert by_onednn == (enabled and layout != "overlapping")
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        for got, wanted in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
 def test_activations_at_their_ends(device: str) -> None:
     """NaN stays NaN, as torch has it, and the gradient of what was cut off is zero whatever comes from upstream."""
     values = torch.tensor([[-torch.inf], [-90.0], [0.0], [90.0], [torch.inf], [torch.nan]], device=device)
