@@ -58,7 +58,7 @@ struct Tanh {
 using Activation = std::variant<Identity, Relu, Sigmoid, Tanh>;
 
 // By the name that callers use.
-inline Activation activation_of(const char* op, std::optional<std::string_view> name) {
+inline Activation activation_of(const char* op, const char* argument, std::optional<std::string_view> name) {
   if (!name) {
     return Identity{};
   }
@@ -68,8 +68,8 @@ inline Activation activation_of(const char* op, std::optional<std::string_view> 
   if (*name == "sigmoid") {
     return Sigmoid{};
   }
-  TORCH_CHECK_VALUE(*name == "tanh", op, ": expected activation to be None, 'relu', 'sigmoid' or 'tanh', got '", *name,
-                    "'");
+  TORCH_CHECK_VALUE(*name == "tanh", op, ": expected ", argument, " to be None, 'relu', 'sigmoid' or 'tanh', got '",
+                    *name, "'");
   return Tanh{};
 }
 

@@ -8,41 +8,53 @@
 namespace wakesleep {
 namespace {
 
-// op(h, weight, bias, others...), a linear layer, with the first three cast.
-template <typename Operator, typename... Others>
-at::Tensor cast_layer(const Operator& op, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
-                      const Others&... others) {
+// body(cast), which is given what casts a tensor of that device, below autocast.
+template <typename Body>
+at::Tensor with_cast(const at::Tensor& h, const Body& body) {
   const auto device = h.device().type();
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto cast = [&](const at::Tensor& tensor) {
+  return body([&](const at::Tensor& tensor) {
     return at::autocast::cached_cast(at::autocast::get_lower_precision_fp_from_device_type(device), tensor, device);
-  };
-  return op.call(cast(h), cast(weight), cast(bias), others...);
+  });
 }
 
-at::Tensor layer(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
-                 std::optional<std::string_view> activation) {
-  return cast_layer(autograd::linear(), h, weight, bias, activation);
+at::Tensor perceptron(const at::Tensor& h, at::TensorList weights, at::TensorList biases,
+                      std::optional<std::string_view> activation, std::optional<std::string_view> output_activation) {
+  return with_cast(h, [&](const auto& cast) {
+    const auto cast_all = [&](at::TensorList tensors) {
+      std::vector<at::Tensor> all;
+      std::transform(tensors.begin(), tensors.end(), std::back_inserter(all), cast);
+      return all;
+    };
+    return autograd::perceptron().call(cast(h), cast_all(weights), cast_all(biases), activation, output_activation);
+  });
+}
+
+// op(h, weight, bias, others...), a head, with the first three cast.
+template <typename Operator, typename... Others>
+at::Tensor cast_head(const Operator& op, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
+                     const Others&... others) {
+  return with_cast(h, [&](const auto& cast) { return op.call(cast(h), cast(weight), cast(bias), others...); });
 }
 
 at::Tensor log_prob(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
                     std::optional<bool> recompute) {
-  return cast_layer(autograd::linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
+  return cast_head(autograd::linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
 }
 
 at::Tensor log_prob_sum(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
                         const std::optional<at::Tensor>& importance) {
-  return cast_layer(autograd::linear_bernoulli_log_prob_sum(), h, weight, bias, x, importance);
+  return cast_head(autograd::linear_bernoulli_log_prob_sum(), h, weight, bias, x, importance);
 }
 
 at::Tensor sample(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& key,
                   std::optional<at::ScalarType> dtype) {
-  return cast_layer(autograd::linear_bernoulli_sample(), h, weight, bias, key, dtype);
+  return cast_head(autograd::linear_bernoulli_sample(), h, weight, bias, key, dtype);
 }
 
 void implement(torch::Library& m) {
-  m.impl("linear", layer);
+  m.impl("perceptron", perceptron);
   m.impl("linear_bernoulli_log_prob", log_prob);
   m.impl("linear_bernoulli_log_prob_sum", log_prob_sum);
   m.impl("linear_bernoulli_sample", sample);

@@ -11,8 +11,14 @@ namespace wakesleep {
 // A tensor together with the name its caller knows it by.
 struct Argument {
   const char* name;
-  const at::Tensor& tensor;  // [*B, D]
+  const at::Tensor& tensor;                    // [*B, D]
+  std::optional<size_t> index = std::nullopt;  // in a list of that name
 };
+
+inline std::ostream& operator<<(std::ostream& stream, const Argument& argument) {
+  stream << argument.name;
+  return argument.index ? stream << '[' << *argument.index << ']' : stream;
+}
 
 inline void check_event(const char* op, const Argument& argument) {
   TORCH_CHECK_VALUE(argument.tensor.dim() >= 1, op, ": expected ", argument.name,
@@ -22,12 +28,12 @@ inline void check_event(const char* op, const Argument& argument) {
 inline void check_floating(const char* op, const Argument& argument) {
   const auto type = argument.tensor.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, op,
-                   ": expected ", argument.name, " to be float64, float32, bfloat16 or float16, got ", type);
+                   ": expected ", argument, " to be float64, float32, bfloat16 or float16, got ", type);
 }
 
 inline void check_same_device(const char* op, const Argument& first, const Argument& other) {
-  TORCH_CHECK_VALUE(first.tensor.device() == other.tensor.device(), op, ": expected ", other.name, " on ",
-                    first.tensor.device(), ", the device of ", first.name, ", got ", other.tensor.device());
+  TORCH_CHECK_VALUE(first.tensor.device() == other.tensor.device(), op, ": expected ", other, " on ",
+                    first.tensor.device(), ", the device of ", first, ", got ", other.tensor.device());
 }
 
 inline void check_same_event(const char* op, const Argument& first, const Argument& other) {

@@ -46,10 +46,15 @@ constexpr Operator kOperators[] = {
     {"bernoulli_log_prob(Tensor logits, Tensor x) -> Tensor"},
     {"bernoulli_log_prob_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor"},
 
-    // a layer, f(h weight^T + bias): h [*B, H], weight [D, H], bias [D]
-    {"linear(Tensor h, Tensor weight, Tensor bias, str? activation=None) -> Tensor"},
-    {"linear_backward(Tensor grad, Tensor output, Tensor h, Tensor weight, Tensor bias, str? activation, "
-     "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor)"},
+    // layers f(h weight^T + bias), each of which gets what the one before returns: h [*B, H], weight [D, H], bias [D]
+    {"perceptron(Tensor h, Tensor[] weights, Tensor[] biases, str? activation=None, str? output_activation=None) "
+     "-> Tensor"},
+    // also what every layer but the last returns, [N, D]
+    {"perceptron_with_hidden(Tensor h, Tensor[] weights, Tensor[] biases, str? activation, str? output_activation) "
+     "-> (Tensor, Tensor[])"},
+    {"perceptron_backward(Tensor grad, Tensor output, Tensor[] hidden, Tensor h, Tensor[] weights, Tensor[] biases, "
+     "str? activation, str? output_activation, bool with_grad_h, bool with_grad_weights) "
+     "-> (Tensor, Tensor[], Tensor[])"},
 
     // a Bernoulli head, its logits being h weight^T + bias: h [*S, *B, H], weight [D, H], bias [D], x [*B, D]
     {"linear_bernoulli_sample(Tensor h, Tensor weight, Tensor bias, Tensor key, ScalarType? dtype=None) -> Tensor"},

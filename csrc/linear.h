@@ -1,6 +1,9 @@
 // Linear layers with something done to their result, a product h weight^T + bias, while it is in cache: checked
 // operands of a call, the loop over chunks of rows, and what the gradients of such layers have in common.
 //
+// For small networks, what a call costs besides its products is what counts. A tensor is viewed, converted or allocated
+// here only where that changes something.
+//
 // The products are the platform's, of h and weight alone. The row kernels add the bias as they read, so that nothing
 // passes over the products for its sake. A type of 16 bits is multiplied as it is on a GPU, whose tensor cores
 // accumulate in float32, and in float32 on a CPU; results are float32 either way, and so are the sums of gradients.
@@ -24,8 +27,17 @@ constexpr int64_t kMiB = 1 << 20;
 // What stays in cache: the second level of a CPU's cores, that of a GPU.
 inline int64_t cached_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : at::get_num_threads() * kMiB; }
 
-// oneDNN's x weight^T, if this torch has it. On a processor for whom the platform's BLAS has no AVX-512, it multiplies
-// twice as fast; where the BLAS has, as fast.
+// Whether the platform's BLAS makes the most of the processor. MKL does on Intel's; on those of others it leaves out
+// AVX-512, and oneDNN multiplies twice as fast.
+inline bool blas_suits_processor() {
+#ifdef __x86_64__
+  return at::hasMKL() && __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// oneDNN's x weight^T, if this torch has it.
 using OneDnnLinear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                                 std::string_view, c10::List<std::optional<at::Scalar>>,
                                 std::optional<std::string_view>);
@@ -43,16 +55,35 @@ inline bool is_plain(const at::Tensor& a) {
   return (column == 1 && row >= std::max<int64_t>(1, N)) || (row == 1 && column >= std::max<int64_t>(1, M));
 }
 
+// tensor.to(type), which takes half a microsecond to find out that there is nothing to do.
+inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
+// Whether product() goes by oneDNN.
+inline bool by_onednn(const at::Tensor& a, const at::Tensor& b) {
+  constexpr int64_t kWorthwhile = 1 << 20;  // below so many multiplications its calls take longer to prepare
+  static const bool is_better = !blas_suits_processor() && onednn_linear();
+  return is_better && a.is_cpu() && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile &&
+         is_plain(a) && is_plain(b) && at::globalContext().userEnabledMkldnn();
+}
+
 // a b, in the type `type`: that of a and b, or float32 for half types.
 inline at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
   if (a.is_cuda()) {
     return type == a.scalar_type() ? at::mm(a, b) : at::mm(a, b, type);
   }
-  constexpr int64_t kWorthwhile = 1 << 20;  // below so many multiplications its calls take longer to prepare
-  const bool by_onednn = a.is_cpu() && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile &&
-                         is_plain(a) && is_plain(b) && at::globalContext().userEnabledMkldnn() && onednn_linear();
   const c10::List<std::optional<at::Scalar>> no_scalars;
-  return (by_onednn ? onednn_linear()->call(a, b.t(), {}, "none", no_scalars, {}) : at::mm(a, b)).to(type);
+  return in_type(by_onednn(a, b) ? onednn_linear()->call(a, b.t(), {}, "none", no_scalars, {}) : at::mm(a, b), type);
+}
+
+// sum += a b.
+inline void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+  if (sum.scalar_type() == a.scalar_type() && !by_onednn(a, b)) {
+    sum.addmm_(a, b);
+  } else {
+    sum.add_(product(a, b, sum.scalar_type()));
+  }
 }
 
 // Rows first .. first + count of a tensor; the tensor itself if these are all, since a view takes as long to make as a
@@ -61,7 +92,25 @@ inline at::Tensor rows_of(const at::Tensor& tensor, int64_t first, int64_t count
   return count == tensor.size(0) ? tensor : tensor.narrow(0, first, count);
 }
 
-struct Linear {
+// tensor [*B, D] as [N, D].
+inline at::Tensor as_rows(const at::Tensor& tensor, int64_t N) {
+  return tensor.dim() == 2 ? tensor : tensor.reshape({N, tensor.size(-1)});
+}
+
+// rows [N, D] as [*batch, D].
+inline at::Tensor in_batch(const at::Tensor& rows, at::IntArrayRef batch) {
+  return batch.size() == 1 ? rows : rows.view(concat(batch, {rows.size(-1)}));
+}
+
+// A layer as it is multiplied.
+struct Layer {
+  at::Tensor weight;  // [D, H]
+  at::Tensor bias;    // [D]
+  int64_t H, D;
+};
+
+// A call of an op that is made of layers, each of which gets what the one before returns.
+struct LinearCall {
   // The products are what the backend makes of them: autograd and autocast have had their say.
   const c10::DeviceGuard device;
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -71,42 +120,51 @@ struct Linear {
   at::ScalarType dtype;    // of the parameters, promoted
   at::ScalarType compute;  // of products, and of sums of gradients
   at::ScalarType operand;  // of what is multiplied
-  at::Tensor weight;       // [D, H]
-  at::Tensor bias;         // [D]
-  int64_t H, D;
 
-  Linear(const char* op_in, const at::Tensor& h, const at::Tensor& weight_in, const at::Tensor& bias_in)
-      : device(h.device()), op(op_in) {
-    const Argument h_argument = {"h", h}, weight_argument = {"weight", weight_in}, bias_argument = {"bias", bias_in};
-    for (const Argument& argument : {h_argument, weight_argument, bias_argument}) {
-      check_floating(op, argument);
-      check_same_device(op, h_argument, argument);
-    }
+  LinearCall(const char* op_in, const at::Tensor& h, at::TensorList weights, at::TensorList biases)
+      : device(h.device()), op(op_in), dtype(h.scalar_type()) {
+    const bool one = weights.size() == 1;
+    const Argument h_argument = {"h", h};
+    check_floating(op, h_argument);
     check_event(op, h_argument);
-    TORCH_CHECK_VALUE(weight_in.dim() == 2, op, ": expected weight to have shape [D, H], got ", weight_in.sizes());
-    D = weight_in.size(0);
-    H = weight_in.size(1);
-    TORCH_CHECK_VALUE(h.size(-1) == H, op, ": expected the last dimension of h to be ", H, ", that of weight, got ",
-                      h.size(-1));
-    TORCH_CHECK_VALUE(bias_in.dim() == 1 && bias_in.size(0) == D, op, ": expected bias to have shape [", D,
-                      "], one for each row of weight, got ", bias_in.sizes());
-    dtype = c10::promoteTypes(c10::promoteTypes(h.scalar_type(), weight_in.scalar_type()), bias_in.scalar_type());
+    TORCH_CHECK_VALUE(!weights.empty(), op, ": expected weights to have one layer at least, got none");
+    TORCH_CHECK_VALUE(weights.size() == biases.size(), op, ": expected as many biases as weights, ", weights.size(),
+                      ", got ", biases.size());
+    for (size_t l = 0; l < weights.size(); ++l) {
+      const auto index = one ? std::nullopt : std::optional(l);
+      const Argument weight = {one ? "weight" : "weights", weights[l], index};
+      const Argument bias = {one ? "bias" : "biases", biases[l], index};
+      for (const Argument& argument : {weight, bias}) {
+        check_floating(op, argument);
+        check_same_device(op, h_argument, argument);
+        dtype = c10::promoteTypes(dtype, argument.tensor.scalar_type());
+      }
+      TORCH_CHECK_VALUE(weight.tensor.dim() == 2, op, ": expected ", weight, " to have shape [D, H], got ",
+                        weight.tensor.sizes());
+      const int64_t D = weight.tensor.size(0), H = weight.tensor.size(1);
+      if (l == 0) {
+        TORCH_CHECK_VALUE(h.size(-1) == H, op, ": expected the last dimension of h to be ", H, ", that of ", weight,
+                          ", got ", h.size(-1));
+      } else {
+        TORCH_CHECK_VALUE(weights[l - 1].size(0) == H, op, ": expected ", weight, " to have ", weights[l - 1].size(0),
+                          " columns, one for each row of the weights before, got ", H);
+      }
+      TORCH_CHECK_VALUE(bias.tensor.dim() == 1 && bias.tensor.size(0) == D, op, ": expected ", bias, " to have shape [",
+                        D, "], one for each row of ", weight, ", got ", bias.tensor.sizes());
+    }
     compute = at::toOpMathType(dtype);
     operand = h.is_cuda() ? dtype : compute;
-    weight = weight_in.to(operand);
-    bias = bias_in.to(compute).contiguous();
   }
 
-  // Rows in a chunk: what stays in cache, but enough that products do not suffer.
-  int64_t chunk_rows() const {
+  Layer layer(const at::Tensor& weight, const at::Tensor& bias) const {
+    return {in_type(weight, operand), in_type(bias, compute).contiguous(), weight.size(1), weight.size(0)};
+  }
+
+  // Rows in a chunk of so many columns: what stays in cache, but enough that products do not suffer.
+  int64_t chunk_rows(int64_t columns) const {
     constexpr int64_t kFewest = 32;
-    const int64_t row_bytes = std::max<int64_t>(1, D) * static_cast<int64_t>(c10::elementSize(compute));
-    return std::max(kFewest, cached_bytes(weight.device()) / row_bytes / kFewest * kFewest);
-  }
-
-  // A buffer for a chunk of N rows.
-  at::Tensor chunk(int64_t N, at::ScalarType type) const {  // [rows, D]
-    return at::empty({std::min(N, chunk_rows()), D}, weight.options().dtype(type));
+    const int64_t row_bytes = std::max<int64_t>(1, columns) * static_cast<int64_t>(c10::elementSize(compute));
+    return std::max(kFewest, cached_bytes(device.current_device()) / row_bytes / kFewest * kFewest);
   }
 
   // body(first row, rows of h [rows, H]) for every chunk of so many rows of h [N, H].
@@ -114,9 +172,17 @@ struct Linear {
   void for_chunks(const at::Tensor& h, int64_t rows, const Body& body) const {
     const int64_t N = h.size(0);
     for (int64_t first = 0; first < N; first += rows) {
-      body(first, rows_of(h, first, std::min(rows, N - first)).to(operand));
+      body(first, in_type(rows_of(h, first, std::min(rows, N - first)), operand));
     }
   }
+};
+
+// One layer.
+struct Linear : LinearCall, Layer {
+  Linear(const char* op_in, const at::Tensor& h, const at::Tensor& weight_in, const at::Tensor& bias_in)
+      : LinearCall(op_in, h, weight_in, bias_in), Layer(layer(weight_in, bias_in)) {}
+
+  int64_t chunk_rows() const { return LinearCall::chunk_rows(D); }
 
   // body(first row, rows of h [rows, H], their products with weight [rows, D]) for every chunk of h [N, H]; or for all
   // rows at once, of products that are to be kept.
@@ -128,54 +194,62 @@ struct Linear {
   }
 };
 
-// The gradients of h, weight and bias, from that of the layer's result, chunk by chunk.
-struct LinearGradients {
-  at::Tensor h;       // [N, H], or without elements where it is not wanted
-  at::Tensor weight;  // [D, H], or without elements where it is not wanted
-  at::Tensor bias;    // [D]
+// A tensor [N, D] that comes chunk by chunk; if it comes in one, and as it should be, it is that.
+struct Rows {
+  int64_t N;
+  at::ScalarType dtype;
+  at::Tensor tensor;
 
-  LinearGradients(const Linear& layer, int64_t N, int64_t piece_rows, bool with_h, bool with_weight)
-      : layer_(layer), piece_rows_(piece_rows), with_h_(with_h), with_weight_(with_weight) {
-    const auto wide = layer.weight.options().dtype(layer.compute);
-    h = at::empty({with_h ? N : 0, layer.H}, wide.dtype(layer.dtype));
-    weight = at::empty({with_weight ? layer.D : 0, layer.H}, wide);
-    bias = at::empty({layer.D}, wide);
-    if (N == 0) {
-      weight.zero_();
-      bias.zero_();
+  void put(int64_t first, const at::Tensor& rows) {
+    if (rows.size(0) == N && rows.scalar_type() == dtype) {
+      tensor = rows;
+    } else {
+      place(first, rows).copy_(rows);
     }
   }
 
-  // Of the chunk that begins with row `first`, whose rows of h are h_rows: write(sums [pieces, D]) puts the gradient of
-  // its result into `grad` [rows, D], and its sums over every `piece_rows` rows into `sums`.
+  // Where rows first .. first + rows.size(0) go.
+  at::Tensor place(int64_t first, const at::Tensor& rows) {
+    if (!tensor.defined()) {
+      tensor = at::empty({N, rows.size(1)}, rows.options().dtype(dtype));
+    }
+    return rows_of(tensor, first, rows.size(0));
+  }
+};
+
+// The gradients of a layer's weight and bias, from that of its products, chunk by chunk.
+struct LayerGradients {
+  at::Tensor weight;  // [D, H], or without elements where it is not wanted
+  at::Tensor bias;    // [D]
+
+  LayerGradients(const Layer& layer, const LinearCall& call, int64_t N, int64_t piece_rows, bool with_weight)
+      : piece_rows_(piece_rows), with_weight_(with_weight) {
+    const auto wide = layer.bias.options();
+    if (N == 0 || !with_weight) {
+      weight = at::zeros({with_weight ? layer.D : 0, layer.H}, wide);
+    }
+    bias = N == 0 ? at::zeros({layer.D}, wide) : at::empty({layer.D}, wide);
+  }
+
+  // Of the chunk that begins with row `first`, for which the layer gets h [rows, H]: write(sums [pieces, D]) puts the
+  // gradient of its products into `grad` [rows, D], and its sums over every `piece_rows` rows into `sums`.
   template <typename Write>
-  void add(int64_t first, const at::Tensor& h_rows, const at::Tensor& grad, const Write& write) {
+  void add(int64_t first, const at::Tensor& h, const at::Tensor& grad, const Write& write) {
     const int64_t count = (grad.size(0) + piece_rows_ - 1) / piece_rows_;
     const bool whole = first == 0 && count == 1;
-    const at::Tensor sums = whole ? bias.unsqueeze(0) : at::empty({count, layer_.D}, bias.options());
+    const at::Tensor sums = whole ? bias.unsqueeze(0) : at::empty({count, bias.size(0)}, bias.options());
     write(sums);
     if (!whole) {
       first == 0 ? at::sum_out(bias, sums, 0) : bias.add_(at::sum(sums, 0));
     }
-    if (with_h_) {
-      const at::Tensor of_rows = product(grad, layer_.weight, layer_.dtype);
-      grad.size(0) == h.size(0) ? void(h = of_rows) : void(h.narrow(0, first, grad.size(0)).copy_(of_rows));
-    }
     if (with_weight_) {
-      const at::Tensor of_rows = product(grad.t(), h_rows, layer_.compute);
-      first == 0 ? void(weight = of_rows) : void(weight.add_(of_rows));
+      first == 0 ? void(weight = product(grad.t(), h, bias.scalar_type())) : add_product(weight, grad.t(), h);
     }
-  }
-
-  // In the dtype of the parameters; that of h has its leading dimensions, if it is wanted.
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> result(at::IntArrayRef batch) const {
-    return {with_h_ ? h.view(concat(batch, {layer_.H})) : h, weight.to(layer_.dtype), bias.to(layer_.dtype)};
   }
 
  private:
-  const Linear& layer_;
   int64_t piece_rows_;
-  bool with_h_, with_weight_;
+  bool with_weight_;
 };
 
 }  // namespace wakesleep

@@ -33,7 +33,8 @@ struct LinearBernoulliOperands : Linear {
     x = observation(op, x_in, compute);
     batch = broadcast_batch(op, {"h", h_in}, {"x", x});
     N = c10::multiply_integers(batch);
-    h = h_in.expand(concat(batch, {H})).reshape({N, H});
+    h = batch_sizes(h_in) == at::IntArrayRef(batch) ? as_rows(h_in, N)
+                                                    : h_in.expand(concat(batch, {H})).reshape({N, H});
     log_prob = at::empty(batch, weight.options().dtype(compute));
   }
 
@@ -67,20 +68,25 @@ struct LinearBernoulliLogProb : LinearBernoulliOperands {
 struct LinearBernoulliGradients : LinearBernoulliOperands {
   at::Tensor upstream;  // [*S, *B], or undefined: ones
   at::Tensor logits;    // [N, D], as the forward pass has kept them; or [0, D]
-  LinearGradients gradients;
-  RowMap<2> rows;  // of x and upstream
+  bool with_grad_h, with_grad_weight;
+  Rows grad_h;               // [N, H]
+  LayerGradients gradients;  // of weight and bias
+  RowMap<2> rows;            // of x and upstream
 
   LinearBernoulliGradients(const char* op_in, const at::Tensor& h_in, const at::Tensor& weight_in,
                            const at::Tensor& bias_in, const at::Tensor& x_in, const Argument& upstream_in,
                            const std::optional<at::Tensor>& logits_in, int64_t (*rows_of_sum)(at::ScalarType),
-                           bool with_grad_h, bool with_grad_weight)
+                           bool with_grad_h_in, bool with_grad_weight_in)
       : LinearBernoulliOperands(op_in, h_in, weight_in, bias_in, x_in),
-        gradients(*this, N, rows_of_sum(compute), with_grad_h, with_grad_weight) {
+        with_grad_h(with_grad_h_in),
+        with_grad_weight(with_grad_weight_in),
+        grad_h{N, dtype},
+        gradients(*this, *this, N, rows_of_sum(compute), with_grad_weight) {
     at::DimVector upstream_strides(batch.size(), 0);
     if (upstream_in.tensor.defined()) {
       check_same_device(op, {"h", h_in}, upstream_in);
       check_row_weights(op, upstream_in, c10::fromIntArrayRefSlow(batch));
-      upstream = upstream_in.tensor.to(compute);
+      upstream = in_type(upstream_in.tensor, compute);
       upstream_strides = row_strides(upstream, batch, 0);
     }
     rows = map_rows<2>(batch, {row_strides(x, batch), upstream_strides});
@@ -96,11 +102,15 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
   template <typename WriteGradient>
   void accumulate(const WriteGradient& write_gradient) {
     const bool kept = logits.size(0) > 0, in_place = !kept && operand == compute;
-    const at::Tensor buffer = in_place ? at::Tensor() : chunk(N, operand);
+    const at::Tensor buffer =
+        in_place ? at::Tensor() : at::empty({std::min(N, chunk_rows()), D}, weight.options().dtype(operand));
     const auto add = [&](int64_t first, const at::Tensor& h_rows, const at::Tensor& products) {
       const at::Tensor grad_logits = in_place ? products : rows_of(buffer, 0, h_rows.size(0));
       gradients.add(first, h_rows, grad_logits,
                     [&](const at::Tensor& sums) { write_gradient(first, products, grad_logits, sums); });
+      if (with_grad_h) {
+        grad_h.put(first, product(grad_logits, weight, dtype));
+      }
     };
     if (!kept) {
       return for_products(h, false, add);
@@ -108,6 +118,14 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
     for_chunks(h, chunk_rows(), [&](int64_t first, const at::Tensor& h_rows) {
       add(first, h_rows, rows_of(logits, first, h_rows.size(0)));
     });
+  }
+
+  // In the dtype of the parameters; that of h in the shape of the batch. Without elements where they are not wanted.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> result() {
+    const bool none = !with_grad_h || N == 0;
+    const at::Tensor of_h = none ? at::empty({0, H}, weight.options().dtype(dtype)) : grad_h.tensor;
+    return {with_grad_h ? in_batch(of_h, batch) : of_h, in_type(gradients.weight, dtype),
+            in_type(gradients.bias, dtype)};
   }
 };
 
@@ -122,7 +140,7 @@ struct LinearBernoulliSample : Linear {
                         const at::Tensor& key_in, std::optional<at::ScalarType> dtype_in)
       : Linear("linear_bernoulli_sample", h_in, weight_in, bias_in),
         N(c10::multiply_integers(batch_sizes(h_in))),
-        h(h_in.reshape({N, H})),
+        h(as_rows(h_in, N)),
         key(key_in),
         asked(dtype_in.value_or(dtype)) {
     check_key(op, key, {"h", h_in});
@@ -163,7 +181,7 @@ struct LinearBernoulliOps {
     LinearBernoulliGradients call("linear_bernoulli_log_prob_backward", h, weight, bias, x, {"grad", grad}, logits,
                                   Kernels::rows_of_sum, with_grad_h, with_grad_weight);
     call.accumulate([&](auto&&... chunk) { Kernels::template write_gradient<false>(call, chunk...); });
-    return call.gradients.result(call.batch);
+    return call.result();
   }
 
   static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> log_prob_and_gradients(
@@ -174,7 +192,7 @@ struct LinearBernoulliOps {
     LinearBernoulliGradients call("linear_bernoulli_log_prob_sum", h, weight, bias, x, {"importance", upstream}, {},
                                   Kernels::rows_of_sum, with_grad_h, with_grad_weight);
     call.accumulate([&](auto&&... chunk) { Kernels::template write_gradient<true>(call, chunk...); });
-    return std::tuple_cat(std::tuple(call.log_prob), call.gradients.result(call.batch));
+    return std::tuple_cat(std::tuple(call.log_prob), call.result());
   }
 
   static void implement(torch::Library& m) {

@@ -28,6 +28,7 @@ ARGUMENTS = {
     "bernoulli_log_prob": ("logits", "x"),
     "bernoulli_sample": ("logits",),
     "linear": ("h", "weight", "bias"),
+    "perceptron": ("h", "weight", "bias", "weight", "bias"),
     "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
     "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
     "linear_bernoulli_sample": ("h", "weight", "bias"),
@@ -98,6 +99,8 @@ class Case:
     def function(self, module: Any = ops, key: Tensor | None = None) -> Callable[..., Any]:
         """The op as a function of its tensors alone: the draws have a key."""
         function = getattr(module, self.op)
+        if self.op == "perceptron":
+            return lambda h, *layers: function(h, layers[::2], layers[1::2], self.activation, "sigmoid")
         if self.recompute is not None:
             return partial(function, recompute=self.recompute)
         if self.activation is not None:
@@ -168,6 +171,7 @@ SMALL = (
     Case("bernoulli_log_prob", ((2, 3, 5), (3, 5))),
     Case("bernoulli_sample", ((3, 5),), (2,)),
     *(Case("linear", ((2, 3, 4), (5, 4), (5,)), activation=activation) for activation in (None, "relu", "tanh")),
+    Case("perceptron", ((2, 3, 4), (5, 4), (5,), (2, 5), (2,)), activation="tanh"),
     Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5))),
     Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5)), recompute=True),
     Case("linear_bernoulli_log_prob_sum", ((2, 3, 4), (5, 4), (5,), (3, 5), (2, 3))),
@@ -248,6 +252,11 @@ SHAPES = (
     Case("linear_bernoulli_log_prob_sum", ((2, 3, 5), (9, 5), (9,), (3, 9), ()), x_dtype=torch.uint8),
     *(Case("linear", shapes[:3], activation="tanh") for shapes in _HEADS),
     *(Case("linear", ((2, 3, 5), (37, 5), (37,)), activation=activation) for activation in (None, "relu", "sigmoid")),
+    *(
+        Case("perceptron", (h, (13, *h[-1:]), (13,), (width, 13), (width,)), activation=activation)
+        for h in ((1,), (7,), (70, 5), (4, 3, 20), (0, 5), (3, 0), (2, 1, 4, 5))
+        for width, activation in ((785, "tanh"), (1, "relu"), (0, None))
+    ),
     *(Case("linear_bernoulli_sample", shapes[:3]) for shapes in _HEADS),
     *(
         replace(case, layout=layout)
@@ -263,6 +272,7 @@ SHAPES = (
             Case("linear_bernoulli_log_prob", ((2, 4, 3, 5), (21, 5), (21,), (4, 3, 21)), x_dtype=torch.uint8),
             Case("linear_bernoulli_log_prob_sum", ((4, 3, 5), (21, 5), (21,), (4, 3, 21), (4, 3))),
             Case("linear", ((4, 3, 5), (21, 5), (21,)), activation="tanh"),
+            Case("perceptron", ((4, 3, 5), (21, 5), (21,), (9, 21), (9,)), activation="tanh"),
             Case("linear_bernoulli_sample", ((4, 3, 5), (21, 5), (21,))),
         )
     ),

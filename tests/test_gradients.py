@@ -40,6 +40,9 @@ def test_gradgradcheck(case: Case, device: str) -> None:
 def _arguments(case: Case, dtype: torch.dtype, device: str, requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
     """The operator behind an op, and what it is called with."""
     inputs = case.inputs(dtype, device, requires_grad)
+    if case.op in ("linear", "perceptron"):
+        h, *layers = inputs
+        return torch.ops.wakesleep_ext.perceptron.default, (h, layers[::2], layers[1::2], case.activation, "sigmoid")
     operator = getattr(torch.ops.wakesleep_ext, case.op).default
     if case.draws:
         sample_shape = () if case.op == "linear_bernoulli_sample" else (list(case.sample_shape),)
@@ -65,6 +68,7 @@ def test_opcheck_backward_operators(device: str) -> None:
     mu, logvar = torch.randn(2, 3, 5, device=device)
     z, grad = torch.randn(2, 3, 5, device=device), torch.randn(2, 3, device=device)
     head = z, z[0], grad[0], torch.rand(3, 3, device=device)  # h, weight, bias, x
+    hidden = torch.rand(6, 3, device=device)
     o = torch.ops.wakesleep_ext
     key = make_key(device)
     for operator, arguments in (
@@ -75,6 +79,11 @@ def test_opcheck_backward_operators(device: str) -> None:
         (o.standard_gaussian_log_prob_backward, (grad, z)),
         (o.gaussian_kl_backward, (grad[0], mu, logvar)),
         (o.bernoulli_log_prob_backward, (grad, z, z)),
+        (o.perceptron_with_hidden, (z, [z[0], z[1].mT], [grad[0], mu[0]], "relu", None)),
+        (
+            o.perceptron_backward,
+            (z, z, [hidden], z, [z[0], z[1].mT.contiguous()], [grad[0], mu[0]], "relu", None, True, False),
+        ),
         (o.linear_bernoulli_log_prob_and_logits, (*head, 0)),
         (o.linear_bernoulli_log_prob_and_logits, (*head, 1000)),
         (o.linear_bernoulli_log_prob_backward, (grad, *head, None, True, True)),
@@ -88,7 +97,7 @@ def test_opcheck_backward_operators(device: str) -> None:
 def test_every_operator_of_the_library_is_checked() -> None:
     """No operator without a CPU kernel, a CUDA kernel and an Autograd one, or one composed of others for all."""
     names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
-    assert len(names) == 23
+    assert len(names) == 24
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in names:
         own = [has_kernel(name, key) for key in ("CPU", "CUDA", "Autograd")]

@@ -25,6 +25,7 @@ from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered 
     linear_bernoulli_log_prob,
     linear_bernoulli_log_prob_sum,
     linear_bernoulli_sample,
+    perceptron,
     standard_gaussian_log_prob,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
     "modules",
+    "perceptron",
     "random",
     "reference",
     "standard_gaussian_log_prob",

@@ -7,12 +7,14 @@ tensors learn shapes and dtypes; the batching rules of vmap; and an autograd.Fun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _ops = torch.ops.wakesleep_ext
 
@@ -152,23 +154,46 @@ def _layer_gradients(
     return grad_h, grad_weight, torch.empty_like(bias, dtype=dtype)
 
 
-@torch.library.register_fake("wakesleep_ext::linear")
-def _(h: Tensor, weight: Tensor, bias: Tensor, activation: str | None = None) -> Tensor:
-    return _layer(h, weight, bias)
+@torch.library.register_fake("wakesleep_ext::perceptron")
+def _(
+    h: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str | None = None,
+    output_activation: str | None = None,
+) -> Tensor:
+    return h.new_empty((*h.shape[:-1], weights[-1].shape[0]), dtype=_promoted(h, *weights, *biases))
 
 
-@torch.library.register_fake("wakesleep_ext::linear_backward")
+@torch.library.register_fake("wakesleep_ext::perceptron_with_hidden")
+def _(
+    h: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str | None,
+    output_activation: str | None,
+) -> tuple[Tensor, list[Tensor]]:
+    output = _ops.perceptron.default(h, weights, biases)
+    rows = math.prod(h.shape[:-1])
+    return output, [output.new_empty((rows, weight.shape[0])) for weight in weights[:-1]]
+
+
+@torch.library.register_fake("wakesleep_ext::perceptron_backward")
 def _(
     grad: Tensor,
     output: Tensor,
+    hidden: Sequence[Tensor],
     h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     activation: str | None,
+    output_activation: str | None,
     with_grad_h: bool,
-    with_grad_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _layer_gradients(h, weight, bias, h.shape[:-1], with_grad_h, with_grad_weight)
+    with_grad_weights: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad_h = grad.new_empty((*(h.shape[:-1] if with_grad_h else (0,)), h.shape[-1]))
+    of_weights = [grad.new_empty((len(w) if with_grad_weights else 0, w.shape[1])) for w in weights]
+    return grad_h, of_weights, [grad.new_empty(bias.shape) for bias in biases]
 
 
 @torch.library.register_fake("wakesleep_ext::linear_bernoulli_sample")
@@ -250,19 +275,18 @@ def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
     """Draws are functions of their key and index: each member of the batch is drawn as it would be alone."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = [
-            op(
-                *(
-                    argument.select(dim, index) if isinstance(dim, int) else argument
-                    for argument, dim in zip(arguments, in_dims, strict=True)
-                )
-            )
-            for index in range(info.batch_size)
-        ]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(torch.stack(member) for member in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
+        flat, structure = tree_flatten(arguments)
+        dims, _ = tree_flatten(in_dims)
+
+        def member(index: int) -> Any:
+            selected = [
+                item.select(dim, index) if isinstance(dim, int) else item for item, dim in zip(flat, dims, strict=True)
+            ]
+            return op(*tree_unflatten(selected, structure))
+
+        results = [member(index) for index in range(info.batch_size)]
+        stacked = tree_map(lambda *members: torch.stack(members), *results)
+        return stacked, tree_map(lambda _: 0, stacked)
 
     return rule
 
@@ -278,10 +302,10 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
     return operator(h, weight, bias, x, *others), 0
 
 
-@torch.library.register_vmap("wakesleep_ext::linear")
-def _(info: Any, in_dims: tuple[int | None, ...], h: Tensor, *others: Any) -> tuple[Any, Any]:
-    operator = _ops.linear.default
-    if in_dims[1] is not None or in_dims[2] is not None:
+@torch.library.register_vmap("wakesleep_ext::perceptron")
+def _(info: Any, in_dims: tuple[Any, ...], h: Tensor, *others: Any) -> tuple[Any, Any]:
+    operator = _ops.perceptron.default
+    if any(isinstance(dim, int) for dim in tree_flatten(in_dims[1:])[0]):
         return _one_by_one(operator)(info, in_dims, h, *others)
     return operator(*_aligned((h,), in_dims[:1]), *others), 0
 
@@ -323,7 +347,7 @@ for _op in (
     _ops.standard_gaussian_log_prob_backward.default,
     _ops.gaussian_kl_backward.default,
     _ops.bernoulli_log_prob_backward.default,
-    _ops.linear_backward.default,
+    _ops.perceptron_backward.default,
     _ops.linear_bernoulli_sample.default,
     _ops.linear_bernoulli_log_prob_backward.default,
 ):
@@ -390,10 +414,35 @@ def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tu
     return grad_logits, grad_x
 
 
-def _linear(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    output: Tensor = call(_ops.linear.default, *arguments)
-    gradients: tuple[Tensor, ...] = _ops.linear_backward.default(grads[0], output, *arguments, True, True)
-    return gradients
+def _perceptron(
+    h: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str | None,
+    output_activation: str | None,
+) -> Tensor:
+    """Layer by layer, since functorch does not look into lists."""
+    last = len(weights) - 1
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        h = _Layer.apply(h, weight, bias, output_activation if number == last else activation)
+    return h
+
+
+def _layer_op(h: Tensor, weight: Tensor, bias: Tensor, activation: str | None) -> Tensor:
+    output: Tensor = _ops.perceptron.default(h, [weight], [bias], None, activation)
+    return output
+
+
+def _layer_gradients_of(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    h, weight, bias, activation = arguments
+    output: Tensor = _perceptron(h, [weight], [bias], None, activation)
+    grad_h, (grad_weight,), (grad_bias,) = _ops.perceptron_backward.default(
+        grads[0], output, [], h, [weight], [bias], None, activation, True, True
+    )
+    return grad_h, grad_weight, grad_bias
+
+
+_Layer = _function(_layer_op, _layer_gradients_of)
 
 
 def _linear_bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -422,9 +471,9 @@ _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
         _ops.standard_gaussian_log_prob.default: _standard_gaussian_log_prob,
         _ops.gaussian_kl.default: _gaussian_kl,
         _ops.bernoulli_log_prob.default: _bernoulli_log_prob,
-        _ops.linear.default: _linear,
         _ops.linear_bernoulli_log_prob.default: _linear_bernoulli_log_prob,
     }.items()
 }
 _UNDER_FUNCTORCH[_ops.gaussian_parameters.default] = lambda packed: packed.chunk(2, -1)
+_UNDER_FUNCTORCH[_ops.perceptron.default] = _perceptron
 _UNDER_FUNCTORCH[_ops.linear_bernoulli_log_prob_sum.default] = _linear_bernoulli_log_prob_sum

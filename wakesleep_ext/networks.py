@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Literal, TypeGuard
 
 import torch
@@ -58,14 +58,11 @@ class MultilayerPerceptron(nn.Sequential):
 
     def features(self, input: Tensor) -> Tensor:
         """What the last layer gets, `[*, first] -> [*, next to last]`."""
-        output = input.to(self.head.weight.dtype)
         *hidden, _ = self._modules.values()
-        for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
-            output = _layer(linear, activation, output)
-        return output
+        return _through(hidden, input.to(self.head.weight.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return _layer(self.head, None, self.features(input))
+        return _through([*self._modules.values()], input.to(self.head.weight.dtype))
 
 
 class Constant(nn.Module):
@@ -77,6 +74,20 @@ class Constant(nn.Module):
 
     def forward(self, input: Tensor | None = None) -> Tensor:
         return self.value
+
+
+def _through(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
+    """Linear layers and activations by turns, in one call if all of them may be left to an op."""
+    linears, activations = modules[::2], modules[1::2]
+    plain = [linear for linear in linears if _is_plain(linear)]
+    names = {name_of_activation(activation) for activation in activations}
+    if linears and len(plain) == len(linears) and len(names) <= 1 and None not in names:
+        (name,) = names or (None,)
+        output_name = name if len(linears) == len(activations) else None
+        return ops.perceptron(input, [one.weight for one in plain], [one.bias for one in plain], name, output_name)
+    for linear, activation in zip_longest(linears, activations):
+        input = _layer(linear, activation, input)
+    return input
 
 
 def _layer(linear: nn.Module, activation: nn.Module | None, input: Tensor) -> Tensor:

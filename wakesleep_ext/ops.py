@@ -40,6 +40,7 @@ __all__ = [
     "linear_bernoulli_log_prob",
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
+    "perceptron",
     "standard_gaussian_log_prob",
 ]
 
@@ -271,7 +272,39 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     Raises:
         ValueError: ``activation`` is none of these.
     """
-    return call(_ops.linear.default, h, weight, _bias(weight, bias), activation)
+    return call(_ops.perceptron.default, h, (weight,), (_bias(weight, bias),), None, activation)
+
+
+def perceptron(
+    h: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: Activation | None = None,
+    output_activation: Activation | None = None,
+) -> Tensor:
+    r"""Layers one after the other, each :func:`linear`: :math:`h_l = f(h_{l-1} W_l^\top + b_l)`, in one call.
+
+    A chunk of rows goes through all layers, forwards or backwards, while it is in cache; and where networks are small,
+    one call costs less than one for each layer, and so does one node in the graph of autograd.
+
+    Args:
+        h: :math:`h_0`, ``[*B, H]``.
+        weights: :math:`W_1, \dots, W_T`, ``[D, H]`` each, as ``nn.Linear`` has it; H is the D of the one before.
+        biases: :math:`b_1, \dots, b_T`, ``[D]`` each, or None.
+        activation: f of every layer but the last, ``"relu"``, ``"sigmoid"`` or ``"tanh"``; None for none.
+        output_activation: that of the last layer.
+
+    Returns:
+        :math:`h_T`, ``[*B, D]``, in the dtype of the parameters; computed in float32 for half types.
+
+    Gradients: those of :func:`linear`, of all layers in one pass. :math:`h_1, \dots, h_{T-1}` are kept for it, and
+    :math:`h_T` if it has an activation.
+
+    Raises:
+        ValueError: there are no layers, they do not fit each other, or an activation is none of these.
+    """
+    biases = [_bias(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return call(_ops.perceptron.default, h, weights, biases, activation, output_activation)
 
 
 def linear_bernoulli_log_prob(

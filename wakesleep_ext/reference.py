@@ -116,6 +116,20 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return (output if activation is None else getattr(torch, activation)(output)).to(dtype)
 
 
+def perceptron(
+    h: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str | None = None,
+    output_activation: str | None = None,
+) -> Tensor:
+    """linear after linear."""
+    *hidden, last = zip(weights, biases, strict=True)
+    for weight, bias in hidden:
+        h = linear(h, weight, bias, activation)
+    return linear(h, *last, output_activation)
+
+
 def linear_bernoulli_log_prob(
     h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, *, recompute: bool | None = None
 ) -> Tensor:

@@ -30,6 +30,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "bernoulli_log_prob": ("logits", "x"),
     "bernoulli_sample": ("logits",),
     "linear": ("h", "weight", "bias"),
+    "perceptron": ("h", "weight", "bias", "square", "bias"),
     "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
     "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
     "linear_bernoulli_sample": ("h", "weight", "bias"),
@@ -40,6 +41,7 @@ _SHAPES = {
     "h": (_SAMPLES, _BATCH, _FEATURES),
     "weight": (_EVENT, _FEATURES),
     "bias": (_EVENT,),
+    "square": (_EVENT, _EVENT),
     "importance": (_BATCH,),
 }
 
@@ -99,6 +101,8 @@ def _function(module: ModuleType, op: str) -> Callable[..., Tensor | tuple[Tenso
     function: Callable[..., Tensor | tuple[Tensor, ...]] = getattr(module, op)
     if op == "linear":
         return partial(function, activation="tanh")
+    if op == "perceptron":
+        return lambda h, *layers: function(h, layers[::2], layers[1::2], "tanh")
     if "sample" not in op:
         return function
     sample_shape = () if op == "linear_bernoulli_sample" else ((_SAMPLES,),)

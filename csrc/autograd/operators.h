@@ -40,9 +40,13 @@ WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(linear, Tensor(const Tensor&, const Tensor&, const Tensor&, OptionalName))
-WAKESLEEP_OPERATOR(linear_backward, Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                           OptionalName, bool, bool))
+WAKESLEEP_OPERATOR(perceptron, Tensor(const Tensor&, at::TensorList, at::TensorList, OptionalName, OptionalName))
+WAKESLEEP_OPERATOR(perceptron_with_hidden,
+                   std::tuple<Tensor, std::vector<Tensor>>(const Tensor&, at::TensorList, at::TensorList, OptionalName,
+                                                           OptionalName))
+WAKESLEEP_OPERATOR(perceptron_backward, std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>(
+                                            const Tensor&, const Tensor&, at::TensorList, const Tensor&, at::TensorList,
+                                            at::TensorList, OptionalName, OptionalName, bool, bool))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<bool>))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,

@@ -1,5 +1,5 @@
-// f(h weight^T + bias) and its gradients, on CUDA, a chunk of rows at a time.
-#include "../linear_layer.h"
+// Layers f(h weight^T + bias) and their gradients, on CUDA.
+#include "../perceptron.h"
 
 #include "rowwise.cuh"
 
@@ -7,10 +7,10 @@ namespace wakesleep::cuda {
 namespace {
 
 template <typename compute_t, typename scalar_t, typename F>
-struct LinearRows {
-  const compute_t* __restrict__ products;
+struct PerceptronRows {
+  const compute_t* products;
   const compute_t* __restrict__ bias;
-  scalar_t* __restrict__ output;
+  scalar_t* output;  // may lie where the products do
   int64_t products_stride, output_stride;
   int64_t D;
   F activation;
@@ -19,7 +19,7 @@ struct LinearRows {
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const compute_t* product = products + row * products_stride;
     for_spans<kPacket<compute_t>>(team, D, 0, [&](auto span) {
-      auto values = load<compute_t>(span, product);
+      auto values = load<compute_t, Written>(span, product);
       const auto b = load<compute_t>(span, bias);
 #pragma unroll
       for (int i = 0; i < span.size; ++i) {
@@ -32,10 +32,10 @@ struct LinearRows {
 
 // The gradient of the products, with its sum over the rows of each team, which takes them column by column.
 template <typename compute_t, typename scalar_t, typename grad_t, typename F>
-struct LinearBackwardRows {
-  const scalar_t* __restrict__ grad;
+struct PerceptronBackwardRows {
+  const scalar_t* grad;
   const scalar_t* __restrict__ output;
-  grad_t* __restrict__ written;
+  grad_t* written;  // may lie where grad does
   compute_t* __restrict__ sums;
   int64_t count;  // of rows
   int64_t stride;
@@ -51,7 +51,7 @@ struct LinearBackwardRows {
 #pragma unroll
       for (int r = 0; r < rows_at_once; ++r) {
         if (row + r < count) {
-          auto values = load<compute_t>(span, grad + (row + r) * D);
+          auto values = load<compute_t, Written>(span, grad + (row + r) * D);
           const auto y = load<compute_t>(span, output + (row + r) * D);
 #pragma unroll
           for (int i = 0; i < span.size; ++i) {
@@ -69,34 +69,36 @@ struct LinearBackwardRows {
 struct Kernels {
   static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }
 
-  static void write_output(const LinearLayer& call,
+  static void write_output(const Perceptron& call, size_t l,
                            const at::Tensor& products,  // [rows, D]
                            const at::Tensor& output) {  // [rows, D]
-    dispatch(call, [&](auto activation, auto type) {
+    const Layer& layer = call.layers[l];
+    call.dispatch(l, [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
-      launch_rows(products.size(0), call.D,
-                  LinearRows<compute_t, scalar_t, decltype(activation)>{
-                      products.const_data_ptr<compute_t>(), call.bias.const_data_ptr<compute_t>(),
-                      output.mutable_data_ptr<scalar_t>(), products.stride(0), output.stride(0), call.D, activation});
+      launch_rows(products.size(0), layer.D,
+                  PerceptronRows<compute_t, scalar_t, decltype(activation)>{
+                      products.const_data_ptr<compute_t>(), layer.bias.const_data_ptr<compute_t>(),
+                      output.mutable_data_ptr<scalar_t>(), products.stride(0), output.stride(0), layer.D, activation});
     });
   }
 
-  static void write_gradient(const LinearLayer& call,
+  static void write_gradient(const Perceptron& call, size_t l,
                              const at::Tensor& grad,     // [rows, D]
                              const at::Tensor& output,   // [rows, D]
                              const at::Tensor& written,  // [rows, D]
                              const at::Tensor& sums) {   // [pieces, D]
-    dispatch(call, [&](auto activation, auto type) {
+    call.dispatch(l, [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
+      const int64_t D = call.layers[l].D;
       const auto launch_for = [&](auto written_type) {
         using grad_t = typename decltype(written_type)::type;
         launch_rows(
-            sums.size(0), kRowsOfSum<compute_t> * call.D,
-            LinearBackwardRows<compute_t, scalar_t, grad_t, decltype(activation)>{
+            sums.size(0), kRowsOfSum<compute_t> * D,
+            PerceptronBackwardRows<compute_t, scalar_t, grad_t, decltype(activation)>{
                 grad.const_data_ptr<scalar_t>(), output.const_data_ptr<scalar_t>(), written.mutable_data_ptr<grad_t>(),
-                sums.mutable_data_ptr<compute_t>(), grad.size(0), written.stride(0), call.D, activation});
+                sums.mutable_data_ptr<compute_t>(), grad.size(0), written.stride(0), D, activation});
       };
       written.scalar_type() == call.dtype ? launch_for(type) : launch_for(Type<compute_t>{});
     });
@@ -105,6 +107,6 @@ struct Kernels {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { LinearOps<Kernels>::implement(m); }
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { PerceptronOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cuda

@@ -1,5 +1,5 @@
-// f(h weight^T + bias) and its gradients, on the CPU, a chunk of rows at a time.
-#include "../linear_layer.h"
+// Layers f(h weight^T + bias) and their gradients, on the CPU.
+#include "../perceptron.h"
 
 #include "summed_rows.h"
 
@@ -9,18 +9,19 @@ namespace {
 struct Kernels {
   static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
 
-  static void write_output(const LinearLayer& call,
+  static void write_output(const Perceptron& call, size_t l,
                            const at::Tensor& products,  // [rows, D]
                            const at::Tensor& output) {  // [rows, D]
-    dispatch(call, [&](auto activation, auto type) {
+    const Layer& layer = call.layers[l];
+    call.dispatch(l, [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
       const auto* products_data = products.const_data_ptr<compute_t>();
-      const auto* bias = call.bias.const_data_ptr<compute_t>();
+      const auto* bias = layer.bias.const_data_ptr<compute_t>();
       auto* output_data = output.mutable_data_ptr<scalar_t>();
-      vectorized_parallel_for(products.size(0), grain_rows(call.D), [&](int64_t begin, int64_t end) {
+      vectorized_parallel_for(products.size(0), grain_rows(layer.D), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          for_tiles(call.D, [&](int64_t column, int64_t columns) {
+          for_tiles(layer.D, [&](int64_t column, int64_t columns) {
             Tile<compute_t> tile;
             auto* out = output_data + row * output.stride(0) + column;
             compute_t* written = tile.place_for(out);
@@ -35,18 +36,18 @@ struct Kernels {
     });
   }
 
-  static void write_gradient(const LinearLayer& call,
+  static void write_gradient(const Perceptron& call, size_t l,
                              const at::Tensor& grad,     // [rows, D]
                              const at::Tensor& output,   // [rows, D]
                              const at::Tensor& written,  // [rows, D]
                              const at::Tensor& sums) {   // [pieces, D]
-    dispatch(call, [&](auto activation, auto type) {
+    call.dispatch(l, [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
       const auto* grad_data = grad.const_data_ptr<scalar_t>();
       const auto* output_data = output.const_data_ptr<scalar_t>();
       auto* written_data = written.mutable_data_ptr<compute_t>();
-      const int64_t D = call.D;
+      const int64_t D = call.layers[l].D;
       for_summed_rows(grad.size(0), D, sums.mutable_data_ptr<compute_t>(), [&](int64_t row, compute_t* sum) {
         for_tiles(D, [&](int64_t column, int64_t columns) {
           Tile<compute_t> grad_tile, output_tile;
@@ -68,6 +69,6 @@ struct Kernels {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { LinearOps<Kernels>::implement(m); }
+TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { PerceptronOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cpu

@@ -1,0 +1,127 @@
+// Gradients of a perceptron, layers y = f(h weight^T + bias). With g = f' times what comes from upstream, each has g^T
+// h for weight, the sum of g for bias, and hands g weight down. What is kept for the backward is the y of every layer
+// but a last one without activation.
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "../activations.h"
+#include "operators.h"
+
+namespace wakesleep::autograd {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+c10::IValue name_value(OptionalName name) { return name ? c10::IValue(std::string(*name)) : c10::IValue(); }
+
+struct Perceptron : torch::autograd::Function<Perceptron> {
+  static Tensor forward(AutogradContext* context, const Tensor& h, at::TensorList weights, at::TensorList biases,
+                        OptionalName activation, OptionalName output_activation) {
+    const auto [output, hidden] = below(perceptron_with_hidden(), h, weights, biases, activation, output_activation);
+    variable_list saved = {h, output_activation ? output : Tensor()};
+    for (const at::TensorList of : {weights, biases, at::TensorList(hidden)}) {
+      saved.insert(saved.end(), of.begin(), of.end());
+    }
+    context->save_for_backward(std::move(saved));
+    context->saved_data["activations"] =
+        c10::ivalue::Tuple::create(name_value(activation), name_value(output_activation));
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const size_t layers = (saved.size() - 1) / 3;  // h, y; weights, biases, and hidden of one less
+    const auto part = [&](size_t first, size_t count) { return at::TensorList(saved).slice(first, count); };
+    const auto weights = part(2, layers), biases = part(2 + layers, layers), hidden = part(2 + 2 * layers, layers - 1);
+    const auto& names = context->saved_data["activations"].toTupleRef().elements();
+    const auto activation = names[0].toOptional<std::string>(), output_activation = names[1].toOptional<std::string>();
+    bool with_grad_weights = false;
+    for (size_t l = 0; l < layers; ++l) {
+      with_grad_weights |= context->needs_input_grad(1 + l);
+    }
+    const bool with_grad_h = context->needs_input_grad(0);
+    auto [grad_h, of_weights, of_biases] =
+        perceptron_backward().call(grads[0], saved[1].defined() ? saved[1] : grads[0], hidden, saved[0], weights,
+                                   biases, activation, output_activation, with_grad_h, with_grad_weights);
+    variable_list result = {with_grad_h ? grad_h : Tensor()};
+    for (size_t l = 0; l < layers; ++l) {
+      result.push_back(context->needs_input_grad(1 + l) ? of_weights[l] : Tensor());
+    }
+    result.insert(result.end(), of_biases.begin(), of_biases.end());
+    result.resize(result.size() + 2);
+    return result;
+  }
+};
+
+bool needs_gradients(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return needs_gradient(tensor); });
+}
+
+Tensor perceptron_of(const Tensor& h, at::TensorList weights, at::TensorList biases, OptionalName activation,
+                     OptionalName output_activation) {
+  return needs_gradient(h) || needs_gradients(weights) || needs_gradients(biases)
+             ? Perceptron::apply(h, weights, biases, activation, output_activation)
+             : below(perceptron(), h, weights, biases, activation, output_activation);
+}
+
+// f(a), and the gradient of a, given that of y = f(a), as functions of a that can be differentiated.
+struct Differentiable {
+  const Tensor& a;
+  Tensor operator()(Identity) const { return a; }
+  Tensor operator()(Relu) const { return a.relu(); }
+  Tensor operator()(Sigmoid) const { return a.sigmoid(); }
+  Tensor operator()(Tanh) const { return a.tanh(); }
+};
+
+struct DifferentiableGradient {
+  const Tensor &grad, &a;
+  Tensor operator()(Identity) const { return grad; }
+  Tensor operator()(Relu) const { return at::where(a <= 0, at::zeros_like(grad), grad); }
+  Tensor operator()(Sigmoid f) const { return f.gradient(grad, a.sigmoid()); }
+  Tensor operator()(Tanh f) const { return f.gradient(grad, a.tanh()); }
+};
+
+// The backward itself differentiates through the formula.
+std::tuple<Tensor, Tensors, Tensors> backward_of(const Tensor& grad, const Tensor& output, at::TensorList hidden,
+                                                 const Tensor& h, at::TensorList weights, at::TensorList biases,
+                                                 OptionalName activation, OptionalName output_activation,
+                                                 bool with_grad_h, bool with_grad_weights) {
+  if (!needs_gradient(grad, output, h) && !needs_gradients(hidden) && !needs_gradients(weights) &&
+      !needs_gradients(biases)) {
+    return below(perceptron_backward(), grad, output, hidden, h, weights, biases, activation, output_activation,
+                 with_grad_h, with_grad_weights);
+  }
+  const size_t layers = weights.size();
+  const auto type = output.scalar_type();
+  const auto activation_at = [&](size_t l) {
+    return activation_of("perceptron_backward", "activation", l + 1 == layers ? output_activation : activation);
+  };
+  Tensors given = {h.to(type)}, a;  // of each layer: what it gets, and its result before the activation
+  for (size_t l = 0; l < layers; ++l) {
+    a.push_back(at::linear(given[l], weights[l].to(type), biases[l].to(type)));
+    given.push_back(std::visit(Differentiable{a[l]}, activation_at(l)));
+  }
+  const auto rows = [](const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-1)}); };
+  Tensors of_weights(layers), of_biases(layers);
+  Tensor upstream = grad;
+  for (size_t l = layers; l-- > 0;) {
+    const Tensor of_products = std::visit(DifferentiableGradient{upstream, a[l]}, activation_at(l));
+    of_weights[l] = with_grad_weights ? at::mm(rows(of_products).t(), rows(given[l]))
+                                      : at::zeros_symint({0, weights[l].sym_size(1)}, grad.options());
+    of_biases[l] = rows(of_products).sum(0);
+    upstream = at::matmul(of_products, weights[l].to(type));
+  }
+  return {with_grad_h ? upstream : at::zeros_symint({0, h.sym_size(-1)}, grad.options()), of_weights, of_biases};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
+  m.impl("perceptron", perceptron_of);
+  m.impl("perceptron_backward", backward_of);
+}
+
+}  // namespace wakesleep::autograd

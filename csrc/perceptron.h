@@ -1,0 +1,177 @@
+// Perceptrons: layers y = f(h weight^T + bias), each of which gets what the one before returns, f being an activation.
+// Checked operands of a call, and the ops over a backend's kernels.
+//
+// A chunk of rows goes through all layers, forwards or backwards, before the next one does: what one layer leaves, the
+// other finds in cache.
+#pragma once
+
+#include <torch/library.h>
+
+#include "activations.h"
+#include "dispatch.h"
+#include "linear.h"
+
+namespace wakesleep {
+
+// The name in messages: a perceptron of one layer is known to callers as a linear one.
+inline const char* perceptron_name(at::TensorList weights) { return weights.size() == 1 ? "linear" : "perceptron"; }
+
+struct Perceptron : LinearCall {
+  c10::SmallVector<Layer, 4> layers;
+  Activation hidden_activation, output_activation;
+  at::DimVector batch;  // leading dimensions of h
+  int64_t N;            // rows of the batch
+  at::Tensor h;         // [N, H]
+  int64_t rows;         // in a chunk
+
+  Perceptron(const at::Tensor& h_in, at::TensorList weights, at::TensorList biases,
+             std::optional<std::string_view> activation_in, std::optional<std::string_view> output_activation_in)
+      : LinearCall(perceptron_name(weights), h_in, weights, biases),
+        hidden_activation(activation_of(op, "activation", activation_in)),
+        output_activation(
+            activation_of(op, weights.size() == 1 ? "activation" : "output_activation", output_activation_in)),
+        batch(batch_sizes(h_in)),
+        N(c10::multiply_integers(batch)),
+        h(as_rows(h_in, N)) {
+    int64_t widest = 0;
+    for (size_t l = 0; l < weights.size(); ++l) {
+      layers.push_back(layer(weights[l], biases[l]));
+      widest = std::max(widest, layers[l].D);
+    }
+    rows = chunk_rows(widest);
+  }
+
+  size_t last() const { return layers.size() - 1; }
+
+  // body(activation, Type<scalar_t>{}) for those of a layer.
+  template <typename Body>
+  void dispatch(size_t l, const Body& body) const {
+    std::visit([&](auto activation) { dispatch_floating(op, dtype, [&](auto type) { body(activation, type); }); },
+               l == last() ? output_activation : hidden_activation);
+  }
+};
+
+// write_output(call, layer's number, products [rows, D], y [rows, D]) and write_gradient(call, layer's number, gradient
+// of y [rows, D], y [rows, D], gradient of the products [rows, D], its sums over every rows_of_sum(compute) rows
+// [pieces, D]). y may lie where the products do, and the gradient of the products where that of y does.
+template <typename Kernels>
+struct PerceptronOps {
+  using Tensors = std::vector<at::Tensor>;
+  using Name = std::optional<std::string_view>;
+
+  static at::Tensor perceptron(const at::Tensor& h,     // [*B, H]
+                               at::TensorList weights,  // [D, H] each, H being the D of the one before
+                               at::TensorList biases,   // [D] each
+                               Name activation, Name output_activation) {
+    return forward({h, weights, biases, activation, output_activation}, nullptr);
+  }
+
+  // What the last layer returns, and what each of the others does, [N, D].
+  static std::tuple<at::Tensor, Tensors> with_hidden(const at::Tensor& h, at::TensorList weights, at::TensorList biases,
+                                                     Name activation, Name output_activation) {
+    const Perceptron call(h, weights, biases, activation, output_activation);
+    Tensors hidden(call.last());
+    const at::Tensor output = forward(call, &hidden);
+    return {output, hidden};
+  }
+
+  static std::tuple<at::Tensor, Tensors, Tensors> backward(const at::Tensor& grad,    // [*B, D]
+                                                           const at::Tensor& output,  // [*B, D]
+                                                           at::TensorList hidden,     // [N, D] each
+                                                           const at::Tensor& h, at::TensorList weights,
+                                                           at::TensorList biases, Name activation,
+                                                           Name output_activation, bool with_grad_h,
+                                                           bool with_grad_weights) {
+    const Perceptron call(h, weights, biases, activation, output_activation);
+    const size_t last = call.last();
+    check_result(call, {"grad", grad}, concat(call.batch, {call.layers[last].D}));
+    check_result(call, {"output", output}, concat(call.batch, {call.layers[last].D}));
+    TORCH_CHECK_VALUE(hidden.size() == last, call.op, ": expected hidden to have ", last, " tensors, got ",
+                      hidden.size());
+    c10::SmallVector<LayerGradients, 4> gradients;
+    for (size_t l = 0; l <= last; ++l) {
+      if (l < last) {
+        check_result(call, {"hidden", hidden[l], l}, at::DimVector{call.N, call.layers[l].D});
+      }
+      gradients.emplace_back(call.layers[l], call, call.N, Kernels::rows_of_sum(call.compute), with_grad_weights);
+    }
+    const at::Tensor grad_rows = as_rows(grad, call.N).contiguous(), output_rows = as_rows(output, call.N).contiguous();
+    Rows grad_h{call.N, call.dtype};
+    call.for_chunks(call.h, call.rows, [&](int64_t first, const at::Tensor& h_rows) {
+      const auto chunk_of = [&](const at::Tensor& tensor) { return rows_of(tensor, first, h_rows.size(0)); };
+      at::Tensor upstream = chunk_of(grad_rows);
+      for (size_t l = last;; --l) {
+        const at::Tensor y = l == last ? chunk_of(output_rows) : chunk_of(hidden[l].contiguous());
+        const at::Tensor below = l == 0 ? h_rows : in_type(chunk_of(hidden[l - 1]), call.operand);
+        const bool in_place = l < last && upstream.scalar_type() == call.operand;  // what came from a caller stays
+        const at::Tensor written =
+            in_place ? upstream : at::empty(upstream.sizes(), upstream.options().dtype(call.operand));
+        gradients[l].add(first, below, written,
+                         [&](const at::Tensor& sums) { Kernels::write_gradient(call, l, upstream, y, written, sums); });
+        if (l > 0 || with_grad_h) {
+          upstream = product(written, call.layers[l].weight, call.dtype);
+        }
+        if (l == 0) {
+          break;
+        }
+      }
+      if (with_grad_h) {
+        grad_h.put(first, upstream);
+      }
+    });
+    Tensors of_weights, of_biases;
+    for (const LayerGradients& of : gradients) {
+      of_weights.push_back(in_type(of.weight, call.dtype));
+      of_biases.push_back(in_type(of.bias, call.dtype));
+    }
+    const bool none = !with_grad_h || call.N == 0;
+    const at::Tensor of_h = none ? at::empty({0, h.size(-1)}, grad_rows.options()) : grad_h.tensor;
+    return {with_grad_h ? in_batch(of_h, call.batch) : of_h, of_weights, of_biases};
+  }
+
+  static void implement(torch::Library& m) {
+    m.impl("perceptron", perceptron);
+    m.impl("perceptron_with_hidden", with_hidden);
+    m.impl("perceptron_backward", backward);
+  }
+
+ private:
+  static at::Tensor forward(const Perceptron& call, Tensors* hidden) {
+    const size_t last = call.last();
+    Rows output{call.N, call.dtype};
+    c10::SmallVector<Rows, 4> kept(hidden == nullptr ? 0 : last, Rows{call.N, call.dtype});
+    const bool in_place = call.dtype == call.compute;
+    call.for_chunks(call.h, call.rows, [&](int64_t first, const at::Tensor& h_rows) {
+      at::Tensor below = h_rows;
+      for (size_t l = 0; l <= last; ++l) {
+        const at::Tensor products = product(below, call.layers[l].weight.t(), call.compute);
+        Rows* whole = l == last ? &output : hidden == nullptr ? nullptr : &kept[l];
+        const bool at_once = whole == nullptr || products.size(0) == call.N;
+        at::Tensor y = at_once ? (in_place ? products : at::empty(products.sizes(), call.h.options().dtype(call.dtype)))
+                               : whole->place(first, products);
+        Kernels::write_output(call, l, products, y);
+        if (at_once && whole != nullptr) {
+          whole->tensor = y;
+        }
+        below = in_type(y, call.operand);
+      }
+    });
+    const auto result = [&](const Rows& rows, size_t l) {
+      return call.N > 0 ? rows.tensor : at::empty({0, call.layers[l].D}, call.h.options().dtype(call.dtype));
+    };
+    for (size_t l = 0; l < kept.size(); ++l) {
+      (*hidden)[l] = result(kept[l], l);
+    }
+    return in_batch(result(output, last), call.batch);
+  }
+
+  static void check_result(const Perceptron& call, const Argument& argument, at::IntArrayRef shape) {
+    check_same_device(call.op, {"h", call.h}, argument);
+    TORCH_CHECK_VALUE(argument.tensor.sizes() == shape, call.op, "_backward: expected ", argument, " to have shape ",
+                      shape, ", got ", argument.tensor.sizes());
+    TORCH_CHECK_TYPE(argument.tensor.scalar_type() == call.dtype, call.op, "_backward: expected ", argument, " to be ",
+                     call.dtype, ", that of the parameters, got ", argument.tensor.scalar_type());
+  }
+};
+
+}  // namespace wakesleep
