@@ -23,7 +23,7 @@ REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 
 # the operands that a row kernel reads along the row, as indices of its template arguments
 OPERANDS = {
-    "LinearRows": (0, 0),  # products and bias
+    "PerceptronRows": (0, 0),  # products and bias
     "BernoulliLogProbRows": (0, 1),
     "BernoulliLogProbBackwardRows": (0, 1),
     "BernoulliSampleRows": (0,),
@@ -36,7 +36,7 @@ OPERANDS = {
     "LinearBernoulliLogProbRows": (0, 0, 1),  # products, bias and x
     "LinearBernoulliLogProbBackwardRows": (0, *4 * (0, 1)),  # the bias, and four rows of products and x
     "LinearBernoulliSampleRows": (0, 0),
-    "LinearBackwardRows": 4 * (1, 1),  # four rows of gradients and activations
+    "PerceptronBackwardRows": 4 * (1, 1),  # four rows of gradients and activations
     "GaussianRsampleBackwardRows": (0,),  # its loop over samples reads the gradient of z alone
     "StandardGaussianLogProbRows": (0,),
     "StandardGaussianLogProbBackwardRows": (0,),
