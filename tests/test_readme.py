@@ -36,7 +36,7 @@ def _run(command: str, folder: Path) -> str:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     variables["PATH"] = f"{BIN}:{os.environ['PATH']}"
     done = subprocess.run(
-        shlex.split(command), cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False
+        shlex.split(command), cwd=folder, env=variables, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
