@@ -215,6 +215,11 @@ struct Rows {
     }
     return rows_of(tensor, first, rows.size(0));
   }
+
+  // The tensor; without rows where none have come.
+  at::Tensor all(int64_t D, const at::TensorOptions& options) const {
+    return tensor.defined() ? tensor : at::empty({0, D}, options.dtype(dtype));
+  }
 };
 
 // The gradients of a layer's weight and bias, from that of its products, chunk by chunk.
@@ -222,7 +227,7 @@ struct LayerGradients {
   at::Tensor weight;  // [D, H], or without elements where it is not wanted
   at::Tensor bias;    // [D]
 
-  LayerGradients(const Layer& layer, const LinearCall& call, int64_t N, int64_t piece_rows, bool with_weight)
+  LayerGradients(const Layer& layer, int64_t N, int64_t piece_rows, bool with_weight)
       : piece_rows_(piece_rows), with_weight_(with_weight) {
     const auto wide = layer.bias.options();
     if (N == 0 || !with_weight) {

@@ -81,7 +81,7 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
         with_grad_h(with_grad_h_in),
         with_grad_weight(with_grad_weight_in),
         grad_h{N, dtype},
-        gradients(*this, *this, N, rows_of_sum(compute), with_grad_weight) {
+        gradients(*this, N, rows_of_sum(compute), with_grad_weight) {
     at::DimVector upstream_strides(batch.size(), 0);
     if (upstream_in.tensor.defined()) {
       check_same_device(op, {"h", h_in}, upstream_in);
@@ -122,8 +122,7 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
 
   // In the dtype of the parameters; that of h in the shape of the batch. Without elements where they are not wanted.
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result() {
-    const bool none = !with_grad_h || N == 0;
-    const at::Tensor of_h = none ? at::empty({0, H}, weight.options().dtype(dtype)) : grad_h.tensor;
+    const at::Tensor of_h = grad_h.all(H, weight.options());
     return {with_grad_h ? in_batch(of_h, batch) : of_h, in_type(gradients.weight, dtype),
             in_type(gradients.bias, dtype)};
   }

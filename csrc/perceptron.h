@@ -93,7 +93,7 @@ struct PerceptronOps {
       if (l < last) {
         check_result(call, {"hidden", hidden[l], l}, at::DimVector{call.N, call.layers[l].D});
       }
-      gradients.emplace_back(call.layers[l], call, call.N, Kernels::rows_of_sum(call.compute), with_grad_weights);
+      gradients.emplace_back(call.layers[l], call.N, Kernels::rows_of_sum(call.compute), with_grad_weights);
     }
     const at::Tensor grad_rows = as_rows(grad, call.N).contiguous(), output_rows = as_rows(output, call.N).contiguous();
     Rows grad_h{call.N, call.dtype};
@@ -124,8 +124,7 @@ struct PerceptronOps {
       of_weights.push_back(in_type(of.weight, call.dtype));
       of_biases.push_back(in_type(of.bias, call.dtype));
     }
-    const bool none = !with_grad_h || call.N == 0;
-    const at::Tensor of_h = none ? at::empty({0, h.size(-1)}, grad_rows.options()) : grad_h.tensor;
+    const at::Tensor of_h = grad_h.all(h.size(-1), grad_rows.options());
     return {with_grad_h ? in_batch(of_h, call.batch) : of_h, of_weights, of_biases};
   }
 
@@ -156,13 +155,10 @@ struct PerceptronOps {
         below = in_type(y, call.operand);
       }
     });
-    const auto result = [&](const Rows& rows, size_t l) {
-      return call.N > 0 ? rows.tensor : at::empty({0, call.layers[l].D}, call.h.options().dtype(call.dtype));
-    };
     for (size_t l = 0; l < kept.size(); ++l) {
-      (*hidden)[l] = result(kept[l], l);
+      (*hidden)[l] = kept[l].all(call.layers[l].D, call.h.options());
     }
-    return in_batch(result(output, last), call.batch);
+    return in_batch(output.all(call.layers[last].D, call.h.options()), call.batch);
   }
 
   static void check_result(const Perceptron& call, const Argument& argument, at::IntArrayRef shape) {

@@ -42,7 +42,8 @@ def _arguments(case: Case, dtype: torch.dtype, device: str, requires_grad: bool)
     inputs = case.inputs(dtype, device, requires_grad)
     if case.op in ("linear", "perceptron"):
         h, *layers = inputs
-        return torch.ops.wakesleep_ext.perceptron.default, (h, layers[::2], layers[1::2], case.activation, "sigmoid")
+        names = (None, case.activation) if case.op == "linear" else (case.activation, "sigmoid")
+        return torch.ops.wakesleep_ext.perceptron.default, (h, layers[::2], layers[1::2], *names)
     operator = getattr(torch.ops.wakesleep_ext, case.op).default
     if case.draws:
         sample_shape = () if case.op == "linear_bernoulli_sample" else (list(case.sample_shape),)
