@@ -27,11 +27,11 @@ constexpr int64_t kMiB = 1 << 20;
 // What stays in cache: the second level of a CPU's cores, that of a GPU.
 inline int64_t cached_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : at::get_num_threads() * kMiB; }
 
-// Whether the platform's BLAS makes the most of the processor. MKL does on Intel's; on those of others it leaves out
-// AVX-512, and oneDNN multiplies twice as fast.
-inline bool blas_suits_processor() {
+// Whether the platform's BLAS leaves part of the processor idle: MKL uses AVX-512 on Intel's own processors alone, and
+// where others have it, oneDNN multiplies twice as fast. Elsewhere MKL is the faster of the two.
+inline bool blas_leaves_out_avx512() {
 #ifdef __x86_64__
-  return at::hasMKL() && __builtin_cpu_is("intel");
+  return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
 #else
   return false;
 #endif
@@ -63,7 +63,7 @@ inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
 // Whether product() goes by oneDNN.
 inline bool by_onednn(const at::Tensor& a, const at::Tensor& b) {
   constexpr int64_t kWorthwhile = 1 << 20;  // below so many multiplications its calls take longer to prepare
-  static const bool is_better = !blas_suits_processor() && onednn_linear();
+  static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
   return is_better && a.is_cpu() && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile &&
          is_plain(a) && is_plain(b) && at::globalContext().userEnabledMkldnn();
 }
