@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import wakesleep_ext as ws
-from wakesleep_ext.modules import BernoulliHead, GaussianHead, Linear, fuse
+from wakesleep_ext import ops
+from wakesleep_ext.modules import BernoulliHead, GaussianHead, Linear, Sequential, fuse
 from wakesleep_ext.random import make_key
 
 KINDS = pytest.mark.parametrize("kind", [Linear, BernoulliHead, GaussianHead])
@@ -93,17 +97,52 @@ def test_a_fused_model_is_the_same_model() -> None:
     model, x = Model(), torch.randn(7, 6)
     parameters, state, expected = list(model.parameters()), list(model.state_dict()), model(x)
     assert fuse(model) is model
-    assert [type(module) for module in model.trunk] == [Linear, nn.Identity, Linear, nn.GELU, Twice, nn.Tanh]
-    assert [module.activation for module in model.modules() if type(module) is Linear] == [
-        "relu",
-        None,
-        "sigmoid",
-        None,
-    ]
+    assert [type(module) for module in model.trunk] == [Linear, nn.ReLU, Linear, nn.GELU, Twice, nn.Tanh]
+    assert [type(module) for module in model.children()] == [Sequential, nn.ModuleList, Sequential]
+    assert [type(module) for module in model.heads] == [Sequential, Linear]
     torch.testing.assert_close(model(x), expected)
     assert seen == ["layer", "layer"]
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == state
+
+
+@pytest.mark.parametrize(
+    ("names", "calls"),
+    [
+        ("linear", [1]),
+        ("linear tanh linear tanh linear", [3]),
+        ("linear tanh linear tanh linear relu", [3]),
+        ("linear tanh linear relu linear", [2, 1]),
+        ("linear linear tanh linear", [2, 1]),
+        ("linear relu relu linear sigmoid", [1, 1]),
+        ("relu linear gelu linear", [1, 1]),
+        ("activated linear relu", [2]),
+        ("activated relu linear", [1, 1]),
+        ("gelu", []),
+        ("", []),
+    ],
+)
+def test_layers_that_follow_each_other_are_one_call(
+    monkeypatch: pytest.MonkeyPatch, names: str, calls: list[int]
+) -> None:
+    make = {
+        "linear": lambda: nn.Linear(4, 4),
+        "activated": lambda: Linear(4, 4, activation="relu"),
+        "tanh": nn.Tanh,
+        "relu": nn.ReLU,
+        "sigmoid": nn.Sigmoid,
+        "gelu": nn.GELU,
+    }
+    found: list[int] = []
+
+    def perceptron(h: Tensor, weights: Sequence[Tensor], *rest: Any) -> Tensor:
+        found.append(len(weights))
+        return ops.perceptron(h, weights, *rest)
+
+    modules, h = [make[name]() for name in names.split()], torch.randn(3, 4)  # type: ignore[no-untyped-call]
+    monkeypatch.setattr("wakesleep_ext.modules.ops", SimpleNamespace(perceptron=perceptron, linear=ops.linear))
+    torch.testing.assert_close(Sequential(*modules)(h), nn.Sequential(*modules)(h))
+    assert found == calls
 
 
 def test_an_unknown_activation_is_refused() -> None:

@@ -1,14 +1,13 @@
 """Layers and heads as modules: linear layers that know what their output is for.
 
 Each is an `nn.Linear`, with its parameters, its initialisation and its state dict, and takes the place of one that is
-there already by `from_linear`, which shares the parameters; `fuse` does so for all layers of a model.
+there already by `from_linear`, which shares the parameters; `fuse` gives all layers of a model to the ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import zip_longest
-from typing import TYPE_CHECKING, TypeVar, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from wakesleep_ext.distributions import DiagonalGaussian
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["BernoulliHead", "GaussianHead", "Linear", "fuse"]
+__all__ = ["BernoulliHead", "GaussianHead", "Linear", "Sequential", "fuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -158,29 +157,64 @@ class GaussianHead(_Linear):
         return ops.gaussian_log_prob(*self.moments(h), z)
 
 
-def fuse(model: Model) -> Model:
-    """Give a model's linear layers to :func:`wakesleep_ext.ops.linear`, in place; the model itself is returned.
+class Sequential(nn.Sequential):
+    """As `nn.Sequential`, whose linear layers and activations are left to :func:`wakesleep_ext.ops.perceptron`, as many
+    in one call as follow each other. A layer that has hooks, or is of a class of its own, is called as it stands."""
 
-    Every `nn.Linear` in it is exchanged for a :class:`Linear` that shares its parameters and takes over the `nn.ReLU`,
-    `nn.Sigmoid` or `nn.Tanh` that follows it in an `nn.Sequential`, where an `nn.Identity` keeps the place: optimizers
-    and state dicts notice nothing. Subclasses of `nn.Linear` and layers with hooks stay as they are.
+    def forward(self, input: Tensor) -> Tensor:
+        return through(self._modules.values(), input)
+
+
+def fuse(model: Model) -> Model:
+    """Give a model's linear layers to :func:`wakesleep_ext.ops.perceptron`, in place; the model itself is returned.
+
+    Every `nn.Linear` in it becomes a :class:`Linear` and every `nn.Sequential` a :class:`Sequential`, by a change of
+    class alone: parameters, state dicts and hooks stay what they are. Subclasses of either are left alone.
     """
-    for parent in [*model.modules()]:
-        in_sequence = type(parent).forward is nn.Sequential.forward
-        names = [*parent._modules]
-        for name, following in zip_longest(names, names[1:]):
-            layer = parent._modules[name]
-            if type(layer) is nn.Linear and not has_hooks(layer):
-                activation = name_of_activation(parent._modules.get(following) if in_sequence else None)
-                parent._modules[name] = Linear.from_linear(layer, activation)
-                if activation:
-                    parent._modules[following] = nn.Identity()
+    for module in model.modules():
+        fused = _FUSED.get(type(module))
+        if fused is not None:
+            module.__class__ = fused
     return model
 
 
-def name_of_activation(module: nn.Module | None) -> ops.Activation | None:
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Sequential: Sequential}
+
+
+def through(modules: Iterable[nn.Module | None], input: Tensor) -> Tensor:
+    """The modules one after the other, layers and the activations that follow them by the op."""
+    waiting: list[tuple[Tensor, Tensor | None, ops.Activation | None]] = []
+    for module in modules:
+        assert module is not None
+        name = name_of_activation(module)
+        if is_linear(module):
+            waiting.append((module.weight, module.bias, getattr(module, "activation", None)))
+        elif name and waiting and waiting[-1][-1] is None:
+            waiting[-1] = (*waiting[-1][:-1], name)
+        else:
+            input = module(_through_layers(waiting, input))
+            waiting = []
+    return _through_layers(waiting, input)
+
+
+def _through_layers(layers: Sequence[tuple[Tensor, Tensor | None, ops.Activation | None]], input: Tensor) -> Tensor:
+    """In one call, if all but the last have the same activation."""
+    while layers:
+        weights, biases, names = zip(*layers, strict=True)
+        count = 1 + next((number for number, name in enumerate(names) if name != names[0]), len(names))
+        input = ops.perceptron(input, weights[:count], biases[:count], names[0], names[:count][-1])
+        layers = layers[count:]
+    return input
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a layer that torch or :class:`Linear` computes, and nobody waits for what it does."""
+    return type(module).forward in (nn.Linear.forward, Linear.forward) and not has_hooks(module)
+
+
+def name_of_activation(module: nn.Module) -> ops.Activation | None:
     """By what name :func:`wakesleep_ext.ops.linear` does what the module does, if it can and nobody waits for it."""
-    return None if module is None or has_hooks(module) else _NAMES.get(type(module))
+    return None if has_hooks(module) else _NAMES.get(type(module))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
-from typing import Literal, TypeGuard
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from wakesleep_ext import ops
-from wakesleep_ext.modules import has_hooks, name_of_activation
+from wakesleep_ext.modules import Sequential, has_hooks, is_linear, through
 
 Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
 
@@ -25,7 +24,7 @@ _ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 }
 
 
-class MultilayerPerceptron(nn.Sequential):
+class MultilayerPerceptron(Sequential):
     """Linear layers of the given sizes with an activation between them, `[*, first] -> [*, last]`.
 
     Weights start as Glorot & Bengio (2010) propose, biases at zero, the last one at `output_bias`
@@ -54,15 +53,15 @@ class MultilayerPerceptron(nn.Sequential):
     @property
     def may_be_fused(self) -> bool:
         """Whether the head's product may be left to an op: it is torch's own, and nobody waits for what it returns."""
-        return _is_plain(self.head) and not has_hooks(self)
+        return is_linear(self.head) and not has_hooks(self)
 
     def features(self, input: Tensor) -> Tensor:
         """What the last layer gets, `[*, first] -> [*, next to last]`."""
         *hidden, _ = self._modules.values()
-        return _through(hidden, input.to(self.head.weight.dtype))
+        return through(hidden, input.to(self.head.weight.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return _through([*self._modules.values()], input.to(self.head.weight.dtype))
+        return super().forward(input.to(self.head.weight.dtype))
 
 
 class Constant(nn.Module):
@@ -74,33 +73,3 @@ class Constant(nn.Module):
 
     def forward(self, input: Tensor | None = None) -> Tensor:
         return self.value
-
-
-def _through(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
-    """Linear layers and activations by turns, in one call if all of them may be left to an op."""
-    linears, activations = modules[::2], modules[1::2]
-    plain = [linear for linear in linears if _is_plain(linear)]
-    names = {name_of_activation(activation) for activation in activations}
-    if linears and len(plain) == len(linears) and len(names) <= 1 and None not in names:
-        (name,) = names or (None,)
-        output_name = name if len(linears) == len(activations) else None
-        return ops.perceptron(input, [one.weight for one in plain], [one.bias for one in plain], name, output_name)
-    for linear, activation in zip_longest(linears, activations):
-        input = _layer(linear, activation, input)
-    return input
-
-
-def _layer(linear: nn.Module, activation: nn.Module | None, input: Tensor) -> Tensor:
-    """activation(linear(input)), by the op as far as both are torch's own and nobody waits for what they return."""
-    name = name_of_activation(activation)
-    output: Tensor
-    if _is_plain(linear):
-        output = ops.linear(input, linear.weight, linear.bias, name)
-    else:
-        output, name = linear(input), None
-    return output if activation is None or name else activation(output)
-
-
-def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is a linear layer that torch itself computes, and nobody waits for what it does."""
-    return type(module).forward is nn.Linear.forward and not has_hooks(module)
