@@ -1,8 +1,13 @@
 // The Python module `_C`. Importing it registers the operators of library.cpp; it also says how it was built.
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "recording.h"
+
 namespace {
+
+using wakesleep::Recording;
 
 pybind11::dict build_config() {
   pybind11::dict config;
@@ -16,10 +21,31 @@ pybind11::dict build_config() {
   return config;
 }
 
+pybind11::object call(Recording& recording, const std::string& name, const std::string& overload,
+                      const pybind11::args& args, const pybind11::kwargs& kwargs) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+  const torch::jit::ToIValueAllowNumbersAsTensors as_dispatched(true);
+  auto stack = torch::jit::createStackForSchema(op.schema(), torch::jit::tuple_slice(args), kwargs, std::nullopt);
+  {
+    const pybind11::gil_scoped_release no_gil;
+    recording.call(op, stack);
+  }
+  return torch::jit::createPyObjectForStack(std::move(stack));
+}
+
 }  // namespace
 
 // It keeps no state of its own, so free-threaded Python need not take up its lock for it.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of wakesleep_ext, registered as torch.ops.wakesleep_ext.*";
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");
+  pybind11::class_<Recording>(m, "Recording", "Calls of operators, to be made again.")
+      .def(pybind11::init<>())
+      .def("start", &Recording::start, "Begin; to be followed by `stop`.")
+      .def("stop", &Recording::stop)
+      .def("call", call, "Call the operator of this name and overload, and note it.")
+      .def("replay", &Recording::replay, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "Make the calls once more.")
+      .def_property_readonly("is_repeatable", &Recording::is_repeatable,
+                             "Whether no call told what it found in a tensor.");
 }

@@ -1,8 +1,11 @@
-"""A step as a graph. Only a GPU has graphs, see test_cuda.py; here recordings of what is called stand in for them."""
+"""Replays: of what is recorded on a CPU; and of CUDA graphs, which only a GPU has, see test_cuda.py. Something else
+stands in for these here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -10,10 +13,13 @@ import pytest
 import torch
 from test_training import make_trainer
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
+from wakesleep_ext._C import Recording
+from wakesleep_ext.benchmark.measure import peak_bytes
 
-from wakesleep_ext import training
+import wakesleep_ext as ws
+from wakesleep_ext import replay
 from wakesleep_ext.replay import Replay
 from wakesleep_ext.training import Trainer
 
@@ -22,9 +28,9 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-class Recording(TorchDispatchMode):
-    """What is called while it is on, to be called again on the same memory. As a graph, it knows of no Python: numbers
-    stay as they were; and what it records does not happen."""
+class Graph(TorchDispatchMode):
+    """In the place of a CUDA graph: what is called while it is on, to be called again on the same memory. Python is
+    nothing to it: numbers stay as they were; and what it captures does not happen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,23 +61,25 @@ class Recording(TorchDispatchMode):
                     held.copy_(value)
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
-    """Those that are captured; on the CPU, too, in this test."""
-    captured: list[Recording] = []
+@pytest.fixture(params=["recording", "graph"])
+def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What has been recorded: the calls of operators, as always on a CPU, or something like a CUDA graph."""
+    made: list[Any] = []
+    record = {"recording": replay._record, "graph": replay._capture}[request.param]
 
-    def graph(recording: Recording) -> Recording:
-        captured.append(recording)
-        return recording
+    def note(*arguments: Any) -> Any:
+        found = record(*arguments)
+        made.append(found[0])
+        return found
 
-    monkeypatch.setattr(training, "_DEVICES_WITH_GRAPHS", ("cpu",))
+    monkeypatch.setattr(replay, "_RECORD_ON", {"cpu": note})
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    return captured
+    return made
 
 
 # ---- any function ----------------------------------------------------------------------------------------------------
@@ -92,27 +100,27 @@ class RunningSum:
         return Replay(self.add, lambda: [self.total])
 
 
-def test_a_replay_does_what_the_function_does(graphs: list[Recording]) -> None:
+def test_a_replay_does_what_the_function_does(recorded: list[Any]) -> None:
     running, values = RunningSum(), torch.arange(12.0).view(4, 3)
-    replay = running.replay()
-    results = torch.stack([replay(row) for row in values])  # each keeps its own
+    add = running.replay()
+    results = torch.stack([add(row) for row in values])  # each keeps its own
     assert torch.equal(results, 2 * values.cumsum(0))
     assert torch.equal(running.total, values.sum(0))
-    assert len(graphs) == 1
-    assert running.calls == 4  # three to warm up, one to be captured; Python runs no more
+    assert len(recorded) == 1
+    assert running.calls == (4 if isinstance(recorded[0], Graph) else 3)  # Python runs no more
 
 
-def test_other_arguments_than_those_captured_are_refused(graphs: list[Recording]) -> None:
+def test_other_arguments_than_those_recorded_are_refused(recorded: list[Any]) -> None:
     running = RunningSum()
-    replay = running.replay()
-    replay(torch.ones(3))
+    add = running.replay()
+    add(torch.ones(3))
     for wrong, got in ((torch.ones(1), r"torch\.float32 \[1\]"), (torch.ones(3).long(), r"torch\.int64 \[3\]")):
-        with pytest.raises(ValueError, match=rf"as it was captured, torch\.float32 \[3\], got {got}"):
-            replay(wrong)
+        with pytest.raises(ValueError, match=rf"as it was recorded, torch\.float32 \[3\], got {got}"):
+            add(wrong)
     assert torch.equal(running.total, torch.ones(3))
 
 
-def test_a_warm_up_that_fails_leaves_no_trace(graphs: list[Recording]) -> None:
+def test_a_warm_up_that_fails_leaves_no_trace(recorded: list[Any]) -> None:
     running = RunningSum()
 
     def fail(values: Tensor) -> Tensor:
@@ -121,8 +129,146 @@ def test_a_warm_up_that_fails_leaves_no_trace(graphs: list[Recording]) -> None:
 
     with pytest.raises(ArithmeticError):
         Replay(fail, lambda: [running.total])(torch.ones(3))
-    assert not graphs
+    assert not recorded
     assert torch.equal(running.total, torch.zeros(3))
+
+
+# ---- on a CPU --------------------------------------------------------------------------------------------------------
+
+
+def in_lists(x: Tensor) -> Tensor:
+    first, *rest = x.clone().split(2)
+    torch._foreach_mul_(rest, 2.0)
+    return torch.cat([first.sin(), *torch._foreach_add(rest, [first, first])])
+
+
+def by_index(x: Tensor) -> Tensor:
+    rows, columns = x.new_tensor([0, 1], dtype=torch.long), x.argsort()[:2]
+    return x.view(1, 6).repeat(2, 1).index_put_((rows, columns), x[:2] * 2, accumulate=True)
+
+
+def with_gradient(x: Tensor) -> Tensor:
+    weight = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((weight.sin() * weight).sum() * 3, weight)
+    return gradient
+
+
+def in_half(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return x.view(2, 3) @ x.view(3, 2)
+
+
+def with_noise(x: Tensor) -> Tensor:
+    return x + torch.rand_like(x) + torch.nn.functional.dropout(x)
+
+
+def of_a_perceptron(x: Tensor) -> Tensor:
+    layer = torch.arange(12.0).view(2, 6).sin()
+    return ws.linear_bernoulli_log_prob_sum(x[None], layer, None, torch.ones(1, 2)).exp() + with_gradient(x)
+
+
+@pytest.mark.parametrize(
+    "function", [in_lists, by_index, with_gradient, in_half, with_noise, of_a_perceptron], ids=lambda f: f.__name__
+)
+def test_operators_of_every_kind_are_repeated(function: Callable[[Tensor], Tensor]) -> None:
+    replayed, values = Replay(function, list), torch.randn(5, 6)
+    replayed(values[0])
+    assert replayed._recorded is not None
+    assert isinstance(replayed._recorded[0], Recording)
+    for row in values:
+        torch.manual_seed(0)
+        expected = function(row.clone())
+        torch.manual_seed(0)
+        before = row.clone()
+        assert torch.equal(replayed(row), expected)
+        assert torch.equal(row, before)
+
+
+def looks_at_values(x: Tensor) -> Tensor:
+    return x.sin() if x.sum() > 0 else x.cos()
+
+
+def has_as_many_as_it_finds(x: Tensor) -> Tensor:
+    return x[x > 0].sum() + x.nonzero().sum()
+
+
+def counts(x: Tensor, calls: list[int] = []) -> Tensor:  # noqa: B006
+    calls.append(1)
+    return x * len(calls)
+
+
+def is_not_to_be_watched(x: Tensor) -> Tensor:
+    if _get_current_dispatch_mode() is not None:
+        raise NotImplementedError
+    return x * 2
+
+
+@pytest.mark.parametrize(
+    "function", [looks_at_values, has_as_many_as_it_finds, counts, is_not_to_be_watched], ids=lambda f: f.__name__
+)
+def test_what_would_not_be_repeated_is_called(function: Callable[[Tensor], Tensor]) -> None:
+    replayed = Replay(function, list)
+    for value in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, -2.0]), torch.tensor([3.0, 4.0])):
+        found = replayed(value)
+        assert replayed._recorded is not None
+        assert replayed._recorded[0] is None
+        if function is not counts:
+            assert torch.equal(found, function(value))
+
+
+def test_a_value_that_is_known_may_be_read() -> None:
+    """Such as the one that gradients begin with; unless it is written to."""
+
+    def times(x: Tensor, change: bool) -> Tensor:
+        one = torch.ones_like(x)
+        if change:
+            one.mul_(x)
+        return x * 2 if one.item() == 1 else x * 3
+
+    for change in (False, True):
+        replayed = Replay(partial(times, change=change), list)
+        assert [replayed(torch.tensor(x)).item() for x in (1.0, 2.0)] == ([2.0, 6.0] if change else [2.0, 4.0])
+        assert replayed._recorded is not None
+        assert (replayed._recorded[0] is None) == change
+
+
+def test_the_gradient_of_a_sum_is_not_multiplied_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, weight, x = torch.randn(3, 4), torch.randn(5, 4).requires_grad_(), torch.ones(3, 5)
+
+    def step(scale: Tensor) -> Tensor:
+        return torch.autograd.grad(ws.linear_bernoulli_log_prob_sum(h, weight, None, x), weight)[0] * scale
+
+    replayed = Replay(step, list)
+    replayed(torch.ones(()))
+    with torch.profiler.profile() as profile:
+        found = replayed(torch.tensor(2.0))
+    names = [event.name for event in profile.events()]
+    assert "wakesleep_ext::linear_bernoulli_log_prob_and_gradients" in names
+    assert not any("_foreach_mul" in name for name in names)
+    torch.testing.assert_close(found, step(torch.tensor(2.0)))
+
+
+def test_what_a_replay_needs_no_longer_is_freed() -> None:
+    """As it is where Python calls: of 64 arrays no more than a few are alive at once."""
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(64):
+            x = x + 1
+        return x.sum()
+
+    replayed, x = Replay(chain, list), torch.zeros(1000)
+    replayed(x)
+    assert replayed(x) == 64 * 1000
+    assert peak_bytes(lambda: replayed(x), x.device) < 4 * x.nbytes
+
+
+def test_an_error_in_a_replay_leaves_it_usable() -> None:
+    images, index = torch.arange(6.0).view(3, 2), torch.tensor([1, 2])
+    replayed = Replay(lambda index: images.index_select(0, index), list)
+    assert torch.equal(replayed(index), images[1:])
+    with pytest.raises((IndexError, RuntimeError), match=r"index out of range|out of bounds"):
+        replayed(torch.tensor([1, 7]))
+    assert torch.equal(replayed(index - 1), images[:2])
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -134,8 +280,8 @@ def losses(trainer: Trainer) -> list[dict[str, float]]:
     return [epoch.losses for epoch in trainer.epochs()]
 
 
-def make(cuda_graph: bool, **config: Any) -> Trainer:
-    trainer: Trainer = make_trainer(**{"cuda_graph": cuda_graph, "epochs": STEPS // 4, "num_samples": 2, **config})
+def make(is_replayed: bool, **config: Any) -> Trainer:
+    trainer: Trainer = make_trainer(**{"replay": is_replayed, "epochs": STEPS // 4, "num_samples": 2, **config})
     return trainer
 
 
@@ -158,33 +304,16 @@ def assert_same_state(one: Trainer, other: Trainer) -> None:
     ],
     ids=str,
 )
-def test_replayed_steps_are_those_of_the_eager_path(
-    graphs: list[Recording], config: dict[str, Any], captured: int
-) -> None:
-    eager, replayed = (make(cuda_graph, **config) for cuda_graph in (False, True))
+def test_replayed_steps_are_those_of_the_eager_path(recorded: list[Any], config: dict[str, Any], captured: int) -> None:
+    eager, replayed = (make(is_replayed, **config) for is_replayed in (False, True))
     assert losses(eager) == losses(replayed)
     assert_same_state(eager, replayed)
     assert eager.step == STEPS
-    assert len(graphs) == captured
+    assert len(recorded) == captured
 
 
-@pytest.mark.parametrize("schedule", ["exponential", "staged"])
-def test_decay_on_the_device_is_that_on_the_host(monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
-    config = {"learning_rate_decay": 0.01, "schedule": schedule, "epochs": 40}
-    on_host = make(cuda_graph=True, **config)
-    monkeypatch.setattr(training, "_DEVICES_WITH_GRAPHS", ("cpu",))
-    on_device = make(cuda_graph=False, **config)
-    for trainer in (on_host, on_device):
-        list(trainer.epochs())
-    rates = [trainer.optimizers["generative"].param_groups[0]["lr"] for trainer in (on_host, on_device)]
-    assert isinstance(rates[0], float)
-    assert isinstance(rates[1], Tensor)
-    assert rates[1].item() == pytest.approx(rates[0], rel=1e-6)
-    assert rates[0] == pytest.approx(1e-5, rel=0.05)
-
-
-def test_what_is_loaded_between_replays_is_trained_on(graphs: list[Recording]) -> None:
-    replayed, other = make(cuda_graph=True, learning_rate_decay=0.5), make(cuda_graph=False, learning_rate_decay=0.5)
+def test_what_is_loaded_between_replays_is_trained_on(recorded: list[Any]) -> None:
+    replayed, other = (make(is_replayed, learning_rate_decay=0.5) for is_replayed in (True, False))
     for trainer, number in ((replayed, 3), (other, 5)):
         for _ in range(number):
             next(trainer.epochs())
@@ -192,4 +321,4 @@ def test_what_is_loaded_between_replays_is_trained_on(graphs: list[Recording]) -
     replayed.step = other.step
     assert losses(replayed) == losses(other)
     assert_same_state(replayed, other)
-    assert len(graphs) == 1
+    assert len(recorded) == 1

@@ -8,7 +8,7 @@ import torch
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wakesleep_ext import conditionals, data, networks, objectives, random, reference, training
+from wakesleep_ext import conditionals, data, modules, objectives, random, reference, training
 from wakesleep_ext.data import DIGITS, Images, load
 from wakesleep_ext.evaluation import log_likelihood_bounds
 from wakesleep_ext.models import HelmholtzMachine, ModelConfig
@@ -86,7 +86,7 @@ DISCRETE = ModelConfig(4, (3, 2), (8,), (8,), (), "bernoulli")
 )
 def test_every_draw_of_a_run_has_a_key_of_its_own(model, draws, config):
     with Keys() as keys:
-        list(make_trainer(model=model, seed=7, **config).epochs())
+        list(make_trainer(model=model, seed=7, replay=False, **config).epochs())
     offsets = [step * draws + draw for step in range(12) for draw in range(draws) if draw > 0 or step % 4 == 0]
     assert sorted(keys.used) == [(7, offset) for offset in offsets]
 
@@ -260,14 +260,13 @@ def losses_of_200_steps(device, latent=(3,), **config):
     ],
     ids=lambda config: config.get("objective", "wake-sleep"),
 )
-def test_training_with_a_graph_without_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
-    """A graph, where there are any."""
+def test_training_replayed_called_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
     replayed = losses_of_200_steps(device, **config)
-    eager = losses_of_200_steps(device, cuda_graph=False, **config)
-    for module in (conditionals, data, networks, objectives, training):
+    eager = losses_of_200_steps(device, replay=False, **config)
+    for module in (conditionals, data, modules, objectives, training):
         monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
-    of_reference = losses_of_200_steps(device, cuda_graph=False, **config)
+    of_reference = losses_of_200_steps(device, replay=False, **config)
     assert len(replayed) == 200
     torch.testing.assert_close(replayed, eager, rtol=1e-9, atol=0)
     torch.testing.assert_close(replayed, of_reference, rtol=1e-7 if config else 1e-9, atol=0)
@@ -327,11 +326,11 @@ def test_learning_rates_are_separate_and_fall_by_the_decay():
 
     def note():
         for name, optimizer in trainer.optimizers.items():
-            rates[name].append(optimizer.param_groups[0]["lr"])
+            rates[name].append(optimizer.param_groups[0]["lr"].item())
 
     list(trainer.epochs(on_step=note))
     for name, start in (("generative", 1e-2), ("recognition", 3e-3)):
-        assert rates[name][0] == start
+        assert rates[name][0] == pytest.approx(start)
         assert rates[name][100] == pytest.approx(start * 0.1**0.5)
         assert rates[name][-1] == pytest.approx(start * 0.1, rel=0.02)
 
@@ -340,7 +339,7 @@ def test_a_staged_schedule_falls_stage_by_stage():
     """Of 1, 3 and 9 epochs."""
     trainer = make_trainer(epochs=13, learning_rate_decay=0.01, schedule="staged")
     rates = []
-    list(trainer.epochs(on_step=lambda: rates.append(trainer.optimizers["generative"].param_groups[0]["lr"])))
+    list(trainer.epochs(on_step=lambda: rates.append(trainer.optimizers["generative"].param_groups[0]["lr"].item())))
     assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 12 + [1e-5] * 36)
     assert RECIPES["burda"].stages == [0, 1, 4, 13, 40, 121, 364, 1093]
 
@@ -352,6 +351,26 @@ def test_optimizers_are_what_was_asked_for():
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-3)
         expected = list(getattr(trainer.machine, network).parameters())
         assert all(a is b for a, b in zip(group["params"], expected, strict=True))
+
+
+def test_what_waits_for_networks_is_called_at_every_step():
+    """Also if it comes when steps are already replayed."""
+    trainer, other = make_trainer(), make_trainer(replay=False)
+    next(trainer.epochs())
+    next(other.epochs())
+    seen = []
+    hooks = [
+        one.machine.generative[0].network[0].register_forward_hook(lambda *_, one=one: seen.append(one.step))
+        for one in (trainer, other)
+    ]
+    epochs, others = trainer.epochs(), other.epochs()
+    assert next(epochs).losses == next(others).losses
+    assert seen == 2 * [step for step in range(4, 8) for _ in ("wake", "sleep")]
+    for hook in hooks:
+        hook.remove()
+    assert next(epochs).losses == next(others).losses
+    assert len(seen) == 16
+    assert torch.equal(weights(trainer), weights(other))
 
 
 def returns_nan_in_phase(network, step, trainer, *, with_gradients):

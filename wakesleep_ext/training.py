@@ -3,7 +3,8 @@
 Every random draw of a run is a function of the seed and of the step it belongs to, so a run is
 repeated by its seed, and continued from nothing more than weights, optimizers and step number.
 
-A step takes nothing from the host: keys and learning rates lie on the device, and a CUDA graph of it can be replayed.
+A step takes nothing from the host: keys and learning rates lie on the device. So it is recorded once and replayed, as
+a CUDA graph on a GPU, and without Python on a CPU, where a step of few images would take twice as long with it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from wakesleep_ext import objectives, ops, random
 from wakesleep_ext.data import Images
 from wakesleep_ext.models import HelmholtzMachine
+from wakesleep_ext.modules import has_hooks
 from wakesleep_ext.objectives import WakeLosses
 from wakesleep_ext.replay import Replay
 
@@ -36,8 +38,6 @@ _SLEEP_WEIGHTS: dict[Objective, float] = {
     "iwae": 0.0,
     "dreg": 0.0,
 }
-
-_DEVICES_WITH_GRAPHS = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ class TrainConfig:
     """Decay of Adam's running means of the gradient and of its square."""
     adam_epsilon: float = 1e-4
     """Adam's epsilon."""
-    cuda_graph: bool = True
-    """On a GPU, capture a step as one CUDA graph and replay it. The numbers are the same without, but a replay runs no
-    Python: turn it off for networks that have hooks, or that look at values."""
+    replay: bool = True
+    """Record the first step and replay it: on a GPU as one CUDA graph, on a CPU as a list of calls of operators. The
+    numbers are the same without, but a replay runs no Python: what networks are to do differently later on, they must
+    find in tensors. Networks that have hooks are called at every step; on a CPU, those that look at values are, too."""
 
     def __post_init__(self) -> None:
         within = {
@@ -184,9 +185,10 @@ class Trainer:
         }
         device = images.grey.device
         self._dtype = next(machine.parameters()).dtype
-        self._one = torch.ones((), device=device)
-        self._capturable = device.type in _DEVICES_WITH_GRAPHS
-        self.optimizers = {name: self._optimizer(network) for name, network in self.networks.items()}
+        self._modules = [*machine.modules()]
+        self._steps: dict[Network, Tensor] = {}
+        self.optimizers = {name: self._optimizer(name) for name in self.networks}
+        self._falls = torch.tensor(config.stages[1:], dtype=torch.float64, device=device) * self.steps_per_epoch
         self._wake_losses = self._objective()
         chosen = config.sleep_weight
         self._sleep_weight = _SLEEP_WEIGHTS[config.objective] if chosen is None else chosen
@@ -195,9 +197,7 @@ class Trainer:
         self._key = self._keys.unbind()
         self._offsets = self._keys[:, 1]
         self.step = 0
-        replayed = config.cuda_graph and self._capturable
-        steps = {awake: partial(self._train, awake=awake) for awake in (False, True)}
-        self._run = {awake: Replay(step, self._changing) if replayed else step for awake, step in steps.items()}
+        self._run = {awake: Replay(partial(self._train, awake=awake), self._changing) for awake in (False, True)}
 
     def _objective(self) -> Callable[[Tensor, Sequence[Tensor]], WakeLosses]:
         """The losses of the wake phase, of images and the keys of its draws."""
@@ -236,21 +236,28 @@ class Trainer:
         numbers = self._draws[name]
         return self._key[numbers.start : numbers.stop]
 
-    def _optimizer(self, network: nn.Module) -> torch.optim.Adam:
+    def _optimizer(self, name: Network) -> torch.optim.Adam:
         """Adam with its state, which it would not make itself before its first step."""
+        device = self.images.grey.device
+        start = getattr(self.config, f"{name}_learning_rate")
         optimizer = torch.optim.Adam(
-            network.parameters(),
+            self.networks[name].parameters(),
+            # of the type that torch's kernel for the device reads
+            lr=torch.tensor(start, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device),
             betas=self.config.adam_betas,
             eps=self.config.adam_epsilon,
             fused=True,
-            capturable=self._capturable,
+            capturable=True,
         )
-        for parameter in network.parameters():
+        (group,) = optimizer.param_groups
+        steps = torch.zeros(len(group["params"]), device=device)
+        for parameter, step in zip(group["params"], steps, strict=True):
             optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
+                "step": step,
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        self._steps[name] = steps
         return optimizer
 
     @property
@@ -319,39 +326,42 @@ class Trainer:
             The losses as :attr:`Epoch.losses` names them, in its order. They are not looked at, since that would stop
             a GPU; :meth:`epochs` does.
         """
-        losses = self._run[self.awake](index)
+        awake = self.awake
+        is_replayed = self.config.replay and not any(map(has_hooks, self._modules))
+        losses = self._run[awake](index) if is_replayed else self._train(index, awake=awake)
         self._step += 1
         return losses
 
     def _train(self, index: Tensor, *, awake: bool) -> Tensor:
-        """The step itself, which may be captured: what differs from step to step, it takes from tensors."""
-        decay, losses, of_wake = self._decay(), [], None
+        """The step itself, which may be recorded: what differs from step to step, it takes from tensors."""
+        losses, of_wake = [], None
+        self._set_learning_rates()
         if awake:
-            wake, of_wake = self._wake(index, decay)
+            wake, of_wake = self._wake(index)
             losses += wake
         if not awake or self._sleep_weight > 0:
-            losses.append(self._sleep(of_wake, decay))
+            losses.append(self._sleep(of_wake))
         elif of_wake is not None:
-            self._descend("recognition", of_wake, decay)
+            self._descend("recognition", of_wake)
         self._offsets.add_(len(self._keys))
         return torch.stack([loss.detach() for loss in losses])
 
-    def _wake(self, index: Tensor, decay: float | Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
+    def _wake(self, index: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
         """Trains the generative network; returns the losses, and their gradient for the recognition network, if any."""
         (key,) = self._keys_of("binarize")
         x = self.images.binarize(key, index, self._dtype)
         theta, phi = self._wake_losses(x, self._keys_of("wake"))
         wake_weight = 1 - self._sleep_weight
         if not wake_weight:
-            self._descend("generative", self._gradients(theta, "generative"), decay)
+            self._descend("generative", self._gradients(theta, "generative"))
             return [theta], None
         total = theta if phi is None else theta + wake_weight * phi
         gradients = self._gradients(total, "generative", "recognition")
         count = len(self._trained("generative"))
-        self._descend("generative", gradients[:count], decay)
+        self._descend("generative", gradients[:count])
         return [theta] if phi is None else [theta, phi], gradients[count:]
 
-    def _sleep(self, of_wake: Sequence[Tensor] | None, decay: float | Tensor) -> Tensor:
+    def _sleep(self, of_wake: Sequence[Tensor] | None) -> Tensor:
         """Trains the recognition network; to the gradient of the wake phase, if there is one, comes that of dreams."""
         loss = objectives.sleep_phi_loss(
             self.machine.recognition,
@@ -360,22 +370,25 @@ class Trainer:
             keys=self._keys_of("dream"),
         )
         if of_wake is None:
-            self._descend("recognition", self._gradients(loss, "recognition"), decay)
+            self._descend("recognition", self._gradients(loss, "recognition"))
         else:
             gradients = self._gradients(self._sleep_weight * loss, "recognition")
-            self._descend("recognition", [a + b for a, b in zip(gradients, of_wake, strict=True)], decay)
+            self._descend("recognition", [a + b for a, b in zip(gradients, of_wake, strict=True)])
         return loss
 
-    def _decay(self) -> float | Tensor:
-        """What both learning rates have fallen to; a tensor where a graph would keep the number of its first step."""
-        if self.config.learning_rate_decay == 1:
-            return 1.0
-        step = self._offsets[0].double() / len(self._keys) if self._capturable else self._step
-        if self.config.schedule == "exponential":
-            return self.config.learning_rate_decay ** (step / (self.config.epochs * self.steps_per_epoch))
-        _, *later = self.config.stages
-        passed = sum((step >= start * self.steps_per_epoch) * 1.0 for start in later)
-        return self.config.learning_rate_decay ** (passed / max(1, len(later)))
+    def _set_learning_rates(self) -> None:
+        """To what they have fallen to at this step."""
+        config = self.config
+        if config.learning_rate_decay == 1:
+            return
+        step = self._offsets[0].double() / len(self._keys)
+        if config.schedule == "exponential":
+            part = step / (config.epochs * self.steps_per_epoch)
+        else:
+            part = (step >= self._falls).sum() / max(1, len(self._falls))
+        for name, optimizer in self.optimizers.items():
+            (group,) = optimizer.param_groups
+            group["lr"].copy_(getattr(config, f"{name}_learning_rate") * config.learning_rate_decay**part)
 
     def _trained(self, network: Network) -> list[Tensor]:
         (group,) = self.optimizers[network].param_groups
@@ -385,23 +398,20 @@ class Trainer:
         """Those that others may have left in .grad do not enter."""
         return torch.autograd.grad(loss, [parameter for name in networks for parameter in self._trained(name)])
 
-    def _descend(self, network: Network, gradients: Sequence[Tensor], decay: float | Tensor) -> None:
+    def _descend(self, network: Network, gradients: Sequence[Tensor]) -> None:
         optimizer, trained = self.optimizers[network], self._trained(network)
         (group,) = optimizer.param_groups
-        start = getattr(self.config, f"{network}_learning_rate")
-        group["lr"] = start * decay
         states = [optimizer.state[parameter] for parameter in trained]
-        steps = [state["step"] for state in states]
-        # What optimizer.step() would call; around it, it takes 80 µs of the 650 that a phase of 20 images has on a CPU.
+        # What optimizer.step() would call
         with torch.no_grad():
-            torch._foreach_add_(steps, self._one)
+            self._steps[network].add_(1)
             torch._fused_adam_(
                 trained,
                 list(gradients),
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                steps,
+                [state["step"] for state in states],
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -413,7 +423,8 @@ class Trainer:
 
     def _changing(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        return [*self.state_dict().values(), self._keys]
+        rates = [group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        return [*self.state_dict().values(), self._keys, *rates]
 
     def _check_finite(self, names: Sequence[str], losses: Tensor) -> None:
         """Losses `[steps, names]` of the epoch; read once an epoch, for each look stops a GPU."""

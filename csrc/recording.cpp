@@ -1,0 +1,137 @@
+#include "recording.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace wakesleep {
+namespace {
+
+thread_local const Recording* current_recording = nullptr;
+
+}  // namespace
+
+const Recording* Recording::current() { return current_recording; }
+
+void Recording::start() { current_recording = this; }
+
+void Recording::stop() {
+  current_recording = nullptr;
+  for (size_t value = 0; value < values_; ++value) {
+    calls_[last_call_[value]].last_uses.push_back(value);
+  }
+  value_of_.clear();
+  addresses_.clear();
+}
+
+// body(place, tensor) for every tensor on a stack.
+template <typename Body>
+void Recording::for_tensors(const torch::jit::Stack& stack, const Body& body) {
+  const auto visit = [&](const Place& place, const c10::IValue& value) {
+    if (value.isTensor() && value.toTensor().defined()) {
+      body(place, value.toTensor());
+    }
+  };
+  for (size_t argument = 0; argument < stack.size(); ++argument) {
+    if (stack[argument].isList()) {
+      const auto elements = stack[argument].toListRef();
+      for (size_t element = 0; element < elements.size(); ++element) {
+        visit({argument, element}, elements[element]);
+      }
+    } else {
+      visit({argument, std::nullopt}, stack[argument]);
+    }
+  }
+}
+
+void Recording::put(torch::jit::Stack& stack, const Place& place, const at::Tensor& tensor) {
+  if (place.element) {
+    stack[place.argument].toList().set(*place.element, tensor);
+  } else {
+    stack[place.argument] = tensor;
+  }
+}
+
+void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
+  Call made = {op, stack, {}, {}, {}};
+  for_tensors(stack, [&](const Place& place, const at::Tensor& tensor) {
+    if (const auto found = value_of_.find(tensor.unsafeGetTensorImpl()); found != value_of_.end()) {
+      made.uses.push_back({place, found->second});
+    }
+  });
+  const bool is_mutable = op.schema().is_mutable();
+  repeatable_ &=
+      !op.hasTag(at::Tag::dynamic_output_shape) && (!op.hasTag(at::Tag::data_dependent_output) || may_be_read(made));
+  op.callBoxed(stack);
+  note_results(made, stack);
+  if (made.results.empty() && !is_mutable) {
+    return;
+  }
+  for (const Link& use : made.uses) {
+    last_call_[use.value] = calls_.size();
+    if (is_mutable) {
+      ones_.erase(use.value);
+    }
+    put(made.arguments, use.place, {});
+  }
+  calls_.push_back(std::move(made));
+}
+
+// Whether the tensors that it looks at hold the same at every replay.
+bool Recording::may_be_read(const Call& made) const {
+  bool all = true;
+  size_t count = 0;
+  for_tensors(made.arguments, [&](const Place&, const at::Tensor&) { ++count; });
+  for (const Link& use : made.uses) {
+    all &= ones_.count(use.value) > 0;
+  }
+  return all && count == made.uses.size();
+}
+
+// The tensors that it has made; not those that it has written to, which it returns as well.
+void Recording::note_results(Call& made, const torch::jit::Stack& results) {
+  static const c10::OperatorName ones_like("aten::ones_like", "");
+  for_tensors(results, [&](const Place& place, const at::Tensor& tensor) {
+    const auto* address = tensor.unsafeGetTensorImpl();
+    bool is_argument = value_of_.count(address) > 0;
+    for_tensors(made.arguments, [&](const Place&, const at::Tensor& argument) {
+      is_argument |= argument.unsafeGetTensorImpl() == address;
+    });
+    if (is_argument) {
+      return;
+    }
+    made.results.push_back({place, values_});
+    value_of_[address] = values_;
+    addresses_.emplace_back(tensor.getIntrusivePtr());
+    last_call_.push_back(calls_.size());
+    if (made.op.operator_name() == ones_like) {
+      ones_.insert(values_);
+    }
+    ++values_;
+  });
+}
+
+void Recording::replay() {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  std::vector<at::Tensor> values(values_);
+  torch::jit::Stack stack;
+  for (Call& call : calls_) {
+    for (const Link& use : call.uses) {
+      put(call.arguments, use.place, values[use.value]);
+    }
+    stack = call.arguments;
+    call.op.callBoxed(stack);
+    for (const Link& use : call.uses) {
+      put(call.arguments, use.place, {});
+    }
+    for (const auto& [place, value] : call.results) {
+      const c10::IValue& result = stack[place.argument];
+      values[value] = place.element ? result.toListRef()[*place.element].toTensor() : result.toTensor();
+    }
+    for (const size_t value : call.last_uses) {
+      values[value] = at::Tensor();
+    }
+  }
+}
+
+}  // namespace wakesleep
