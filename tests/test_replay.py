@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from wakesleep_ext._C import Recording
-from wakesleep_ext.benchmark.measure import peak_bytes
 
 import wakesleep_ext as ws
 from wakesleep_ext import replay
+from wakesleep_ext.benchmark.measure import peak_bytes
 from wakesleep_ext.replay import Replay
 from wakesleep_ext.training import Trainer
 
