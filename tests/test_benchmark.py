@@ -151,7 +151,7 @@ def test_candidates_take_turns_and_sets_rotate() -> None:
         "fused": [lambda turn=turn: called.append(("fused", turn)) for turn in range(3)],
         "eager": [lambda turn=turn: called.append(("eager", turn)) for turn in range(3)],
     }
-    times = measure.interleave(calls, CPU, seconds=0)
+    times = measure.interleave(calls, CPU, blocks=0, block_seconds=1e-2)
     assert [len(times[candidate]) for candidate in ("fused", "eager")] == [5, 5]
     assert all(second == (first + 1) % 3 for (_, first), (_, second) in pairwise(called))
     changes = sum(first != second for (first, _), (second, _) in pairwise(called))
@@ -247,7 +247,7 @@ class Addition(measure.Case[float]):
 
 def test_any_case_can_be_measured() -> None:
     said: list[str] = []
-    bandwidth, records = measure.take([Addition()], ["fused", "broken", "eager"], CPU, 0.0, said.append)
+    bandwidth, records = measure.take([Addition()], ["fused", "broken", "eager"], CPU, 0, said.append)
     assert [record["candidate"] for record in records] == ["fused", "eager"]
     assert said == ["broken left out: no working C++ compiler"]
     for record in records:
@@ -273,7 +273,7 @@ def test_what_is_ours_is_never_left_out() -> None:
 def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [case for case in SMALL if case.shape[1:] == (64,) and case.dtype == torch.float32]
     monkeypatch.setitem(command._SUITES, "ops", replace(SUITE, cases=lambda device, quick: few))
-    monkeypatch.setattr(command, "_SECONDS_PER_CASE", 0.0)
+    monkeypatch.setattr(command, "_BLOCKS_PER_CASE", 0)
     monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
 
 

@@ -170,7 +170,7 @@ def test_a_wrong_loss_has_a_large_error() -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_suite, "NET", (20, 8, 8, 3))
     monkeypatch.setattr(step_suite, "WIDE_NET", (20, 9, 9, 3))
-    monkeypatch.setattr(command, "_SECONDS_PER_CASE", 0.0)
+    monkeypatch.setattr(command, "_BLOCKS_PER_CASE", 0)
     monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
 
 

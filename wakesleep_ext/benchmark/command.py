@@ -23,8 +23,8 @@ from wakesleep_ext.usage import Device, UsageError, find_device
 
 _SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
 
-_SECONDS_PER_CASE = 1.0
-_QUICK_SECONDS_PER_CASE = 0.5
+_BLOCKS_PER_CASE = 100
+_QUICK_BLOCKS_PER_CASE = 50
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ def run(
     candidates = tuple(dict.fromkeys(plan.candidates)) or cases[0].candidates
     if unknown := set(candidates) - set(cases[0].candidates):
         raise UsageError(f"expected --candidates of {', '.join(cases[0].candidates)}, got {', '.join(sorted(unknown))}")
-    seconds = _QUICK_SECONDS_PER_CASE if plan.quick else _SECONDS_PER_CASE
+    blocks = _QUICK_BLOCKS_PER_CASE if plan.quick else _BLOCKS_PER_CASE
     machine = result.machine(device, threads, plan.command(device, threads))
     keep_freed_memory()
     with on_threads(threads):
-        bandwidth, records = take(progress(cases), candidates, device, seconds, warn)
+        bandwidth, records = take(progress(cases), candidates, device, blocks, warn)
     return {"suite": plan.suite, "machine": machine, "copy_bandwidth_gbs": bandwidth, "records": records}
 
 

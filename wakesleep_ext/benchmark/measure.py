@@ -1,10 +1,10 @@
 """How a figure is taken: candidates interleaved in one process, median and spread, the error beside each time.
 
-A block is as many calls in a row as fill ten milliseconds. The candidates take turns, block by block, so that whatever
-else the machine does falls on all alike. Every call of a large case meets arrays that have left the last-level cache:
-several sets of inputs are used in turn, and results are kept until their set comes round again, so that the memory
-they are written to is cold as well. Small cases run on one set, warm, as in practice; what they take is overhead.
-"""
+A block is as many calls in a row as fill ten milliseconds, or what a case asks for. The candidates take turns, block by
+block, so that whatever else the machine does falls on all alike. Every call of a large case meets arrays that have left
+the last-level cache: several sets of inputs are used in turn, and results are kept until their set comes round again,
+so that the memory they are written to is cold as well. Small cases run on one set, warm, as in practice; what they take
+is overhead."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ Call = Callable[[], object]
 Inputs = TypeVar("Inputs")
 Labels = TypedDict("Labels", {"op": str, "pass": str, "dtype": str, "shape": list[int]})
 
-_BLOCK_SECONDS = 1e-2
 _ROUNDS = (5, 200)  # at least, at most
 _CACHES_FULL = 2  # working sets come to so many last-level caches
 _BANDWIDTH_BOUND_FROM = {"cpu": 2**22, "cuda": 2**25}
@@ -49,6 +48,9 @@ class Case(ABC, Generic[Inputs]):
 
     arithmetic_bound: ClassVar[bool] = False
     """Whether arithmetic takes most of the time, however large the arrays: nothing is then compared with a copy."""
+
+    block_seconds: ClassVar[float] = 1e-2
+    """How long a candidate's turn is at least."""
 
     @property
     @abstractmethod
@@ -96,7 +98,7 @@ def take(
     cases: Iterable[Case[Any]],
     candidates: Sequence[str],
     device: torch.device,
-    seconds: float,
+    blocks: int,
     warn: Callable[[str], object],
 ) -> tuple[float, list[Record]]:
     """Measure one case after the other.
@@ -105,7 +107,7 @@ def take(
         cases: what to measure.
         candidates: with whom.
         device: where.
-        seconds: how long to repeat a case, all candidates together; each has five blocks at least.
+        blocks: how many a case has time for, all candidates together; each has five at least.
         warn: gets a line on each candidate that is left out.
 
     Returns:
@@ -115,7 +117,7 @@ def take(
     found: list[tuple[Case[Any], str, Measurement]] = []
     for case in cases:
         copy.sample()
-        measured = measure(case, candidates, device, seconds, warn)
+        measured = measure(case, candidates, device, blocks, warn)
         found += [(case, candidate, measurement) for candidate, measurement in measured.items()]
 
     def fraction(case: Case[Any], median_us: float) -> float | None:
@@ -141,7 +143,7 @@ def measure(
     case: Case[Any],
     candidates: Iterable[str],
     device: torch.device,
-    seconds: float,
+    blocks: int,
     warn: Callable[[str], object],
 ) -> dict[str, Measurement]:
     """Run the candidates side by side; arguments as for :func:`take`."""
@@ -165,7 +167,7 @@ def measure(
         del result
         calls[candidate], errors[candidate], peaks[candidate] = bound, error, peak_bytes(bound[0], device)
         launched[candidate] = launches(bound[0], device)
-    times = interleave(calls, device, seconds)
+    times = interleave(calls, device, blocks, case.block_seconds)
     return {
         candidate: Measurement(
             *median_and_spread(times[candidate]), errors[candidate], peaks[candidate], launched[candidate]
@@ -187,7 +189,9 @@ def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
     return [case.inputs(device) for _ in range(max(count, 2))]
 
 
-def interleave(calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float) -> dict[str, list[float]]:
+def interleave(
+    calls: Mapping[str, Sequence[Call]], device: torch.device, blocks: int, block_seconds: float
+) -> dict[str, list[float]]:
     """Seconds per call of each candidate, block by block; the calls of a candidate are taken in turn."""
     turns = cycle(range(max(map(len, calls.values()), default=1)))
     kept: dict[int, object] = {}
@@ -204,9 +208,12 @@ def interleave(calls: Mapping[str, Sequence[Call]], device: torch.device, second
 
     times: dict[str, list[float]] = {candidate: [] for candidate in calls}
     with _no_garbage_collection():
-        counts = {candidate: _calls_in_a_block(partial(block, candidate), len(own)) for candidate, own in calls.items()}
+        counts = {
+            candidate: _calls_in_a_block(partial(block, candidate), len(own), block_seconds)
+            for candidate, own in calls.items()
+        }
         order = list(calls)
-        end = perf_counter() + seconds
+        end = perf_counter() + blocks * block_seconds
         for round_ in range(_ROUNDS[1]):
             if round_ >= _ROUNDS[0] and perf_counter() > end:
                 break
@@ -339,12 +346,12 @@ def on_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _calls_in_a_block(block: Callable[[int], float], sets: int) -> int:
+def _calls_in_a_block(block: Callable[[int], float], sets: int, block_seconds: float) -> int:
     """As many as fill a block; finding out is the warm-up, which begins with each set of inputs once."""
     block(sets)
     count = 1
-    while (seconds := count * block(count)) < _BLOCK_SECONDS:
-        count = math.ceil(count * min(10, 1.2 * _BLOCK_SECONDS / seconds))
+    while (seconds := count * block(count)) < block_seconds:
+        count = math.ceil(count * min(10, 1.2 * block_seconds / seconds))
     return count
 
 
