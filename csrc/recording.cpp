@@ -78,13 +78,12 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
 
 // Whether the tensors that it looks at hold the same at every replay.
 bool Recording::may_be_read(const Call& made) const {
-  bool all = true;
-  size_t count = 0;
-  for_tensors(made.arguments, [&](const Place&, const at::Tensor&) { ++count; });
-  for (const Link& use : made.uses) {
-    all &= ones_.count(use.value) > 0;
-  }
-  return all && count == made.uses.size();
+  bool is_known = true;
+  for_tensors(made.arguments, [&](const Place&, const at::Tensor& tensor) {
+    const auto found = value_of_.find(tensor.unsafeGetTensorImpl());
+    is_known &= found != value_of_.end() && ones_.count(found->second) > 0;
+  });
+  return is_known;
 }
 
 // The tensors that it has made; not those that it has written to, which it returns as well.

@@ -262,6 +262,36 @@ def test_what_a_replay_needs_no_longer_is_freed() -> None:
     assert peak_bytes(lambda: replayed(x), x.device) < 4 * x.nbytes
 
 
+def test_a_step_as_people_write_it_is_repeated() -> None:
+    """With torch's own optimizer, and gradients that accumulate in the parameters."""
+
+    def make() -> tuple[Callable[[Tensor], Tensor], Callable[[], list[Tensor]]]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 6))
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+
+        def step(x: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            loss = -ws.bernoulli_log_prob(model(x), x).mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        def changed() -> list[Tensor]:
+            moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+            return [*model.state_dict().values(), *moments]
+
+        step(torch.ones(4, 6))
+        return step, changed
+
+    (step, expected), (other, changed) = make(), make()
+    replayed, batches = Replay(other, changed), torch.randint(2, (20, 4, 6)).float()
+    assert [replayed(x).item() for x in batches] == [step(x).item() for x in batches]
+    assert replayed._recorded is not None
+    assert isinstance(replayed._recorded[0], Recording)
+    assert all(torch.equal(one, same) for one, same in zip(expected(), changed(), strict=True))
+
+
 def test_an_error_in_a_replay_leaves_it_usable() -> None:
     images, index = torch.arange(6.0).view(3, 2), torch.tensor([1, 2])
     replayed = Replay(lambda index: images.index_select(0, index), list)

@@ -4,7 +4,8 @@ A block is as many calls in a row as fill ten milliseconds, or what a case asks 
 block, so that whatever else the machine does falls on all alike. Every call of a large case meets arrays that have left
 the last-level cache: several sets of inputs are used in turn, and results are kept until their set comes round again,
 so that the memory they are written to is cold as well. Small cases run on one set, warm, as in practice; what they take
-is overhead."""
+is overhead.
+"""
 
 from __future__ import annotations
 
