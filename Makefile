@@ -9,7 +9,7 @@ RUN ?= runs/digits
 TESTS ?= tests
 CUDA_ARCHITECTURES ?= 9.0
 RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen5-avx512-1-thread.json
-STEP_RESULT ?= benchmarks/results/0.1.0-intel-xeon-avx512-1-thread-step.json
+STEP_RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen3-avx2-1-thread-step.json
 ON_EVERY_CORE := --numprocesses auto --dist loadgroup
 PIP := -m pip install --quiet --disable-pip-version-check
 
