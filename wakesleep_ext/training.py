@@ -385,7 +385,7 @@ class Trainer:
         if config.schedule == "exponential":
             part = step / (config.epochs * self.steps_per_epoch)
         else:
-            part = (step >= self._falls).sum() / max(1, len(self._falls))
+            part = (step >= self._falls).double().sum() / max(1, len(self._falls))
         for name, optimizer in self.optimizers.items():
             (group,) = optimizer.param_groups
             group["lr"].copy_(getattr(config, f"{name}_learning_rate") * config.learning_rate_decay**part)
