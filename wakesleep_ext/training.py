@@ -402,7 +402,7 @@ class Trainer:
         optimizer, trained = self.optimizers[network], self._trained(network)
         (group,) = optimizer.param_groups
         states = [optimizer.state[parameter] for parameter in trained]
-        # What optimizer.step() would call
+        # what optimizer.step() would call with what is in .grad
         with torch.no_grad():
             self._steps[network].add_(1)
             torch._fused_adam_(
