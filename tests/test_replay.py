@@ -15,7 +15,6 @@ from test_training import make_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
-from wakesleep_ext._C import Recording
 
 import wakesleep_ext as ws
 from wakesleep_ext import replay
@@ -173,8 +172,7 @@ def of_a_perceptron(x: Tensor) -> Tensor:
 def test_operators_of_every_kind_are_repeated(function: Callable[[Tensor], Tensor]) -> None:
     replayed, values = Replay(function, list), torch.randn(5, 6)
     replayed(values[0])
-    assert replayed._recorded is not None
-    assert isinstance(replayed._recorded[0], Recording)
+    assert replayed.is_replayed
     for row in values:
         torch.manual_seed(0)
         expected = function(row.clone())
@@ -208,10 +206,10 @@ def is_not_to_be_watched(x: Tensor) -> Tensor:
 )
 def test_what_would_not_be_repeated_is_called(function: Callable[[Tensor], Tensor]) -> None:
     replayed = Replay(function, list)
+    assert replayed.is_replayed is None
     for value in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, -2.0]), torch.tensor([3.0, 4.0])):
         found = replayed(value)
-        assert replayed._recorded is not None
-        assert replayed._recorded[0] is None
+        assert replayed.is_replayed is False
         if function is not counts:
             assert torch.equal(found, function(value))
 
@@ -228,8 +226,7 @@ def test_a_value_that_is_known_may_be_read() -> None:
     for change in (False, True):
         replayed = Replay(partial(times, change=change), list)
         assert [replayed(torch.tensor(x)).item() for x in (1.0, 2.0)] == ([2.0, 6.0] if change else [2.0, 4.0])
-        assert replayed._recorded is not None
-        assert (replayed._recorded[0] is None) == change
+        assert replayed.is_replayed is not change
 
 
 def test_the_gradient_of_a_sum_is_not_multiplied_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,8 +284,7 @@ def test_a_step_as_people_write_it_is_repeated() -> None:
     (step, expected), (other, changed) = make(), make()
     replayed, batches = Replay(other, changed), torch.randint(2, (20, 4, 6)).float()
     assert [replayed(x).item() for x in batches] == [step(x).item() for x in batches]
-    assert replayed._recorded is not None
-    assert isinstance(replayed._recorded[0], Recording)
+    assert replayed.is_replayed
     assert all(torch.equal(one, same) for one, same in zip(expected(), changed(), strict=True))
 
 

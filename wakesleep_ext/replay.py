@@ -42,6 +42,11 @@ class Replay:
         self._state = state
         self._recorded: tuple[_Graph | None, list[Tensor], Tensor] | None = None
 
+    @property
+    def is_replayed(self) -> bool | None:
+        """Whether the function is replayed, rather than called as it stands; None before the first call."""
+        return None if self._recorded is None else self._recorded[0] is not None
+
     def __call__(self, *arguments: Tensor) -> Tensor:
         """What the function returns of arguments that are like those of the first call, as a tensor of its own.
 
