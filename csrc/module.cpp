@@ -1,4 +1,5 @@
-// The Python module `_C`. Importing it registers the operators of library.cpp; it also says how it was built.
+// The Python module `_C`. Importing it registers the operators of library.cpp; it also says how it was built, and
+// records calls of operators.
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -35,7 +36,7 @@ pybind11::object call(Recording& recording, const std::string& name, const std::
 
 }  // namespace
 
-// It keeps no state of its own, so free-threaded Python need not take up its lock for it.
+// It keeps no state that threads share, so free-threaded Python need not take up its lock for it.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of wakesleep_ext, registered as torch.ops.wakesleep_ext.*";
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");

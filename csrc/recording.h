@@ -1,5 +1,5 @@
 // Calls of operators, recorded while they are made, to be made again: to a CPU's operators what a CUDA graph is to
-// kernels. No Python, no autograd and no allocation of anything but results stands between the calls of a replay.
+// kernels. Neither Python nor autograd stands between the calls of a replay.
 //
 // Tensors that come from outside stay where they are, and are read and written there anew; so do numbers, as they were.
 #pragma once

@@ -124,7 +124,7 @@ five samples; what differs is what recognition follows: IWAE the gradient of tha
 self-normalised samples of the posterior, a biased estimate, and dreams, whose divergence from the posterior asks for
 one that covers it rather than one that makes the bound tight (compare the -ELBO). The mixture is not the cause: with
 seed 0, `--sleep-weight 0.25` gave 89.94 and `0.75` 90.28; the noise of the dreams is a part of it: `--num-dreams 500`
-gave 89.80. These three are of one seed each.
+gave 89.80. These three are single runs on another machine, an Intel Xeon, and not in `results.json`.
 """
 
 

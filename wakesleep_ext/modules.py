@@ -162,7 +162,7 @@ class Sequential(nn.Sequential):
     in one call as follow each other. A layer that has hooks, or is of a class of its own, is called as it stands."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return through(self._modules.values(), input)
+        return through(self, input)
 
 
 def fuse(model: Model) -> Model:
@@ -181,15 +181,13 @@ def fuse(model: Model) -> Model:
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Sequential: Sequential}
 
 
-def through(modules: Iterable[nn.Module | None], input: Tensor) -> Tensor:
+def through(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
     """The modules one after the other, layers and the activations that follow them by the op."""
     waiting: list[tuple[Tensor, Tensor | None, ops.Activation | None]] = []
     for module in modules:
-        assert module is not None
-        name = name_of_activation(module)
         if is_linear(module):
             waiting.append((module.weight, module.bias, getattr(module, "activation", None)))
-        elif name and waiting and waiting[-1][-1] is None:
+        elif waiting and waiting[-1][-1] is None and (name := name_of_activation(module)):
             waiting[-1] = (*waiting[-1][:-1], name)
         else:
             input = module(_through_layers(waiting, input))

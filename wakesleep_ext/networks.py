@@ -57,7 +57,7 @@ class MultilayerPerceptron(Sequential):
 
     def features(self, input: Tensor) -> Tensor:
         """What the last layer gets, `[*, first] -> [*, next to last]`."""
-        *hidden, _ = self._modules.values()
+        *hidden, _ = self
         return through(hidden, input.to(self.head.weight.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
