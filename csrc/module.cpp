@@ -41,12 +41,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of wakesleep_ext, registered as torch.ops.wakesleep_ext.*";
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");
   pybind11::class_<Recording>(m, "Recording", "Calls of operators, to be made again.")
-      .def(pybind11::init<>())
+      .def(pybind11::init<std::vector<at::Tensor>>())
       .def("start", &Recording::start, "Begin; to be followed by `stop`.")
       .def("stop", &Recording::stop)
       .def("call", call, "Call the operator of this name and overload, and note it.")
+      .def("returns", &Recording::returns, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "Have this returned by a replay.")
       .def("replay", &Recording::replay, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "Make the calls once more.")
+           "Make the calls once more, on other arguments.")
       .def_property_readonly("is_repeatable", &Recording::is_repeatable,
                              "Whether no call told what it found in a tensor.");
 }

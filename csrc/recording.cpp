@@ -16,11 +16,32 @@ void Recording::start() { current_recording = this; }
 
 void Recording::stop() {
   current_recording = nullptr;
-  for (size_t value = 0; value < values_; ++value) {
-    calls_[last_call_[value]].last_uses.push_back(value);
-  }
+  keep_needed_calls();
   value_of_.clear();
   addresses_.clear();
+}
+
+// Keeps the calls that change something, and those whose results a later one gets. They are gone through from the last
+// to the first, so that where a value is met first is where it is used last.
+void Recording::keep_needed_calls() {
+  std::unordered_set<size_t> needed = {result_};
+  std::vector<Call> kept;
+  for (auto call = calls_.rbegin(); call != calls_.rend(); ++call) {
+    const bool changes_something = call->op.schema().is_mutable() || call->op.hasTag(at::Tag::nondeterministic_seeded);
+    const auto is_needed = [&](const Link& result) { return needed.count(result.value) > 0; };
+    if (!changes_something && std::none_of(call->results.begin(), call->results.end(), is_needed)) {
+      continue;
+    }
+    for (const auto* links : {&call->results, &call->uses}) {
+      for (const Link& link : *links) {
+        if (needed.insert(link.value).second) {
+          call->last_uses.push_back(link.value);
+        }
+      }
+    }
+    kept.push_back(std::move(*call));
+  }
+  calls_.assign(std::make_move_iterator(kept.rbegin()), std::make_move_iterator(kept.rend()));
 }
 
 // body(place, tensor) for every tensor on a stack.
@@ -67,7 +88,6 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
     return;
   }
   for (const Link& use : made.uses) {
-    last_call_[use.value] = calls_.size();
     if (is_mutable) {
       ones_.erase(use.value);
     }
@@ -101,17 +121,33 @@ void Recording::note_results(Call& made, const torch::jit::Stack& results) {
     made.results.push_back({place, values_});
     value_of_[address] = values_;
     addresses_.emplace_back(tensor.getIntrusivePtr());
-    last_call_.push_back(calls_.size());
     if (made.op.operator_name() == ones_like) {
       ones_.insert(values_);
+    }
+    if (made.op.schema().returns()[place.argument].alias_info() == nullptr) {
+      own_.insert(values_);
     }
     ++values_;
   });
 }
 
-void Recording::replay() {
+void Recording::returns(const at::Tensor& result) {
+  const auto found = value_of_.find(result.unsafeGetTensorImpl());
+  if (found != value_of_.end() && own_.count(found->second) > 0) {
+    result_ = found->second;
+    return;
+  }
+  torch::jit::Stack stack = {result, c10::IValue()};
+  call(c10::Dispatcher::singleton().findSchemaOrThrow("aten::clone", ""), stack);
+  result_ = values_ - 1;
+}
+
+at::Tensor Recording::replay(const std::vector<at::Tensor>& arguments) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  for (size_t argument = 0; argument < arguments.size(); ++argument) {
+    arguments_[argument].copy_(arguments[argument]);
+  }
   std::vector<at::Tensor> values(values_);
   torch::jit::Stack stack;
   for (Call& call : calls_) {
@@ -131,6 +167,7 @@ void Recording::replay() {
       values[value] = at::Tensor();
     }
   }
+  return values[result_];
 }
 
 }  // namespace wakesleep

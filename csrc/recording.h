@@ -2,6 +2,7 @@
 // kernels. Neither Python nor autograd stands between the calls of a replay.
 //
 // Tensors that come from outside stay where they are, and are read and written there anew; so do numbers, as they were.
+// Arguments are copied to where they were when the calls were recorded.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -16,11 +17,16 @@ namespace wakesleep {
 // To be used by one thread at a time.
 class Recording {
  public:
+  explicit Recording(std::vector<at::Tensor> arguments) : arguments_(std::move(arguments)) {}
+
   // Calls an operator below autograd, and notes it; its results take the place of its arguments on the stack.
   void call(const c10::OperatorHandle& op, torch::jit::Stack& stack);
 
-  // The calls once more, in their order.
-  void replay();
+  // The tensor that a replay is to return; the last call of a recording.
+  void returns(const at::Tensor& result);
+
+  // The calls once more, in their order, on other arguments like the first.
+  at::Tensor replay(const std::vector<at::Tensor>& arguments);
 
   // Between them, this is the recording that the thread is at.
   void start();
@@ -56,16 +62,19 @@ class Recording {
   static void put(torch::jit::Stack& stack, const Place& place, const at::Tensor& tensor);
   void note_results(Call& made, const torch::jit::Stack& results);
   bool may_be_read(const Call& made) const;
+  void keep_needed_calls();
 
+  const std::vector<at::Tensor> arguments_;
   std::vector<Call> calls_;
   size_t values_ = 0;
-  std::vector<size_t> last_call_;  // by value: the last call that gets it
+  size_t result_ = 0;
   bool repeatable_ = true;
 
   // While recording: the values by their tensors, which are held weakly, so that no other takes an address over.
   std::unordered_map<const c10::TensorImpl*, size_t> value_of_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> addresses_;
   std::unordered_set<size_t> ones_;
+  std::unordered_set<size_t> own_;  // that share no memory with what a call got
 };
 
 }  // namespace wakesleep

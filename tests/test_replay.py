@@ -64,12 +64,11 @@ class Graph(TorchDispatchMode):
 def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What has been recorded: the calls of operators, as always on a CPU, or something like a CUDA graph."""
     made: list[Any] = []
-    record = {"recording": replay._record, "graph": replay._capture}[request.param]
+    record = {"recording": replay._record, "graph": replay._Captured}[request.param]
 
     def note(*arguments: Any) -> Any:
-        found = record(*arguments)
-        made.append(found[0])
-        return found
+        made.append(record(*arguments))
+        return made[-1]
 
     monkeypatch.setattr(replay, "_RECORD_ON", {"cpu": note})
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -106,7 +105,23 @@ def test_a_replay_does_what_the_function_does(recorded: list[Any]) -> None:
     assert torch.equal(results, 2 * values.cumsum(0))
     assert torch.equal(running.total, values.sum(0))
     assert len(recorded) == 1
-    assert running.calls == (4 if isinstance(recorded[0], Graph) else 3)  # Python runs no more
+    assert running.calls == (4 if isinstance(recorded[0], replay._Captured) else 3)  # Python runs no more
+
+
+@pytest.mark.parametrize(
+    "result",
+    [lambda x, state: x, lambda x, state: x[1:], lambda x, state: state, lambda x, state: state.add_(x)[1:]],
+    ids=["an argument", "a part of one", "state", "a part of it"],
+)
+def test_every_result_is_a_tensor_of_its_own(recorded: list[Any], result: Callable[[Tensor, Tensor], Tensor]) -> None:
+    state, values = torch.zeros(3), torch.arange(9.0).view(3, 3)
+    replayed, expected = Replay(lambda x: result(x, state), lambda: [state]), []
+    found = [replayed(x) for x in values]
+    state.zero_()
+    expected = [result(x, state).clone() for x in values]
+    values.zero_()
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    assert len(recorded) == 1
 
 
 def test_other_arguments_than_those_recorded_are_refused(recorded: list[Any]) -> None:
@@ -114,7 +129,7 @@ def test_other_arguments_than_those_recorded_are_refused(recorded: list[Any]) ->
     add = running.replay()
     add(torch.ones(3))
     for wrong, got in ((torch.ones(1), r"torch\.float32 \[1\]"), (torch.ones(3).long(), r"torch\.int64 \[3\]")):
-        with pytest.raises(ValueError, match=rf"as it was recorded, torch\.float32 \[3\], got {got}"):
+        with pytest.raises(ValueError, match=rf"as they were recorded, torch\.float32 \[3\], got {got}"):
             add(wrong)
     assert torch.equal(running.total, torch.ones(3))
 
@@ -257,6 +272,28 @@ def test_what_a_replay_needs_no_longer_is_freed() -> None:
     replayed(x)
     assert replayed(x) == 64 * 1000
     assert peak_bytes(lambda: replayed(x), x.device) < 4 * x.nbytes
+
+
+def test_what_nobody_uses_is_not_repeated() -> None:
+    """But draws are, since those after them come from where they leave the generator."""
+
+    def draw(x: Tensor) -> Tensor:
+        x.sin().cos()
+        torch.rand(3)
+        return x + torch.rand(3)
+
+    replayed, x = Replay(draw, list), torch.ones(3)
+    replayed(x)
+    assert replayed.is_replayed
+    torch.manual_seed(0)
+    expected = [draw(x) for _ in range(2)]
+    torch.manual_seed(0)
+    with torch.profiler.profile() as profile:
+        found = [replayed(x) for _ in range(2)]
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    names = [event.name for event in profile.events()]
+    assert "aten::sin" not in names
+    assert names.count("aten::rand") == 4
 
 
 def test_a_step_as_people_write_it_is_repeated() -> None:

@@ -6,7 +6,7 @@ there already by `from_linear`, which shares the parameters; `fuse` gives all la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard, TypeVar, get_args
 
 import torch
@@ -217,6 +217,9 @@ def name_of_activation(module: nn.Module) -> ops.Activation | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody waits for what the module itself is called with, or returns."""
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
+    return any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Callable[..., object]], ...]:
+    """What is called when the module itself is, or a backward pass comes by it: always the same mappings."""
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks

@@ -19,8 +19,8 @@ _WARM_UPS = 3
 Function = Callable[..., Tensor]
 
 
-class _Graph(Protocol):
-    def replay(self) -> None: ...
+class _Recorded(Protocol):
+    def replay(self, arguments: Sequence[Tensor], /) -> Tensor: ...
 
 
 class Replay:
@@ -31,8 +31,8 @@ class Replay:
     it stands.
 
     Args:
-        function: calls the same operators whatever the values of its arguments, of which there is one at least, and
-            reads none of them.
+        function: calls the same operators whatever the values of its arguments, of which there is one at least, reads
+            none of them and changes no argument.
         state: gives every tensor that outlasts a call and that `function` changes, always in place. The calls that come
             before the first replay leave no trace in them.
     """
@@ -40,12 +40,13 @@ class Replay:
     def __init__(self, function: Function, state: Callable[[], Iterable[Tensor]]) -> None:
         self._function = function
         self._state = state
-        self._recorded: tuple[_Graph | None, list[Tensor], Tensor] | None = None
+        self._likes: list[tuple[torch.Size, torch.dtype]] | None = None
+        self._recorded: _Recorded | None = None
 
     @property
     def is_replayed(self) -> bool | None:
         """Whether the function is replayed, rather than called as it stands; None before the first call."""
-        return None if self._recorded is None else self._recorded[0] is not None
+        return None if self._likes is None else self._recorded is not None
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """What the function returns of arguments that are like those of the first call, as a tensor of its own.
@@ -53,22 +54,19 @@ class Replay:
         Raises:
             ValueError: an argument has another shape or dtype than at the first call.
         """
-        if self._recorded is None:
+        likes = [(argument.shape, argument.dtype) for argument in arguments]
+        if self._likes is None:
             own, state = [argument.clone() for argument in arguments], list(self._state())
             record = _RECORD_ON.get(own[0].device.type, _record)
             with _undone(state):
-                graph, result = record(self._function, own, state)
-            self._recorded = graph, own, result
-        graph, own, result = self._recorded
-        if graph is None:
+                self._recorded = record(self._function, own, state)
+            self._likes = likes
+        if self._recorded is None:
             return self._function(*arguments)
-        for held, argument in zip(own, arguments, strict=True):
-            if (held.shape, held.dtype) != (argument.shape, argument.dtype):
-                expected, got = (f"{t.dtype} {list(t.shape)}" for t in (held, argument))
-                raise ValueError(f"Replay: expected an argument as it was recorded, {expected}, got {got}")
-            held.copy_(argument)
-        graph.replay()
-        return result.clone()
+        if likes != self._likes:
+            expected, got = (", ".join(f"{dtype} {list(shape)}" for shape, dtype in of) for of in (self._likes, likes))
+            raise ValueError(f"Replay: expected arguments as they were recorded, {expected}, got {got}")
+        return self._recorded.replay(arguments)
 
 
 @contextmanager
@@ -87,21 +85,29 @@ def _undone(state: Sequence[Tensor]) -> Iterator[None]:
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def _capture(function: Function, arguments: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[_Graph, Tensor]:
-    """The graph, and where it leaves what the function returns."""
-    with torch.cuda.device(arguments[0].device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UPS):
-                    function(*arguments)
-        finally:
-            torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = function(*arguments)
-        return graph, result
+class _Captured:
+    """The kernels of a function as one graph, and the memory where it finds arguments and leaves the result."""
+
+    def __init__(self, function: Function, arguments: Sequence[Tensor], state: Sequence[Tensor]) -> None:
+        self._arguments = arguments
+        with torch.cuda.device(arguments[0].device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UPS):
+                        function(*arguments)
+            finally:
+                torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = function(*arguments)
+
+    def replay(self, arguments: Sequence[Tensor], /) -> Tensor:
+        for held, argument in zip(self._arguments, arguments, strict=True):
+            held.copy_(argument)
+        self._graph.replay()
+        return self._result.clone()
 
 
 # ---- on a CPU --------------------------------------------------------------------------------------------------------
@@ -128,23 +134,22 @@ class _Recorder(TorchDispatchMode):
         return self._recording.call(name, overload, *args, **(kwargs or {}))
 
 
-def _record(function: Function, arguments: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[_Graph | None, Tensor]:
+def _record(function: Function, arguments: Sequence[Tensor], state: Sequence[Tensor]) -> _Recorded | None:
     """The recording of one call, which must then repeat the next one to the bit; or None."""
     with _undone(state):
-        result = function(*arguments).clone()
+        function(*arguments)
         expected = [function(*arguments).clone(), *(tensor.clone() for tensor in state)]
-    recording = Recording()
+    recording = Recording(arguments)
     try:
         with _Recorder(recording):
-            result.copy_(function(*arguments))
+            recording.returns(function(*arguments))
     except Exception:  # a call that fails under a mode, as torch.cond does; without, it has just succeeded
-        return None, result
+        return None
     if not recording.is_repeatable:
-        return None, result
-    recording.replay()
-    is_same = all(torch.equal(one, other) for one, other in zip(expected, [result, *state], strict=True))
-    return recording if is_same else None, result
+        return None
+    found = [recording.replay(arguments), *state]
+    return recording if all(map(torch.equal, expected, found)) else None
 
 
-_RECORD_ON = {"cuda": _capture}
+_RECORD_ON: dict[str, Callable[..., _Recorded | None]] = {"cuda": _Captured}
 """Devices whose work is not recorded operator by operator."""

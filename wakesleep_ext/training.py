@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wakesleep_ext import objectives, ops, random
 from wakesleep_ext.data import Images
 from wakesleep_ext.models import HelmholtzMachine
-from wakesleep_ext.modules import has_hooks
+from wakesleep_ext.modules import hooks_of
 from wakesleep_ext.objectives import WakeLosses
 from wakesleep_ext.replay import Replay
 
@@ -185,8 +185,9 @@ class Trainer:
         }
         device = images.grey.device
         self._dtype = next(machine.parameters()).dtype
-        self._modules = [*machine.modules()]
+        self._hooks = [hooks for module in machine.modules() for hooks in hooks_of(module)]
         self._steps: dict[Network, Tensor] = {}
+        self._one = torch.ones((), device=device)  # to be added; the number 1 would be made into a tensor at every step
         self.optimizers = {name: self._optimizer(name) for name in self.networks}
         self._falls = torch.tensor(config.stages[1:], dtype=torch.float64, device=device) * self.steps_per_epoch
         self._wake_losses = self._objective()
@@ -327,7 +328,7 @@ class Trainer:
             a GPU; :meth:`epochs` does.
         """
         awake = self.awake
-        is_replayed = self.config.replay and not any(map(has_hooks, self._modules))
+        is_replayed = self.config.replay and not any(self._hooks)
         losses = self._run[awake](index) if is_replayed else self._train(index, awake=awake)
         self._step += 1
         return losses
@@ -404,7 +405,7 @@ class Trainer:
         states = [optimizer.state[parameter] for parameter in trained]
         # what optimizer.step() would call with what is in .grad
         with torch.no_grad():
-            self._steps[network].add_(1)
+            self._steps[network].add_(self._one)
             torch._fused_adam_(
                 trained,
                 list(gradients),
