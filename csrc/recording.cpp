@@ -21,15 +21,17 @@ void Recording::stop() {
   addresses_.clear();
 }
 
-// Keeps the calls that change something, and those whose results a later one gets. They are gone through from the last
+// Keeps the calls that do something, and those whose results a later one gets. They are gone through from the last
 // to the first, so that where a value is met first is where it is used last.
 void Recording::keep_needed_calls() {
   std::unordered_set<size_t> needed = {result_};
   std::vector<Call> kept;
   for (auto call = calls_.rbegin(); call != calls_.rend(); ++call) {
-    const bool changes_something = call->op.schema().is_mutable() || call->op.hasTag(at::Tag::nondeterministic_seeded);
+    const auto& schema = call->op.schema();
+    const bool does_something = schema.is_mutable() || schema.returns().empty() ||  // such as an assertion
+                                call->op.hasTag(at::Tag::nondeterministic_seeded);
     const auto is_needed = [&](const Link& result) { return needed.count(result.value) > 0; };
-    if (!changes_something && std::none_of(call->results.begin(), call->results.end(), is_needed)) {
+    if (!does_something && std::none_of(call->results.begin(), call->results.end(), is_needed)) {
       continue;
     }
     for (const auto* links : {&call->results, &call->uses}) {
@@ -84,9 +86,6 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
       !op.hasTag(at::Tag::dynamic_output_shape) && (!op.hasTag(at::Tag::data_dependent_output) || may_be_read(made));
   op.callBoxed(stack);
   note_results(made, stack);
-  if (made.results.empty() && !is_mutable) {
-    return;
-  }
   for (const Link& use : made.uses) {
     if (is_mutable) {
       ones_.erase(use.value);

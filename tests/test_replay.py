@@ -334,6 +334,18 @@ def test_an_error_in_a_replay_leaves_it_usable() -> None:
     assert torch.equal(replayed(index - 1), images[:2])
 
 
+def test_what_is_asserted_of_one_call_is_asserted_of_all() -> None:
+    def root(x: Tensor) -> Tensor:
+        torch._assert_async((x >= 0).all())
+        return x.sqrt()
+
+    replayed = Replay(root, list)
+    assert torch.equal(replayed(torch.tensor([4.0, 9.0])), torch.tensor([2.0, 3.0]))
+    assert replayed.is_replayed
+    with pytest.raises(RuntimeError, match="nonzero"):
+        replayed(torch.tensor([4.0, -9.0]))
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 STEPS = 200
