@@ -19,6 +19,8 @@ void Recording::stop() {
   keep_needed_calls();
   value_of_.clear();
   addresses_.clear();
+  ones_.clear();
+  own_.clear();
 }
 
 // Keeps the calls that do something, and those whose results a later one gets. They are gone through from the last

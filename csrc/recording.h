@@ -22,7 +22,7 @@ class Recording {
   // Calls an operator below autograd, and notes it; its results take the place of its arguments on the stack.
   void call(const c10::OperatorHandle& op, torch::jit::Stack& stack);
 
-  // The tensor that a replay is to return; the last call of a recording.
+  // Has a replay return this tensor, or a copy if it shares memory with others; comes last, before stop().
   void returns(const at::Tensor& result);
 
   // The calls once more, in their order, on other arguments like the first.

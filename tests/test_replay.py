@@ -115,7 +115,7 @@ def test_a_replay_does_what_the_function_does(recorded: list[Any]) -> None:
 )
 def test_every_result_is_a_tensor_of_its_own(recorded: list[Any], result: Callable[[Tensor, Tensor], Tensor]) -> None:
     state, values = torch.zeros(3), torch.arange(9.0).view(3, 3)
-    replayed, expected = Replay(lambda x: result(x, state), lambda: [state]), []
+    replayed = Replay(lambda x: result(x, state), lambda: [state])
     found = [replayed(x) for x in values]
     state.zero_()
     expected = [result(x, state).clone() for x in values]
