@@ -70,6 +70,10 @@ constexpr Operator kOperators[] = {
      Kind::composite},
     {"linear_bernoulli_log_prob_and_gradients(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? importance, "
      "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)"},
+
+    // a step of an optimizer: tensors of any shapes, all in one pass
+    {"adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor step, "
+     "Tensor lr, float beta1, float beta2, float eps) -> ()"},
 };
 
 }  // namespace

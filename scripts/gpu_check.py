@@ -29,6 +29,7 @@ DEVICE_TESTS = (
     "test_heads.py",
     "test_layers.py",
     "test_binarize.py",
+    "test_adam.py",
 )
 
 

@@ -147,7 +147,7 @@ def read_kernels(binary: Path) -> list[Kernel]:
             kernel.threads, kernel.name = int(match[1]), match[2]
             kernel.arguments = tuple(argument.strip() for argument in match[3].split(","))
         else:
-            kernel.name = re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1]
+            kernel.name = re.sub(r"[(<].*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1]
     return sorted(kernels.values(), key=lambda k: (k.architecture, k.name, k.arguments, k.threads or 0))
 
 

@@ -32,13 +32,21 @@ def test_every_kernel_is_there_for_every_architecture(kernels: list) -> None:
     wanted = {f"sm_{entry.split('+')[0].replace('.', '')}" for entry in _build.CUDA_ARCHITECTURES.split(";")}
     assert set(compiled) == wanted
     for names in compiled.values():
-        assert names == {*sass_report.OPERANDS, "write_key"}
+        assert names == {*sass_report.OPERANDS, "write_key", "adam"}
 
 
 def test_gradients_are_written_16_bytes_at_a_time(kernels: list) -> None:
     writing = [kernel for kernel in kernels if kernel.name.endswith("BackwardRows")]
     assert writing
     assert all(kernel.count(r"STG.*\.128") for kernel in writing)
+
+
+def test_adam_reads_and_writes_16_bytes_at_a_time(kernels: list) -> None:
+    steps = [kernel for kernel in kernels if kernel.name == "adam"]
+    assert steps
+    for kernel in steps:
+        assert kernel.count(r"LDG.*\.128") >= 4
+        assert kernel.count(r"STG.*\.128") >= 3
 
 
 def test_no_float_atomics(kernels: list) -> None:

@@ -13,6 +13,7 @@ _loading.load_kernels()
 
 from wakesleep_ext import distributions, modules  # noqa: E402
 from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered first
+    adam_,
     bernoulli_log_prob,
     bernoulli_sample,
     binarize,
@@ -36,6 +37,7 @@ except PackageNotFoundError:  # a source tree that was built in place
 
 __all__ = [
     "__version__",
+    "adam_",
     "bernoulli_log_prob",
     "bernoulli_sample",
     "binarize",

@@ -247,6 +247,21 @@ def _(
     return log_prob, *gradients
 
 
+@torch.library.register_fake("wakesleep_ext::adam_")
+def _(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    pass
+
+
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from wakesleep_ext import random
 from wakesleep_ext._registrations import call
 
 __all__ = [
+    "adam_",
     "bernoulli_log_prob",
     "bernoulli_sample",
     "binarize",
@@ -392,6 +393,50 @@ def linear_bernoulli_sample(
     """
     key = random.draw_key(h, generator) if key is None else key
     return call(_ops.linear_bernoulli_sample.default, h, weight, _bias(weight, bias), key, dtype)
+
+
+def adam_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> None:
+    r"""One step of Adam, in place, for all tensors in one pass: with g the gradient of a parameter p,
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1)\, g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2, \qquad
+        p \leftarrow p - \frac{\mathrm{lr}}{1 - \beta_1^t}\,
+        \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}.
+
+    As ``torch.optim.Adam`` up to rounding, with one division an element. The host reads nothing that is on a GPU, so a
+    CUDA graph can hold it.
+
+    Args:
+        parameters: p, of any shapes, all of one dtype and contiguous.
+        gradients: g, of the same shapes and dtype. They are copied if they are not contiguous.
+        exp_avgs: m, as the parameters; zeros before the first step.
+        exp_avg_sqs: v, as the parameters; zeros before the first step.
+        step: t, the number of this step, counted from 1: 0-dimensional, float32 or float64.
+        lr: 0-dimensional, float32 or float64.
+        beta1: :math:`\beta_1`, what remains of m.
+        beta2: :math:`\beta_2`, what remains of v.
+        eps: :math:`\epsilon`.
+
+    Gradients: none, it is to be called under ``torch.no_grad()``.
+
+    Raises:
+        ValueError: the lists are not equally long, or tensors differ in shape or device, or are not contiguous.
+        TypeError: tensors differ in dtype. Whatever is raised, nothing has been changed.
+        RuntimeError: a parameter requires a gradient, and gradients are being recorded.
+
+    Source: Kingma & Ba, "Adam: a method for stochastic optimization" (ICLR 2015), algorithm 1.
+    """
+    call(_ops.adam_.default, parameters, gradients, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps)
 
 
 def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -159,6 +159,29 @@ def linear_bernoulli_sample(
     return bernoulli_sample(_linear(h, weight, bias), dtype=result_dtype, key=key, generator=generator)
 
 
+@torch.no_grad()
+def adam_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> None:
+    """p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), for m and v brought up to date with the gradient."""
+    t = step.double()
+    for p, g, m, v in zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True):
+        g, new_m, new_v = map(_compute, (g, m, v))
+        new_m, new_v = beta1 * new_m + (1 - beta1) * g, beta2 * new_v + (1 - beta2) * g.square()
+        m_hat, v_hat = new_m / (1 - beta1**t), new_v / (1 - beta2**t)
+        p.copy_(_compute(p) - lr * m_hat / (v_hat.sqrt() + eps))
+        m.copy_(new_m)
+        v.copy_(new_v)
+
+
 def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     h, weight = map(_compute, _promote(h, weight))
     return F.linear(h, weight, None if bias is None else _compute(bias).to(h.dtype))

@@ -403,24 +403,12 @@ class Trainer:
         optimizer, trained = self.optimizers[network], self._trained(network)
         (group,) = optimizer.param_groups
         states = [optimizer.state[parameter] for parameter in trained]
-        # what optimizer.step() would call with what is in .grad
+        exp_avgs, exp_avg_sqs = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
+        beta1, beta2 = group["betas"]
         with torch.no_grad():
             self._steps[network].add_(self._one)
-            torch._fused_adam_(
-                trained,
-                list(gradients),
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=0.0,
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+            step = states[0]["step"]  # the same for all
+            ops.adam_(trained, gradients, exp_avgs, exp_avg_sqs, step, group["lr"], beta1, beta2, group["eps"])
 
     def _changing(self) -> list[Tensor]:
         """Every tensor that a step changes."""

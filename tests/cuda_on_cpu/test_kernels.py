@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import test_adam
 import test_binarize
 import test_errors
 import test_gradients
@@ -22,6 +23,7 @@ import wakesleep_ext as ws
 pytestmark = pytest.mark.source_tree
 
 for _module in (
+    test_adam,
     test_binarize,
     test_ops,
     test_gradients,

@@ -1,0 +1,163 @@
+// A step of Adam: checked operands of a call, and what becomes of an element.
+//
+//   m <- beta1 m + (1 - beta1) g
+//   v <- beta2 v + (1 - beta2) g^2
+//   p <- p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// Kingma & Ba, "Adam: a method for stochastic optimization" (ICLR 2015), algorithm 1.
+//
+// All tensors are worked on at once, cut into pieces that are numbered through: most are too small to occupy anybody.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+
+#include "checks.h"
+#include "dispatch.h"
+#include "elementary.h"
+
+namespace wakesleep {
+
+// What all elements have in common. With it, an element takes one division.
+template <typename compute_t>
+struct AdamStep {
+  compute_t beta1, new1;  // parts of the old mean and of what is new in it
+  compute_t beta2, new2;
+  compute_t rate;   // lr / (1 - beta1^t)
+  compute_t scale;  // 1 / sqrt(1 - beta2^t)
+  compute_t eps;
+
+  WAKESLEEP_FUNCTION void operator()(compute_t gradient, compute_t& parameter, compute_t& exp_avg,
+                                     compute_t& exp_avg_sq) const {
+    exp_avg = beta1 * exp_avg + new1 * gradient;
+    exp_avg_sq = beta2 * exp_avg_sq + new2 * gradient * gradient;
+    parameter -= rate * exp_avg / (std::sqrt(exp_avg_sq) * scale + eps);
+  }
+};
+
+// A number in a tensor, to be read where the tensor is.
+struct NumberInTensor {
+  const void* data;
+  bool is_double;
+
+  explicit NumberInTensor(const at::Tensor& tensor)
+      : data(tensor.const_data_ptr()), is_double(tensor.scalar_type() == at::kDouble) {}
+
+  WAKESLEEP_FUNCTION double read() const {
+    return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+  }
+};
+
+// What a step follows from; it is taken in double, for 1 - beta2^t begins with a thousandth.
+struct AdamRule {
+  NumberInTensor step, lr;
+  double beta1, beta2, eps;
+
+  template <typename compute_t>
+  WAKESLEEP_FUNCTION AdamStep<compute_t> read() const {
+    const double t = step.read();
+    const double rate = lr.read() / (1 - std::pow(beta1, t)), scale = 1 / std::sqrt(1 - std::pow(beta2, t));
+    return {compute_t(beta1), compute_t(1 - beta1), compute_t(beta2), compute_t(1 - beta2),
+            compute_t(rate),  compute_t(scale),     compute_t(eps)};
+  }
+};
+
+// A tensor of each list, in pieces of so many elements.
+template <typename scalar_t, int64_t elements>
+struct AdamTensor {
+  scalar_t* parameter;
+  const scalar_t* gradient;
+  scalar_t* exp_avg;
+  scalar_t* exp_avg_sq;
+  int64_t size;
+  int64_t first;  // of its pieces
+
+  WAKESLEEP_FUNCTION int64_t end() const { return first + (size + elements - 1) / elements; }
+};
+
+struct Adam {
+  static constexpr auto op = "adam_";
+  at::TensorList parameters, exp_avgs, exp_avg_sqs;
+  c10::SmallVector<at::Tensor, 16> gradients;
+  AdamRule rule;
+
+  Adam(at::TensorList parameters_in, at::TensorList gradients_in, at::TensorList exp_avgs_in,
+       at::TensorList exp_avg_sqs_in, const at::Tensor& step, const at::Tensor& lr, double beta1, double beta2,
+       double eps)
+      : parameters(parameters_in),
+        exp_avgs(exp_avgs_in),
+        exp_avg_sqs(exp_avg_sqs_in),
+        rule{number({"step", step}), number({"lr", lr}), beta1, beta2, eps} {
+    check_same_device(op, {"step", step}, {"lr", lr});
+    check_count("gradients", gradients_in);
+    check_count("exp_avgs", exp_avgs);
+    check_count("exp_avg_sqs", exp_avg_sqs);
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      const Argument parameter = {"parameters", parameters[i], i};
+      check_floating(op, parameter);
+      check_same_device(op, {"step", step}, parameter);
+      check_same_dtype({"parameters", parameters[0], 0}, parameter);
+      check_contiguous(parameter);
+      check_like(parameter, {"gradients", gradients_in[i], i});
+      for (const Argument& state : {Argument{"exp_avgs", exp_avgs[i], i}, {"exp_avg_sqs", exp_avg_sqs[i], i}}) {
+        check_like(parameter, state);
+        check_contiguous(state);
+      }
+    }
+    for (const at::Tensor& gradient : gradients_in) {
+      gradients.push_back(gradient.contiguous());
+    }
+  }
+
+  template <typename scalar_t, int64_t elements>
+  std::vector<AdamTensor<scalar_t, elements>> tensors() const {
+    std::vector<AdamTensor<scalar_t, elements>> all;
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      all.push_back({parameters[i].mutable_data_ptr<scalar_t>(), gradients[i].const_data_ptr<scalar_t>(),
+                     exp_avgs[i].mutable_data_ptr<scalar_t>(), exp_avg_sqs[i].mutable_data_ptr<scalar_t>(),
+                     parameters[i].numel(), i == 0 ? 0 : all.back().end()});
+    }
+    return all;
+  }
+
+  // body(Type<scalar_t>{}), unless there is nothing to do.
+  template <typename Body>
+  void dispatch(const Body& body) const {
+    if (!parameters.empty()) {
+      dispatch_floating(op, parameters[0].scalar_type(), body);
+    }
+  }
+
+ private:
+  static NumberInTensor number(const Argument& argument) {
+    const auto type = argument.tensor.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, op, ": expected ", argument,
+                     " to be float64 or float32, got ", type);
+    TORCH_CHECK_VALUE(argument.tensor.dim() == 0, op, ": expected ", argument, " to have shape [], got ",
+                      argument.tensor.sizes());
+    return NumberInTensor(argument.tensor);
+  }
+
+  void check_count(const char* name, at::TensorList tensors) const {
+    TORCH_CHECK_VALUE(tensors.size() == parameters.size(), op, ": expected ", name, " to have ", parameters.size(),
+                      " tensors, as many as parameters, got ", tensors.size());
+  }
+
+  static void check_same_dtype(const Argument& first, const Argument& other) {
+    TORCH_CHECK_TYPE(first.tensor.scalar_type() == other.tensor.scalar_type(), op, ": expected ", other, " to be ",
+                     first.tensor.scalar_type(), ", the dtype of ", first, ", got ", other.tensor.scalar_type());
+  }
+
+  static void check_like(const Argument& parameter, const Argument& other) {
+    check_same_device(op, parameter, other);
+    check_same_dtype(parameter, other);
+    TORCH_CHECK_VALUE(parameter.tensor.sizes() == other.tensor.sizes(), op, ": expected ", other, " to have shape ",
+                      parameter.tensor.sizes(), ", that of ", parameter, ", got ", other.tensor.sizes());
+  }
+
+  static void check_contiguous(const Argument& argument) {
+    TORCH_CHECK_VALUE(argument.tensor.is_contiguous(), op, ": expected ", argument, " to be contiguous, got shape ",
+                      argument.tensor.sizes(), " and strides ", argument.tensor.strides());
+  }
+};
+
+}  // namespace wakesleep

@@ -1,0 +1,89 @@
+// A step of Adam on CUDA: a thread for every 16 bytes of a tensor, all tensors in one grid.
+#include "../adam.h"
+
+#include <torch/library.h>
+
+#include "rowwise.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+// What a block takes at once.
+template <typename scalar_t>
+constexpr int64_t kPiece = int64_t(kBlockThreads) * kPacket<scalar_t>;
+
+// As many tensors as fit, with the rule, into the 4 KB that every GPU allows for a kernel's arguments.
+constexpr size_t kTensors = 82;
+
+template <typename scalar_t>
+struct AdamTensors {
+  AdamTensor<scalar_t, kPiece<scalar_t>> tensor[kTensors];
+  int64_t first, end;  // of their pieces
+};
+static_assert(sizeof(AdamTensors<float>) + sizeof(AdamRule) <= 4096);
+
+template <typename compute_t, int n, bool ragged, typename Tensor>
+__device__ void descend(const AdamStep<compute_t>& step, Span<n, ragged> span, const Tensor& tensor) {
+  const auto gradient = load<compute_t>(span, tensor.gradient);
+  auto parameter = load<compute_t, Written>(span, tensor.parameter);
+  auto exp_avg = load<compute_t, Written>(span, tensor.exp_avg);
+  auto exp_avg_sq = load<compute_t, Written>(span, tensor.exp_avg_sq);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    step(gradient.value[i], parameter.value[i], exp_avg.value[i], exp_avg_sq.value[i]);
+  }
+  store(span, parameter, tensor.parameter);
+  store(span, exp_avg, tensor.exp_avg);
+  store(span, exp_avg_sq, tensor.exp_avg_sq);
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kBlockThreads, 2) adam(const AdamTensors<scalar_t> tensors, const AdamRule rule) {
+  using compute_t = at::opmath_type<scalar_t>;
+  constexpr int n = kPacket<scalar_t>;
+  __shared__ AdamStep<compute_t> step;  // once for a block: some GPUs take long over powers in double
+  if (threadIdx.x == 0) {
+    step = rule.template read<compute_t>();
+  }
+  __syncthreads();
+  int t = 0;
+  for (int64_t piece = tensors.first + blockIdx.x; piece < tensors.end; piece += gridDim.x) {
+    while (piece >= tensors.tensor[t].end()) {
+      ++t;
+    }
+    const auto& tensor = tensors.tensor[t];
+    const int64_t at = (piece - tensor.first) * kPiece<scalar_t> + threadIdx.x * n;
+    if (at + n <= tensor.size) {
+      descend(step, Span<n, false>{at, tensor.size}, tensor);
+    } else if (at < tensor.size) {
+      descend(step, Span<n, true>{at, tensor.size}, tensor);
+    }
+  }
+}
+
+void adam_(at::TensorList parameters,   // any shapes
+           at::TensorList gradients,    // of the same shapes
+           at::TensorList exp_avgs,     // of the same shapes
+           at::TensorList exp_avg_sqs,  // of the same shapes
+           const at::Tensor& step,      // []
+           const at::Tensor& lr,        // []
+           double beta1, double beta2, double eps) {
+  const Adam call(parameters, gradients, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps);
+  const c10::cuda::CUDAGuard guard(step.device());
+  call.dispatch([&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    const auto all = call.tensors<scalar_t, kPiece<scalar_t>>();
+    for (size_t first = 0; first < all.size(); first += kTensors) {
+      const size_t count = std::min(kTensors, all.size() - first);
+      AdamTensors<scalar_t> tensors = {{}, all[first].first, all[first + count - 1].end()};
+      std::copy_n(all.begin() + first, count, tensors.tensor);
+      launch(adam<scalar_t>, tensors.end - tensors.first, kBlockThreads, tensors, call.rule);
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { m.impl("adam_", adam_); }
+
+}  // namespace wakesleep::cuda
