@@ -197,6 +197,19 @@ WAKESLEEP_FUNCTION T divide(T a, T b) {
   return a / b;
 }
 
+// sqrt(x) for x >= 0, within 1 ulp.
+template <typename T>
+WAKESLEEP_FUNCTION T square_root(T x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, float>) {
+    float root;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));  // without the branch that the last bit would take
+    return root;
+  }
+#endif
+  return std::sqrt(x);
+}
+
 // ln(x) for positive normal x, within 1.5 ulp. Other x give finite nonsense: callers exclude them.
 template <typename T>
 WAKESLEEP_FUNCTION T log_of_normal(T x) {

@@ -99,7 +99,7 @@ WAKESLEEP_FUNCTION typename Format<T>::Int turn(const Words<T>& words, int w) {
 // Two independent standard normals from words w and w + 1 (Box and Muller 1958).
 template <typename T>
 WAKESLEEP_FUNCTION Pair<T> normals(const Words<T>& words, int w) {
-  const T radius = std::sqrt(T(-2) * log_of_normal(uniform(words, w)));
+  const T radius = square_root(T(-2) * log_of_normal(uniform(words, w)));
   const Pair<T> direction = cos_sin_of_turn<T>(turn(words, w + 1));
   return {radius * direction.first, radius * direction.second};
 }
