@@ -42,14 +42,15 @@ struct RowMap {
 
   WAKESLEEP_FUNCTION RowOffsets<operands> operator()(int64_t row) const {
     RowOffsets<operands> offsets = {};
-    for (int d = dims - 1; d >= 0; --d) {
-      const int64_t rest = d == 0 ? 0 : row / size[d];
-      const int64_t index = row - rest * size[d];
-      for (int i = 0; i < operands; ++i) {
-        offsets.of[i] += index * stride[i][d];
-      }
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
+    for (int d = dims - 1; d > 0; --d) {
+      const int64_t rest = row / size[d];
+      add(offsets, row - rest * size[d], d);
       row = rest;
     }
+    add(offsets, row, 0);
     return offsets;
   }
 
@@ -71,6 +72,13 @@ struct RowMap {
     size[dims - 1] *= length;
     for (int i = 0; i < operands; ++i) {
       stride[i][dims - 1] = strides[i];
+    }
+  }
+
+ private:
+  WAKESLEEP_FUNCTION void add(RowOffsets<operands>& offsets, int64_t index, int d) const {
+    for (int i = 0; i < operands; ++i) {
+      offsets.of[i] += index * stride[i][d];
     }
   }
 };
@@ -151,11 +159,22 @@ struct InnerPiece {
   int64_t first, last;          // inner rows
 };
 
+// Which row that is after so many passes over all of them: in the first pass, as nearly always, without a division.
+struct RowOfPass {
+  int64_t pass, row;
+};
+
+WAKESLEEP_FUNCTION RowOfPass pass_over(int64_t rows, int64_t index) {
+  const int64_t pass = index < rows ? 0 : index / rows;
+  return {pass, index - pass * rows};
+}
+
 template <int operands>
 WAKESLEEP_FUNCTION InnerPiece<operands> inner_piece(const RowGroups<operands>& rows, int64_t index) {
-  const int64_t first = index / rows.outer.rows * kPieceRows;
+  const auto [pass, row] = pass_over(rows.outer.rows, index);
+  const int64_t first = pass * kPieceRows;
   const int64_t rest = rows.inner.rows - first;
-  return {rows.outer(index % rows.outer.rows), first, first + (rest < kPieceRows ? rest : kPieceRows)};
+  return {rows.outer(row), first, first + (rest < kPieceRows ? rest : kPieceRows)};
 }
 
 // body(offset) for every inner row of the piece; `summed` is false where there is but one.
