@@ -32,10 +32,10 @@ at::Tensor bernoulli_log_prob(const at::Tensor& logits,  // [*S, *B, D]
   call.dispatch(call.op, [&](auto logit_type, auto x_type) {
     using logit_t = typename decltype(logit_type)::type;
     using x_t = typename decltype(x_type)::type;
-    launch_rows(call.rows.rows, call.D,
-                BernoulliLogProbRows<logit_t, x_t>{call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
-                                                   call.log_prob.mutable_data_ptr<at::opmath_type<logit_t>>(),
-                                                   call.rows, call.D});
+    launch_rows<kPacket<logit_t>>(call.rows.rows, call.D,
+                                  BernoulliLogProbRows<logit_t, x_t>{
+                                      call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
+                                      call.log_prob.mutable_data_ptr<at::opmath_type<logit_t>>(), call.rows, call.D});
   });
   return call.log_prob;
 }
@@ -56,7 +56,9 @@ struct BernoulliLogProbBackwardRows {
     const auto piece = inner_piece(rows, index);
     grad_t* out = grad_logits + index * D;
     const int past = past_boundary<kPacket<logit_t>>(logits + piece.offset.of[0]);
-    for_spans<kPacket<logit_t>>(team, D, past, [&](auto span) {
+    const bool on_boundaries =
+        !summed && aligned<kPacket<logit_t>>(D, logits + piece.offset.of[0], x + piece.offset.of[1], out);
+    for_spans<kPacket<logit_t>>(team, D, past, on_boundaries, [&](auto span) {
       Packet<compute_t, span.size> total = {};
       for_inner_rows<summed>(rows, piece, [&](const auto& offset) {
         const auto a = load<compute_t>(span, logits + offset.of[0]);
@@ -81,10 +83,11 @@ at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
     using logit_t = typename decltype(logit_type)::type;
     using x_t = typename decltype(x_type)::type;
     dispatch_sum<logit_t>(call.grad_logits, [&](auto* to, auto summed) {
-      launch_rows(inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.D,
-                  BernoulliLogProbBackwardRows<logit_t, x_t, summed>{
-                      call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
-                      call.grad.const_data_ptr<at::opmath_type<logit_t>>(), to, call.rows, call.D});
+      launch_free_rows<kPacket<logit_t>>(
+          inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.D,
+          BernoulliLogProbBackwardRows<logit_t, x_t, summed>{
+              call.logits.const_data_ptr<logit_t>(), call.x.const_data_ptr<x_t>(),
+              call.grad.const_data_ptr<at::opmath_type<logit_t>>(), to, call.rows, call.D});
     });
   });
   return call.grad_logits.total();

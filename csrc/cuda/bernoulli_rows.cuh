@@ -1,5 +1,5 @@
 // What is done with the logits of a row, wherever they come from: logits(span) are those of a span, in the type they
-// are computed in. A row is walked by for_spans<n>(team, D, past).
+// are computed in. A row is walked by for_spans<n>(team, D, past, aligned).
 #pragma once
 
 #include "../densities.h"
@@ -16,6 +16,11 @@ struct StoredLogits {
   template <typename Span>
   __device__ auto operator()(Span span) const {
     return load<compute_t>(span, row);
+  }
+
+  template <int n, typename Other>
+  __device__ bool aligned_with(const Other* other, int64_t D) const {
+    return aligned<n>(D, row, other);
   }
 };
 
@@ -35,6 +40,11 @@ struct ProductAndBias {
       logits.value[i] += b.value[i];
     }
     return logits;
+  }
+
+  template <int n, typename Other>
+  __device__ bool aligned_with(const Other* other, int64_t D) const {
+    return aligned<n>(D, product, bias, other);
   }
 };
 
@@ -74,22 +84,37 @@ template <int n, int threads, typename Logits, typename x_t, typename compute_t>
 __device__ void write_log_prob(Team<threads> team, int64_t D, int past, const Logits& logits, const x_t* x,
                                compute_t* log_prob) {
   LogProbSum<compute_t> sum;
-  for_spans<n>(team, D, past, [&](auto span) { sum.add(span, logits(span), load<compute_t>(span, x)); });
+  for_spans<n>(team, D, past, logits.template aligned_with<n>(x, D),
+               [&](auto span) { sum.add(span, logits(span), load<compute_t>(span, x)); });
   sum.write(team, log_prob);
+}
+
+// [u <= p], without the quotient that p is: u + u e^-a <= 1 for that of a logit. Here 1 - u is exact where it is small,
+// and half a rounding of 1 more lets x be 1 for every u where s(a) rounds to 1.
+template <typename T>
+__device__ bool draws_one(OfLogit, T u, T logit) {
+  return u * wakesleep::exp(-logit) + (u - T(1)) <= std::numeric_limits<T>::epsilon() / T(4);
+}
+
+template <typename T>
+__device__ bool draws_one(OfGrey probability, T u, T grey) {
+  return u * T(probability.white) <= grey;
 }
 
 // x = [u <= probability(v)] for the row whose first element is element `first` of the draw.
 template <int n, int threads, typename Probability, typename Values, typename x_t>
 __device__ void draw_row(Team<threads> team, PhiloxKey key, int64_t first, int64_t D, const Probability& probability,
                          const Values& values_of, x_t* x) {
-  for_spans<n>(team, D, first % n, [&](auto span) {
-    auto values = values_of(span);
+  const int past = static_cast<int>(uint64_t(first) % n);
+  for_spans<n>(team, D, past, past == 0 && values_of.template aligned_with<n>(x, D), [&](auto span) {
+    const auto values = values_of(span);
     const auto u = draw<Uniforms, typename Values::compute_t, span.size>(key, first + span.column);
+    Packet<x_t, span.size> drawn;
 #pragma unroll
     for (int i = 0; i < span.size; ++i) {
-      values.value[i] = u.value[i] <= probability(values.value[i]) ? 1 : 0;
+      drawn.value[i] = draws_one(probability, u.value[i], values.value[i]) ? 1 : 0;
     }
-    store(span, values, x);
+    store(span, drawn, x);
   });
 }
 

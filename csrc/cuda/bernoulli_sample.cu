@@ -17,7 +17,7 @@ struct BernoulliSampleRows {
 
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {
-    const StoredLogits<logit_t> a = {logits + rows(row % rows.rows).of[0]};
+    const StoredLogits<logit_t> a = {logits + rows(pass_over(rows.rows, row).row).of[0]};
     draw_row<kDrawPacket<logit_t>>(team, read_key(key), row * D, D, OfLogit{}, a, x + row * D);
   }
 };
@@ -30,7 +30,7 @@ at::Tensor bernoulli_sample(const at::Tensor& logits,  // [*B, D]
   call.dispatch([&](auto logit_type, auto x_type) {
     using logit_t = typename decltype(logit_type)::type;
     using x_t = typename decltype(x_type)::type;
-    launch_rows(
+    launch_free_rows<kDrawPacket<logit_t>>(
         call.samples * call.rows.rows, call.D,
         BernoulliSampleRows<logit_t, x_t>{call.logits.const_data_ptr<logit_t>(), call.key.const_data_ptr<int64_t>(),
                                           call.x.mutable_data_ptr<x_t>(), call.rows, call.D});

@@ -23,7 +23,8 @@ struct GaussianKlRows {
     const scalar_t* m = mu + offset.of[0];
     const scalar_t* l = logvar + offset.of[1];
     compute_t sum = 0;
-    for_spans<kPacket<scalar_t>>(team, K, past_boundary<kPacket<scalar_t>>(m), [&](auto span) {
+    const int past = past_boundary<kPacket<scalar_t>>(m);
+    for_spans<kPacket<scalar_t>>(team, K, past, aligned<kPacket<scalar_t>>(K, m, l), [&](auto span) {
       const auto m_packet = load<compute_t>(span, m);
       const auto l_packet = load<compute_t>(span, l);
 #pragma unroll
@@ -44,9 +45,10 @@ at::Tensor gaussian_kl(const at::Tensor& mu,        // [*B, K]
   const GaussianKl call(mu, logvar);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows(call.rows.rows, call.K,
-                GaussianKlRows<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
-                                         call.kl.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
+    launch_rows<kPacket<scalar_t>>(
+        call.rows.rows, call.K,
+        GaussianKlRows<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+                                 call.kl.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
   });
   return call.kl;
 }
@@ -67,7 +69,9 @@ struct GaussianKlBackwardRows {
     const scalar_t* m = mu + offset.of[0];
     const scalar_t* l = logvar + offset.of[1];
     const compute_t upstream = grad[offset.of[2]];
-    for_spans<kPacket<scalar_t>>(team, K, past_boundary<kPacket<scalar_t>>(m), [&](auto span) {
+    scalar_t* out = grad_parameters + row * 2 * K;
+    const int past = past_boundary<kPacket<scalar_t>>(m);
+    for_spans<kPacket<scalar_t>>(team, K, past, aligned<kPacket<scalar_t>>(K, m, l, out), [&](auto span) {
       auto m_packet = load<compute_t>(span, m);
       auto l_packet = load<compute_t>(span, l);
 #pragma unroll
@@ -75,8 +79,8 @@ struct GaussianKlBackwardRows {
         m_packet.value[i] *= upstream;
         l_packet.value[i] = upstream * gaussian_kl_grad_logvar(l_packet.value[i]);
       }
-      store(span, m_packet, grad_parameters + row * 2 * K);
-      store(span, l_packet, grad_parameters + row * 2 * K + K);
+      store(span, m_packet, out);
+      store(span, l_packet, out + K);
     });
   }
 };
@@ -88,7 +92,7 @@ at::Tensor gaussian_kl_backward(const at::Tensor& grad,      // [*B]
   const GaussianKlBackward call(grad, mu, logvar);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows(
+    launch_free_rows<kPacket<scalar_t>>(
         call.rows.rows, call.K,
         GaussianKlBackwardRows<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
                                          call.grad.const_data_ptr<at::opmath_type<scalar_t>>(),

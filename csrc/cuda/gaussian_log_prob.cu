@@ -26,7 +26,8 @@ struct GaussianLogProbRows {
     const scalar_t* l = logvar + offset.of[1];
     const scalar_t* v = z + offset.of[2];
     compute_t sum = 0;
-    for_spans<kPacket<scalar_t>>(team, K, past_boundary<kPacket<scalar_t>>(v), [&](auto span) {
+    const int past = past_boundary<kPacket<scalar_t>>(v);
+    for_spans<kPacket<scalar_t>>(team, K, past, aligned<kPacket<scalar_t>>(K, v, m, l), [&](auto span) {
       const auto v_packet = load<compute_t>(span, v);
       const auto m_packet = load<compute_t>(span, m);
       const auto l_packet = load<compute_t>(span, l);
@@ -50,7 +51,7 @@ at::Tensor gaussian_log_prob(const at::Tensor& mu,      // [*B, K]
   const GaussianLogProb call(mu, logvar, z);
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows(
+    launch_rows<kPacket<scalar_t>>(
         call.rows.rows, call.K,
         GaussianLogProbRows<scalar_t>{call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
                                       call.z.const_data_ptr<scalar_t>(),
@@ -75,10 +76,14 @@ struct GaussianLogProbBackwardRows {
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t index) const {
     const auto piece = inner_piece(rows, index);
-    const int past = past_boundary<kPacket<scalar_t>>(mu + piece.offset.of[0]);
-    for_spans<kPacket<scalar_t>>(team, K, past, [&](auto span) {
-      const auto m = load<compute_t>(span, mu + piece.offset.of[0]);
-      const auto l = load<compute_t>(span, logvar + piece.offset.of[1]);
+    const scalar_t* m_row = mu + piece.offset.of[0];
+    const scalar_t* l_row = logvar + piece.offset.of[1];
+    grad_t* out = grad_parameters + index * 2 * K;
+    const bool on_boundaries =
+        !summed && aligned<kPacket<scalar_t>>(K, m_row, l_row, z + piece.offset.of[2], grad_z, out);
+    for_spans<kPacket<scalar_t>>(team, K, past_boundary<kPacket<scalar_t>>(m_row), on_boundaries, [&](auto span) {
+      const auto m = load<compute_t>(span, m_row);
+      const auto l = load<compute_t>(span, l_row);
       Packet<compute_t, span.size> total_mu = {}, total_logvar = {};
       for_inner_rows<summed>(rows, piece, [&](const auto& offset) {
         auto v = load<compute_t>(span, z + offset.of[2]);
@@ -94,8 +99,8 @@ struct GaussianLogProbBackwardRows {
           store(span, v, grad_z + offset.of[4]);
         }
       });
-      store(span, total_mu, grad_parameters + index * 2 * K);
-      store(span, total_logvar, grad_parameters + index * 2 * K + K);
+      store(span, total_mu, out);
+      store(span, total_logvar, out + K);
     });
   }
 };
@@ -110,11 +115,12 @@ std::tuple<at::Tensor, at::Tensor> gaussian_log_prob_backward(const at::Tensor& 
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     dispatch_sum<scalar_t>(call.grad_parameters, [&](auto* to, auto summed) {
-      launch_rows(inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
-                  GaussianLogProbBackwardRows<scalar_t, summed>{
-                      call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
-                      call.z.const_data_ptr<scalar_t>(), call.grad.const_data_ptr<at::opmath_type<scalar_t>>(), to,
-                      with_grad_z ? call.grad_z.mutable_data_ptr<scalar_t>() : nullptr, call.rows, call.K});
+      launch_free_rows<kPacket<scalar_t>>(
+          inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
+          GaussianLogProbBackwardRows<scalar_t, summed>{
+              call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+              call.z.const_data_ptr<scalar_t>(), call.grad.const_data_ptr<at::opmath_type<scalar_t>>(), to,
+              with_grad_z ? call.grad_z.mutable_data_ptr<scalar_t>() : nullptr, call.rows, call.K});
     });
   });
   return {call.grad_parameters.total(), call.grad_z};

@@ -22,13 +22,17 @@ struct GaussianRsampleRows {
 
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {
-    const auto offset = rows(row % rows.rows);
+    const auto offset = rows(pass_over(rows.rows, row).row);
+    const scalar_t* m_row = mu + offset.of[0];
+    const scalar_t* l_row = logvar + offset.of[1];
     const int64_t first = row * K;
+    const int past = static_cast<int>(uint64_t(first) % kDrawPacket<scalar_t>);
+    const bool on_boundaries = past == 0 && aligned<kDrawPacket<scalar_t>>(K, m_row, l_row, z);
     const PhiloxKey key_words = read_key(key);
     compute_t sum = 0;
-    for_spans<kDrawPacket<scalar_t>>(team, K, first % kDrawPacket<scalar_t>, [&](auto span) {
-      auto m = load<compute_t>(span, mu + offset.of[0]);
-      const auto l = load<compute_t>(span, logvar + offset.of[1]);
+    for_spans<kDrawPacket<scalar_t>>(team, K, past, on_boundaries, [&](auto span) {
+      auto m = load<compute_t>(span, m_row);
+      const auto l = load<compute_t>(span, l_row);
       const auto eps = draw<StandardNormals, compute_t, span.size>(key_words, first + span.column);
 #pragma unroll
       for (int i = 0; i < span.size; ++i) {
@@ -51,11 +55,12 @@ void draw_rows(const GaussianRsample& call) {
   dispatch_floating(call.op, call.dtype(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = at::opmath_type<scalar_t>;
-    launch_rows(call.samples * call.rows.rows, call.K,
-                GaussianRsampleRows<scalar_t, with_log_prob>{
-                    call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
-                    call.key.const_data_ptr<int64_t>(), call.z.mutable_data_ptr<scalar_t>(),
-                    with_log_prob ? call.log_prob.mutable_data_ptr<compute_t>() : nullptr, call.rows, call.K});
+    launch_rows<kDrawPacket<scalar_t>>(
+        call.samples * call.rows.rows, call.K,
+        GaussianRsampleRows<scalar_t, with_log_prob>{
+            call.mu.const_data_ptr<scalar_t>(), call.logvar.const_data_ptr<scalar_t>(),
+            call.key.const_data_ptr<int64_t>(), call.z.mutable_data_ptr<scalar_t>(),
+            with_log_prob ? call.log_prob.mutable_data_ptr<compute_t>() : nullptr, call.rows, call.K});
   });
 }
 
@@ -95,8 +100,9 @@ struct GaussianRsampleBackwardRows {
 
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t index) const {
-    const int64_t B = rows.rows, row = index % B;
-    const int64_t first_sample = summed ? index / B * kPieceRows : 0;
+    const RowOfPass place = pass_over(rows.rows, index);
+    const int64_t B = rows.rows, row = place.row;
+    const int64_t first_sample = summed ? place.pass * kPieceRows : 0;
     const int64_t last_sample = summed ? min(samples, first_sample + kPieceRows) : 1;
     const scalar_t* l_row = logvar + rows(row).of[0];
     const PhiloxKey key_words = read_key(key);
@@ -104,8 +110,11 @@ struct GaussianRsampleBackwardRows {
     for (int64_t sample = first_sample; grad_log_prob != nullptr && sample < last_sample; ++sample) {
       total_log_prob += grad_log_prob[sample * B + row];
     }
-    const int past = (first_sample * B + row) * K % kDrawPacket<scalar_t>;
-    for_spans<kDrawPacket<scalar_t>>(team, K, past, [&](auto span) {
+    grad_t* out = grad + index * 2 * K;
+    const int64_t first_element = (first_sample * B + row) * K;
+    const int past = static_cast<int>(uint64_t(first_element) % kDrawPacket<scalar_t>);
+    const bool on_boundaries = !summed && past == 0 && aligned<kDrawPacket<scalar_t>>(K, grad_z, l_row, out);
+    for_spans<kDrawPacket<scalar_t>>(team, K, past, on_boundaries, [&](auto span) {
       Packet<compute_t, span.size> total_z = {}, total_z_eps = {};
       for (int64_t sample = first_sample; grad_z != nullptr && sample < last_sample; ++sample) {
         const int64_t first = (sample * B + row) * K;
@@ -123,8 +132,8 @@ struct GaussianRsampleBackwardRows {
       for (int i = 0; i < span.size; ++i) {
         total_z_eps.value[i] = compute_t(0.5) * (gaussian_sigma(l.value[i]) * total_z_eps.value[i] - total_log_prob);
       }
-      store(span, total_z, grad + index * 2 * K);
-      store(span, total_z_eps, grad + index * 2 * K + K);
+      store(span, total_z, out);
+      store(span, total_z_eps, out + K);
     });
   }
 };
@@ -141,12 +150,13 @@ at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z,   
     using scalar_t = typename decltype(type)::type;
     using compute_t = at::opmath_type<scalar_t>;
     dispatch_sum<scalar_t>(call.grad, [&](auto* to, auto summed) {
-      launch_rows(inner_pieces(call.samples) * call.rows.rows, call.K,
-                  GaussianRsampleBackwardRows<scalar_t, summed>{
-                      call.grad_z.defined() ? call.grad_z.const_data_ptr<scalar_t>() : nullptr,
-                      call.grad_log_prob.defined() ? call.grad_log_prob.const_data_ptr<compute_t>() : nullptr,
-                      call.logvar.const_data_ptr<scalar_t>(), call.key.const_data_ptr<int64_t>(), to, call.rows,
-                      call.samples, call.K});
+      launch_free_rows<kDrawPacket<scalar_t>>(
+          inner_pieces(call.samples) * call.rows.rows, call.K,
+          GaussianRsampleBackwardRows<scalar_t, summed>{
+              call.grad_z.defined() ? call.grad_z.const_data_ptr<scalar_t>() : nullptr,
+              call.grad_log_prob.defined() ? call.grad_log_prob.const_data_ptr<compute_t>() : nullptr,
+              call.logvar.const_data_ptr<scalar_t>(), call.key.const_data_ptr<int64_t>(), to, call.rows, call.samples,
+              call.K});
     });
   });
   return call.grad.total();

@@ -1,9 +1,9 @@
 // How rows are divided among threads, read, and summed.
 //
-// A team of threads works on a row. Its size follows from the row's width alone, so a row's value does not depend on
-// the batch it is in; sums go by shuffles, in a fixed order. A row is walked in spans of 16 bytes between the
-// boundaries of its first operand, the first and the last of them ragged, so an odd width costs little; an operand
-// that has no boundary there is read by single elements.
+// A team of threads works on a row. Its size follows, where a row is summed, from the row's width alone, so a row's
+// value does not depend on the batch it is in; sums go by shuffles, in a fixed order. A row is walked in spans of 16
+// bytes between the boundaries of its first operand, the first and the last of them ragged, so an odd width costs
+// little; an operand that has no boundary there is read by single elements.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -63,19 +63,37 @@ __global__ void __launch_bounds__(kBlockThreads, 2) row_kernel(const RowBody bod
   }
 }
 
-// body(team, row) for every row.
-template <typename RowBody>
+template <int threads, typename RowBody>
+void launch_teams(Team<threads>, int64_t rows, const RowBody& body) {
+  constexpr int per_block = Team<threads>::per_block;
+  launch(row_kernel<threads, RowBody>, (rows + per_block - 1) / per_block, kBlockThreads, body, rows);
+}
+
+// body(team, row) for every row, which is walked in spans of n. A thread has a few spans at least, so that what is done
+// once for a row is shared by many elements.
+template <int n = 4, typename RowBody>
 void launch_rows(int64_t rows, int64_t width, const RowBody& body) {
-  const auto run = [&](auto team) {
-    constexpr int per_block = decltype(team)::per_block;
-    launch(row_kernel<decltype(team)::size, RowBody>, (rows + per_block - 1) / per_block, kBlockThreads, body, rows);
-  };
-  if (width <= 64) {
-    run(Team<8>{});
-  } else if (width <= 3072) {
-    run(Team<32>{});
+  const int64_t spans = (width + n - 1) / n;
+  if (spans <= 16) {
+    launch_teams(Team<8>{}, rows, body);
+  } else if (spans <= 128) {
+    launch_teams(Team<16>{}, rows, body);
+  } else if (spans <= 768) {
+    launch_teams(Team<32>{}, rows, body);
   } else {
-    run(Team<kBlockThreads>{});
+    launch_teams(Team<kBlockThreads>{}, rows, body);
+  }
+}
+
+// The same where nothing is summed along a row. The team is then free, and rows too few to keep a GPU busy have a block
+// each, which is done sooner.
+template <int n, typename RowBody>
+void launch_free_rows(int64_t rows, int64_t width, const RowBody& body) {
+  constexpr int64_t few = 1024;
+  if (rows <= few && width > 32 * n) {
+    launch_teams(Team<kBlockThreads>{}, rows, body);
+  } else {
+    launch_rows<n>(rows, width, body);
   }
 }
 
@@ -89,19 +107,27 @@ struct Packet {
 template <typename T>
 constexpr int kPacket = 16 / sizeof(T);
 
-// Where a packet lies in a row: n columns from `column` on, all of them inside unless it is a ragged one at either end.
-template <int n, bool ragged>
+// Where a packet lies in a row: n columns from `column` on, of which the row holds `first` to `last` - 1; all of them
+// where every operand is aligned, as is known to the compiler.
+template <int n, bool aligned>
 struct Span {
   static constexpr int size = n;
   int64_t column;
-  int64_t width;
+  int first, last;
 
-  __device__ bool holds(int i) const { return !ragged || (column + i >= 0 && column + i < width); }
+  __device__ bool holds(int i) const { return aligned || (i >= first && i < last); }
+  __device__ bool whole() const { return aligned || (first == 0 && last == n); }
 };
 
 template <int n, typename T>
 __device__ bool on_boundary(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (sizeof(T) * n) == 0;
+}
+
+// Whether all operands of a row begin on a boundary of n elements, and end on one.
+template <int n, typename... T>
+__device__ bool aligned(int64_t width, const T*... rows) {
+  return width % n == 0 && (on_boundary<n>(rows) && ...);
 }
 
 // What a packet is moved as, once or several times. Explicitly so: were it moved element by element, the compiler would
@@ -132,40 +158,43 @@ struct Written {
   }
 };
 
-// The elements of `row` that the span holds; zeros for others.
-template <typename compute_t, typename Access = ReadOnly, int n, bool ragged, typename T>
-__device__ Packet<compute_t, n> load(Span<n, ragged> span, const T* row) {
-  Packet<compute_t, n> values;
-  if (!ragged && on_boundary<n>(row + span.column)) {
+// The elements of `row` that the span holds; zeros for others. They are converted only where both ways of reading have
+// met, or the one load would be waited for before the next is issued.
+template <typename compute_t, typename Access = ReadOnly, int n, bool aligned, typename T>
+__device__ Packet<compute_t, n> load(Span<n, aligned> span, const T* row) {
+  WideWords<T, n> words;
+  if (aligned || (span.whole() && on_boundary<n>(row + span.column))) {
     const auto* from = reinterpret_cast<typename WideWords<T, n>::const_pointer>(row + span.column);
-    WideWords<T, n> words;
 #pragma unroll
     for (size_t w = 0; w < words.size(); ++w) {
       words[w] = Access::load(from + w);
     }
-    const auto packet = wakesleep::bit_cast<Packet<T, n>>(words);
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      values.value[i] = static_cast<compute_t>(packet.value[i]);
-    }
   } else {
+    Packet<T, n> single;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      values.value[i] = span.holds(i) ? static_cast<compute_t>(row[span.column + i]) : compute_t(0);
+      single.value[i] = span.holds(i) ? row[span.column + i] : T(0);
     }
+    words = wakesleep::bit_cast<WideWords<T, n>>(single);
+  }
+  const auto packet = wakesleep::bit_cast<Packet<T, n>>(words);
+  Packet<compute_t, n> values;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    values.value[i] = static_cast<compute_t>(packet.value[i]);
   }
   return values;
 }
 
-template <typename T, int n, bool ragged, typename compute_t>
-__device__ void store(Span<n, ragged> span, const Packet<compute_t, n>& values, T* row) {
-  if (!ragged && on_boundary<n>(row + span.column)) {
-    auto* to = reinterpret_cast<typename WideWords<T, n>::pointer>(row + span.column);
-    Packet<T, n> packet;
+template <typename T, int n, bool aligned, typename compute_t>
+__device__ void store(Span<n, aligned> span, const Packet<compute_t, n>& values, T* row) {
+  Packet<T, n> packet;
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      packet.value[i] = static_cast<T>(values.value[i]);
-    }
+  for (int i = 0; i < n; ++i) {
+    packet.value[i] = static_cast<T>(values.value[i]);
+  }
+  if (aligned || (span.whole() && on_boundary<n>(row + span.column))) {
+    auto* to = reinterpret_cast<typename WideWords<T, n>::pointer>(row + span.column);
     const auto words = wakesleep::bit_cast<WideWords<T, n>>(packet);
 #pragma unroll
     for (size_t w = 0; w < words.size(); ++w) {
@@ -175,7 +204,7 @@ __device__ void store(Span<n, ragged> span, const Packet<compute_t, n>& values, 
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       if (span.holds(i)) {
-        row[span.column + i] = static_cast<T>(values.value[i]);
+        row[span.column + i] = packet.value[i];
       }
     }
   }
@@ -190,15 +219,21 @@ __device__ int past_boundary(const T* row) {
 // body(span) for spans that cover a row which begins `past` elements after a boundary, divided among the team.
 template <int n, int threads, typename Body>
 __device__ void for_spans(Team<threads> team, int64_t width, int past, const Body& body) {
-  const int64_t end = (past + width) / n;  // whole spans: past > 0 ? 1 : 0 .. end
-#pragma unroll 2
-  for (int64_t index = (past > 0 ? 1 : 0) + team.rank(); index < end; index += threads) {
-    body(Span<n, false>{index * n - past, width});
+  for (int64_t column = int64_t(team.rank()) * n - past; column < width; column += threads * n) {
+    body(Span<n, false>{column, column < 0 ? past : 0, width - column < n ? int(width - column) : n});
   }
-  const int64_t ragged = team.rank() == 0 ? 0 : end;
-  const bool first_is_ragged = past > 0, last_is_ragged = (past + width) % n > 0 && !(end == 0 && first_is_ragged);
-  if ((team.rank() == 0 && first_is_ragged) || (team.rank() == 1 && last_is_ragged)) {
-    body(Span<n, true>{ragged * n - past, width});
+}
+
+// The same, but where the row is aligned, without asking again: several loads are then under way at once.
+template <int n, int threads, typename Body>
+__device__ void for_spans(Team<threads> team, int64_t width, int past, bool aligned, const Body& body) {
+  if (aligned) {
+#pragma unroll 2
+    for (int64_t column = int64_t(team.rank()) * n; column < width; column += threads * n) {
+      body(Span<n, true>{column, 0, n});
+    }
+  } else {
+    for_spans<n>(team, width, past, body);
   }
 }
 
@@ -226,7 +261,7 @@ __device__ Packet<T, n> draw(PhiloxKey key, int64_t first) {
   const auto draw_block = [&](int64_t block) {
     return Distribution::from(draw_words<T>(key, uint32_t(block), uint32_t(block >> 32)));
   };
-  const int64_t block = first / kPhiloxWords;
+  const int64_t block = uint64_t(first) / kPhiloxWords;  // a signed one would be rounded
   Packet<T, n> draws;
 #pragma unroll
   for (int i = 0; i < n; i += kPhiloxWords) {

@@ -20,7 +20,8 @@ struct StandardGaussianLogProbRows {
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const scalar_t* v = z + rows(row).of[0];
     compute_t sum = 0;
-    for_spans<kPacket<scalar_t>>(team, K, past_boundary<kPacket<scalar_t>>(v), [&](auto span) {
+    const int past = past_boundary<kPacket<scalar_t>>(v);
+    for_spans<kPacket<scalar_t>>(team, K, past, aligned<kPacket<scalar_t>>(K, v), [&](auto span) {
       const auto z_packet = load<compute_t>(span, v);
 #pragma unroll
       for (int i = 0; i < span.size; ++i) {
@@ -39,10 +40,10 @@ at::Tensor standard_gaussian_log_prob(const at::Tensor& z) {  // [*B, K]
   const StandardGaussianLogProb call(z);
   dispatch_floating(call.op, call.z.scalar_type(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows(call.rows.rows, call.K,
-                StandardGaussianLogProbRows<scalar_t>{call.z.const_data_ptr<scalar_t>(),
-                                                      call.log_prob.mutable_data_ptr<at::opmath_type<scalar_t>>(),
-                                                      call.rows, call.K});
+    launch_rows<kPacket<scalar_t>>(call.rows.rows, call.K,
+                                   StandardGaussianLogProbRows<scalar_t>{
+                                       call.z.const_data_ptr<scalar_t>(),
+                                       call.log_prob.mutable_data_ptr<at::opmath_type<scalar_t>>(), call.rows, call.K});
   });
   return call.log_prob;
 }
@@ -61,13 +62,15 @@ struct StandardGaussianLogProbBackwardRows {
     const auto offset = rows(row);
     const scalar_t* v = z + offset.of[0];
     const compute_t upstream = grad[offset.of[1]];
-    for_spans<kPacket<scalar_t>>(team, K, past_boundary<kPacket<scalar_t>>(v), [&](auto span) {
+    scalar_t* out = grad_z + row * K;
+    const int past = past_boundary<kPacket<scalar_t>>(v);
+    for_spans<kPacket<scalar_t>>(team, K, past, aligned<kPacket<scalar_t>>(K, v, out), [&](auto span) {
       auto values = load<compute_t>(span, v);
 #pragma unroll
       for (int i = 0; i < span.size; ++i) {
         values.value[i] *= -upstream;
       }
-      store(span, values, grad_z + row * K);
+      store(span, values, out);
     });
   }
 };
@@ -78,10 +81,11 @@ at::Tensor standard_gaussian_log_prob_backward(const at::Tensor& grad,  // [*B]
   const StandardGaussianLogProbBackward call(grad, z);
   dispatch_floating(call.op, call.z.scalar_type(), [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows(call.rows.rows, call.K,
-                StandardGaussianLogProbBackwardRows<scalar_t>{
-                    call.z.const_data_ptr<scalar_t>(), call.grad.const_data_ptr<at::opmath_type<scalar_t>>(),
-                    call.grad_z.mutable_data_ptr<scalar_t>(), call.rows, call.K});
+    launch_free_rows<kPacket<scalar_t>>(
+        call.rows.rows, call.K,
+        StandardGaussianLogProbBackwardRows<scalar_t>{call.z.const_data_ptr<scalar_t>(),
+                                                      call.grad.const_data_ptr<at::opmath_type<scalar_t>>(),
+                                                      call.grad_z.mutable_data_ptr<scalar_t>(), call.rows, call.K});
   });
   return call.grad_z;
 }
