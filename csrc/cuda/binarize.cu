@@ -22,7 +22,7 @@ struct BinarizeRows {
     const int64_t image = index == nullptr ? row : index[row];
     CUDA_KERNEL_ASSERT(image >= 0 && image < N && "binarize: expected index to be one of the rows of grey");
     const StoredLogits<grey_t, float> values = {grey + image * stride};
-    draw_row<kDrawPacket<grey_t>>(team, read_key(key), row * D, D, probability, values, x + row * D);
+    draw_row<kPhiloxWords>(team, read_key(key), row * D, D, probability, values, x + row * D);
   }
 };
 
@@ -35,10 +35,11 @@ at::Tensor binarize(const at::Tensor& grey,  // [N, D]
   const Binarize call(grey, key, white, index, dtype);
   call.dispatch([&](auto type) {
     using x_t = typename decltype(type)::type;
-    launch_rows(call.rows, call.D,
-                BinarizeRows<uint8_t, x_t>{call.grey.const_data_ptr<uint8_t>(), call.index_data(),
-                                           call.key.const_data_ptr<int64_t>(), call.x.mutable_data_ptr<x_t>(),
-                                           OfGrey{call.white}, call.N, call.D, call.grey.stride(0)});
+    launch_free_rows<kPhiloxWords>(
+        call.rows, call.D,
+        BinarizeRows<uint8_t, x_t>{call.grey.const_data_ptr<uint8_t>(), call.index_data(),
+                                   call.key.const_data_ptr<int64_t>(), call.x.mutable_data_ptr<x_t>(),
+                                   OfGrey{call.white}, call.N, call.D, call.grey.stride(0)});
   });
   return call.result();
 }
