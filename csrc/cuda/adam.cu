@@ -22,8 +22,8 @@ struct AdamTensors {
 };
 static_assert(sizeof(AdamTensors<float>) + sizeof(AdamRule) <= 4096);
 
-template <typename compute_t, int n, bool ragged, typename Tensor>
-__device__ void descend(const AdamStep<compute_t>& step, Span<n, ragged> span, const Tensor& tensor) {
+template <typename compute_t, int n, bool aligned, typename Tensor>
+__device__ void descend(const AdamStep<compute_t>& step, Span<n, aligned> span, const Tensor& tensor) {
   const auto gradient = load<compute_t>(span, tensor.gradient);
   auto parameter = load<compute_t, Written>(span, tensor.parameter);
   auto exp_avg = load<compute_t, Written>(span, tensor.exp_avg);
@@ -53,10 +53,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2) adam(const AdamTensors<scala
     }
     const auto& tensor = tensors.tensor[t];
     const int64_t at = (piece - tensor.first) * kPiece<scalar_t> + threadIdx.x * n;
-    if (at + n <= tensor.size) {
-      descend(step, Span<n, false>{at, tensor.size}, tensor);
-    } else if (at < tensor.size) {
-      descend(step, Span<n, true>{at, tensor.size}, tensor);
+    if (at < tensor.size) {
+      descend(step, Span<n, false>{at, 0, static_cast<int>(min(int64_t(n), tensor.size - at))}, tensor);
     }
   }
 }
