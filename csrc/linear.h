@@ -24,6 +24,21 @@ namespace wakesleep {
 
 constexpr int64_t kMiB = 1 << 20;
 
+// What the kernels of a backend inherit that leaves all products to the platform. Others say up to how many rows they
+// make a layer themselves, few_rows().
+struct PlatformProducts {
+  static constexpr bool kOwnFewRows = false;
+};
+
+// Whether the kernels take so many rows themselves.
+template <typename Kernels>
+bool are_few(int64_t rows) {
+  if constexpr (Kernels::kOwnFewRows) {
+    return rows <= Kernels::few_rows();
+  }
+  return false;
+}
+
 // What stays in cache: the second level of a CPU's cores, that of a GPU.
 inline int64_t cached_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : at::get_num_threads() * kMiB; }
 
@@ -185,9 +200,14 @@ struct Linear : LinearCall, Layer {
   int64_t chunk_rows() const { return LinearCall::chunk_rows(D); }
 
   // body(first row, rows of h [rows, H], their products with weight [rows, D]) for every chunk of h [N, H]; or for all
-  // rows at once, of products that are to be kept.
-  template <typename Body>
+  // rows at once, of products that are to be kept, or if the rows are few.
+  template <typename Kernels, typename Body>
   void for_products(const at::Tensor& h, bool at_once, const Body& body) const {
+    if constexpr (Kernels::kOwnFewRows) {
+      if (are_few<Kernels>(h.size(0))) {
+        return body(0, h, Kernels::products(*this, h));
+      }
+    }
     for_chunks(h, at_once ? h.size(0) : chunk_rows(), [&](int64_t first, const at::Tensor& h_rows) {
       body(first, h_rows, product(h_rows, weight.t(), compute));
     });

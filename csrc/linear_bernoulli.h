@@ -98,10 +98,24 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
   }
 
   // write_gradient(first row, products [rows, D] of h and weight, gradient of the logits [rows, D], its sums [pieces,
-  // D]) for every chunk. The gradient may be written where the products are.
-  template <typename WriteGradient>
+  // D]) for every chunk. The gradient may be written where the products are. Of few rows, no sums are wanted: they come
+  // with the gradient of weight.
+  template <typename Kernels, typename WriteGradient>
   void accumulate(const WriteGradient& write_gradient) {
-    const bool kept = logits.size(0) > 0, in_place = !kept && operand == compute;
+    const bool kept = logits.size(0) > 0;
+    if constexpr (Kernels::kOwnFewRows) {
+      if (are_few<Kernels>(N)) {
+        const at::Tensor products = kept ? logits : Kernels::products(*this, h);
+        const at::Tensor grad_logits = !kept && dtype == compute ? products : at::empty({N, D}, options());
+        write_gradient(0, products, grad_logits, at::Tensor());
+        gradients.weight = at::empty({with_grad_weight ? D : 0, H}, options());
+        gradients.bias = at::empty({D}, options());
+        grad_h.tensor = at::empty({with_grad_h ? N : 0, H}, options());
+        Kernels::gradients_of_few(*this, h, grad_logits, gradients.weight, gradients.bias, grad_h.tensor);
+        return;
+      }
+    }
+    const bool in_place = !kept && operand == compute;
     const at::Tensor buffer =
         in_place ? at::Tensor() : at::empty({std::min(N, chunk_rows()), D}, weight.options().dtype(operand));
     const auto add = [&](int64_t first, const at::Tensor& h_rows, const at::Tensor& products) {
@@ -113,12 +127,14 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
       }
     };
     if (!kept) {
-      return for_products(h, false, add);
+      return for_products<Kernels>(h, false, add);
     }
     for_chunks(h, chunk_rows(), [&](int64_t first, const at::Tensor& h_rows) {
       add(first, h_rows, rows_of(logits, first, h_rows.size(0)));
     });
   }
+
+  at::TensorOptions options() const { return weight.options().dtype(dtype); }
 
   // In the dtype of the parameters; that of h in the shape of the batch. Without elements where they are not wanted.
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result() {
@@ -148,7 +164,9 @@ struct LinearBernoulliSample : Linear {
 };
 
 // The ops over a backend's kernels: write_log_prob(call, first row, products) and write_gradient<with_log_prob>(call,
-// ...), the arguments being those of accumulate(), with the sums over every rows_of_sum(compute) rows.
+// ...), the arguments being those of accumulate(), with the sums over every rows_of_sum(compute) rows. And, where the
+// kernels take few rows themselves: products(layer, h), and gradients_of_few(layer, h, gradient of the logits,
+// gradients of weight, bias and h), which writes these three, those without elements not being wanted.
 template <typename Kernels>
 struct LinearBernoulliOps {
   static at::Tensor log_prob(const at::Tensor& h,       // [*S, *B, H]
@@ -163,7 +181,7 @@ struct LinearBernoulliOps {
                                                                 const at::Tensor& bias, const at::Tensor& x,
                                                                 int64_t kept_bytes) {
     LinearBernoulliLogProb call(h, weight, bias, x, kept_bytes);
-    call.for_products(call.h, call.keeps, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
+    call.for_products<Kernels>(call.h, call.keeps, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
       Kernels::write_log_prob(call, first, products);
       if (call.keeps) {
         call.logits = products;
@@ -179,7 +197,7 @@ struct LinearBernoulliOps {
                                                                  bool with_grad_h, bool with_grad_weight) {
     LinearBernoulliGradients call("linear_bernoulli_log_prob_backward", h, weight, bias, x, {"grad", grad}, logits,
                                   Kernels::rows_of_sum, with_grad_h, with_grad_weight);
-    call.accumulate([&](auto&&... chunk) { Kernels::template write_gradient<false>(call, chunk...); });
+    call.accumulate<Kernels>([&](auto&&... chunk) { Kernels::template write_gradient<false>(call, chunk...); });
     return call.result();
   }
 
@@ -190,7 +208,7 @@ struct LinearBernoulliOps {
     const at::Tensor upstream = importance.value_or(at::Tensor());
     LinearBernoulliGradients call("linear_bernoulli_log_prob_sum", h, weight, bias, x, {"importance", upstream}, {},
                                   Kernels::rows_of_sum, with_grad_h, with_grad_weight);
-    call.accumulate([&](auto&&... chunk) { Kernels::template write_gradient<true>(call, chunk...); });
+    call.accumulate<Kernels>([&](auto&&... chunk) { Kernels::template write_gradient<true>(call, chunk...); });
     return std::tuple_cat(std::tuple(call.log_prob), call.result());
   }
 

@@ -54,6 +54,11 @@ struct Perceptron : LinearCall {
 // write_output(call, layer's number, products [rows, D], y [rows, D]) and write_gradient(call, layer's number, gradient
 // of y [rows, D], y [rows, D], gradient of the products [rows, D], its sums over every rows_of_sum(compute) rows
 // [pieces, D]). y may lie where the products do, and the gradient of the products where that of y does.
+//
+// And, where the kernels take few rows themselves: output_of_few(call, layer's number, h [N, H]), which returns y
+// [N, D]; gradient_of_few(call, gradient of the last y, that y), which returns the gradient of the products that it is
+// made of; gradients_of_few(call, layer's number, h, gradient of the products, gradients of weight, bias and of what h
+// is an activation of), which writes the three, those without elements not being wanted.
 template <typename Kernels>
 struct PerceptronOps {
   using Tensors = std::vector<at::Tensor>;
@@ -88,12 +93,17 @@ struct PerceptronOps {
     check_result(call, {"output", output}, concat(call.batch, {call.layers[last].D}));
     TORCH_CHECK_VALUE(hidden.size() == last, call.op, ": expected hidden to have ", last, " tensors, got ",
                       hidden.size());
-    c10::SmallVector<LayerGradients, 4> gradients;
-    for (size_t l = 0; l <= last; ++l) {
-      if (l < last) {
-        check_result(call, {"hidden", hidden[l], l}, at::DimVector{call.N, call.layers[l].D});
+    for (size_t l = 0; l < last; ++l) {
+      check_result(call, {"hidden", hidden[l], l}, at::DimVector{call.N, call.layers[l].D});
+    }
+    if constexpr (Kernels::kOwnFewRows) {
+      if (are_few<Kernels>(call.N)) {
+        return backward_of_few(call, grad, output, hidden, with_grad_h, with_grad_weights);
       }
-      gradients.emplace_back(call.layers[l], call.N, Kernels::rows_of_sum(call.compute), with_grad_weights);
+    }
+    c10::SmallVector<LayerGradients, 4> gradients;
+    for (const Layer& layer : call.layers) {
+      gradients.emplace_back(layer, call.N, Kernels::rows_of_sum(call.compute), with_grad_weights);
     }
     const at::Tensor grad_rows = as_rows(grad, call.N).contiguous(), output_rows = as_rows(output, call.N).contiguous();
     Rows grad_h{call.N, call.dtype};
@@ -137,6 +147,11 @@ struct PerceptronOps {
  private:
   static at::Tensor forward(const Perceptron& call, Tensors* hidden) {
     const size_t last = call.last();
+    if constexpr (Kernels::kOwnFewRows) {
+      if (are_few<Kernels>(call.N)) {
+        return forward_of_few(call, hidden);
+      }
+    }
     Rows output{call.N, call.dtype};
     c10::SmallVector<Rows, 4> kept(hidden == nullptr ? 0 : last, Rows{call.N, call.dtype});
     const bool in_place = call.dtype == call.compute;
@@ -159,6 +174,36 @@ struct PerceptronOps {
       (*hidden)[l] = kept[l].all(call.layers[l].D, call.h.options());
     }
     return in_batch(output.all(call.layers[last].D, call.h.options()), call.batch);
+  }
+
+  static at::Tensor forward_of_few(const Perceptron& call, Tensors* hidden) {
+    at::Tensor y = call.h;
+    for (size_t l = 0; l <= call.last(); ++l) {
+      y = Kernels::output_of_few(call, l, y);
+      if (hidden != nullptr && l < call.last()) {
+        (*hidden)[l] = y;
+      }
+    }
+    return in_batch(y, call.batch);
+  }
+
+  static std::tuple<at::Tensor, Tensors, Tensors> backward_of_few(const Perceptron& call, const at::Tensor& grad,
+                                                                  const at::Tensor& output, at::TensorList hidden,
+                                                                  bool with_grad_h, bool with_grad_weights) {
+    Tensors of_weights(call.layers.size()), of_biases(call.layers.size());
+    const auto options = grad.options();
+    at::Tensor upstream = Kernels::gradient_of_few(call, as_rows(grad, call.N), as_rows(output, call.N));
+    for (size_t l = call.last();; --l) {
+      const Layer& layer = call.layers[l];
+      const at::Tensor of_h = at::empty({l > 0 || with_grad_h ? call.N : 0, layer.H}, options);
+      of_weights[l] = at::empty({with_grad_weights ? layer.D : 0, layer.H}, options);
+      of_biases[l] = at::empty({layer.D}, options);
+      Kernels::gradients_of_few(call, l, l == 0 ? call.h : hidden[l - 1], upstream, of_weights[l], of_biases[l], of_h);
+      upstream = of_h;
+      if (l == 0) {
+        return {with_grad_h ? in_batch(of_h, call.batch) : of_h, of_weights, of_biases};
+      }
+    }
   }
 
   static void check_result(const Perceptron& call, const Argument& argument, at::IntArrayRef shape) {

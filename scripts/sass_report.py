@@ -34,9 +34,9 @@ OPERANDS = {
     "GaussianLogProbBackwardRows": (0, 0, 0),
     "GaussianRsampleRows": (0, 0),
     "LinearBernoulliLogProbRows": (0, 0, 1),  # products, bias and x
-    "LinearBernoulliLogProbBackwardRows": (0, *4 * (0, 1)),  # the bias, and four rows of products and x
+    "LinearBernoulliLogProbBackwardRows": (0, 0, 1),
     "LinearBernoulliSampleRows": (0, 0),
-    "PerceptronBackwardRows": 4 * (1, 1),  # four rows of gradients and activations
+    "PerceptronBackwardRows": (1, 1),  # gradients and activations
     "GaussianRsampleBackwardRows": (0,),  # its loop over samples reads the gradient of z alone
     "StandardGaussianLogProbRows": (0,),
     "StandardGaussianLogProbBackwardRows": (0,),

@@ -8,7 +8,7 @@
 namespace wakesleep::cpu {
 namespace {
 
-struct Kernels {
+struct Kernels : PlatformProducts {
   static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
 
   // The log-likelihoods of a chunk.

@@ -6,7 +6,7 @@
 namespace wakesleep::cpu {
 namespace {
 
-struct Kernels {
+struct Kernels : PlatformProducts {
   static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
 
   static void write_output(const Perceptron& call, size_t l,

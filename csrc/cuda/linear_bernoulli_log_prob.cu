@@ -1,8 +1,10 @@
 // log p(x; h weight^T + bias) and its gradients, on CUDA, a chunk of rows at a time.
 #include <torch/library.h>
 
+#include "../activations.h"
 #include "../linear_bernoulli.h"
 #include "bernoulli_rows.cuh"
+#include "few_rows.cuh"
 
 namespace wakesleep::cuda {
 namespace {
@@ -26,74 +28,123 @@ struct LinearBernoulliLogProbRows {
   }
 };
 
-// The gradient of a chunk's logits, which may lie where the products do, with its sum over the rows of each team; and,
-// where asked for, the log-likelihoods.
+// The gradient of a chunk's logits, which may lie where the products do, and, where asked for, the log-likelihoods: row
+// by row, or with the sum of the gradient over rows.
 template <typename compute_t, typename x_t, typename grad_t, bool with_log_prob>
 struct LinearBernoulliLogProbBackwardRows {
+  static constexpr int kSpan = kPacket<compute_t>;
   const compute_t* products;
   const compute_t* __restrict__ bias;
   const x_t* __restrict__ x;
   const compute_t* __restrict__ upstream;  // null: ones
   compute_t* __restrict__ log_prob;
   grad_t* grad_logits;
-  compute_t* __restrict__ sums;
   RowMap<2> rows;
   int64_t first;  // row of the chunk
-  int64_t count;  // of rows
   int64_t products_stride, grad_stride;
   int64_t D;
 
-  template <int threads>
-  __device__ void operator()(Team<threads> team, int64_t piece) const {
-    constexpr int rows_at_once = kRowsOfSum<compute_t>;
-    const int64_t row = piece * rows_at_once;
-    const int held = static_cast<int>(min(int64_t(rows_at_once), count - row));
-    const x_t* v[rows_at_once];
-    compute_t weight[rows_at_once];
-    LogProbSum<compute_t> log_prob_sum[rows_at_once];
+  struct Row {
+    int64_t row;  // of the chunk
+    const x_t* x;
+    compute_t weight;
+    LogProbSum<compute_t> log_prob;
+  };
+
+  __device__ Row begin(int64_t row) const {
+    const auto offset = rows(first + row);
+    return {row, x + offset.of[0], upstream == nullptr ? compute_t(1) : upstream[offset.of[1]], {}};
+  }
+
+  struct Read {
+    Packet<compute_t, kSpan> a, x;
+  };
+
+  template <typename Span>
+  __device__ Read read(const Row& its, Span span) const {
+    return {load<compute_t, Written>(span, products + its.row * products_stride), load<compute_t>(span, its.x)};
+  }
+
+  template <typename Span>
+  __device__ auto make(Row& its, Span span, const Read& of) const {
+    const auto b = load<compute_t>(span, bias);
+    auto a = of.a;
 #pragma unroll
-    for (int r = 0; r < rows_at_once; ++r) {
-      const auto offset = rows(first + row + (r < held ? r : 0));
-      v[r] = x + offset.of[0];
-      weight[r] = upstream == nullptr ? compute_t(1) : upstream[offset.of[1]];
+    for (int i = 0; i < kSpan; ++i) {
+      a.value[i] += b.value[i];
     }
-    for_spans<kPacket<compute_t>>(team, D, 0, [&](auto span) {
-      const auto b = load<compute_t>(span, bias);
-      Packet<compute_t, span.size> total = {};
-#pragma unroll
-      for (int r = 0; r < rows_at_once; ++r) {
-        if (r < held) {
-          auto a = load<compute_t, Written>(span, products + (row + r) * products_stride);
-          const auto v_packet = load<compute_t>(span, v[r]);
-#pragma unroll
-          for (int i = 0; i < span.size; ++i) {
-            a.value[i] += b.value[i];
-          }
-          if constexpr (with_log_prob) {
-            log_prob_sum[r].add(span, a, v_packet);
-          }
-#pragma unroll
-          for (int i = 0; i < span.size; ++i) {
-            a.value[i] = weight[r] * bernoulli_grad_logits(a.value[i], v_packet.value[i]);
-            total.value[i] += a.value[i];
-          }
-          store(span, a, grad_logits + (row + r) * grad_stride);
-        }
-      }
-      store(span, total, sums + piece * D);
-    });
     if constexpr (with_log_prob) {
+      its.log_prob.add(span, a, of.x);
+    }
 #pragma unroll
-      for (int r = 0; r < rows_at_once; ++r) {
-        if (r < held) {
-          log_prob_sum[r].write(team, log_prob + first + row + r);
-        }
+    for (int i = 0; i < kSpan; ++i) {
+      a.value[i] = its.weight * bernoulli_grad_logits(a.value[i], of.x.value[i]);
+    }
+    store(span, a, grad_logits + its.row * grad_stride);
+    return a;
+  }
+
+  template <int threads>
+  __device__ void end(Team<threads> team, const Row& its) const {
+    if constexpr (with_log_prob) {
+      its.log_prob.write(team, log_prob + first + its.row);
+    }
+  }
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t row) const {
+    Row its = begin(row);
+    for_spans<kSpan>(team, D, 0, [&](auto span) { make(its, span, read(its, span)); });
+    end(team, its);
+  }
+
+  struct RowsOfWarp {
+    int held;
+    Row of[kRowsOfWarp<compute_t>];
+  };
+
+  __device__ RowsOfWarp begin(int64_t row, int held) const {
+    RowsOfWarp kept = {held, {}};
+#pragma unroll
+    for (int r = 0; r < kRowsOfWarp<compute_t>; ++r) {
+      kept.of[r] = begin(row + (r < held ? r : 0));
+    }
+    return kept;
+  }
+
+  template <typename Span>
+  __device__ Read read(const RowsOfWarp& kept, int r, Span span) const {
+    return read(kept.of[r], span);
+  }
+
+  template <typename Span>
+  __device__ auto make(RowsOfWarp& kept, int r, Span span, const Read& of) const {
+    return make(kept.of[r], span, of);
+  }
+
+  __device__ void end(const RowsOfWarp& kept) const {
+#pragma unroll
+    for (int r = 0; r < kRowsOfWarp<compute_t>; ++r) {
+      if (r < kept.held) {
+        end(Team<32>{}, kept.of[r]);
       }
     }
   }
 };
 
+template <typename compute_t>
+struct WriteProduct {
+  compute_t* __restrict__ products;
+  int64_t D;
+
+  __device__ void operator()(int64_t row, int64_t column, compute_t product) const {
+    products[row * D + column] = product;
+  }
+};
+
 struct Kernels {
+  static constexpr bool kOwnFewRows = true;
+  static int64_t few_rows() { return cuda::few_rows(); }
   static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }
 
   static void write_log_prob(const LinearBernoulliLogProb& call, int64_t first,
@@ -113,20 +164,29 @@ struct Kernels {
   static void write_gradient(const LinearBernoulliGradients& call, int64_t first,
                              const at::Tensor& products,     // [rows, D]
                              const at::Tensor& grad_logits,  // [rows, D]
-                             const at::Tensor& sums) {       // [pieces, D]
+                             const at::Tensor& sums) {       // [pieces, D], or undefined
     call.dispatch([&](auto type, auto x_type) {
       using compute_t = typename decltype(type)::type;
       using x_t = typename decltype(x_type)::type;
       const auto launch_for = [&](auto grad_type) {
         using grad_t = typename decltype(grad_type)::type;
-        launch_rows(sums.size(0), kRowsOfSum<compute_t> * call.D,
-                    LinearBernoulliLogProbBackwardRows<compute_t, x_t, grad_t, with_log_prob>{
-                        products.const_data_ptr<compute_t>(), call.bias.const_data_ptr<compute_t>(),
-                        call.x.const_data_ptr<x_t>(),
-                        call.upstream.defined() ? call.upstream.const_data_ptr<compute_t>() : nullptr,
-                        call.log_prob.mutable_data_ptr<compute_t>(), grad_logits.mutable_data_ptr<grad_t>(),
-                        sums.mutable_data_ptr<compute_t>(), call.rows, first, products.size(0), products.stride(0),
-                        grad_logits.stride(0), call.D});
+        const LinearBernoulliLogProbBackwardRows<compute_t, x_t, grad_t, with_log_prob> rows = {
+            products.const_data_ptr<compute_t>(),
+            call.bias.const_data_ptr<compute_t>(),
+            call.x.const_data_ptr<x_t>(),
+            call.upstream.defined() ? call.upstream.const_data_ptr<compute_t>() : nullptr,
+            call.log_prob.mutable_data_ptr<compute_t>(),
+            grad_logits.mutable_data_ptr<grad_t>(),
+            call.rows,
+            first,
+            products.stride(0),
+            grad_logits.stride(0),
+            call.D};
+        if (sums.defined()) {
+          launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), products.size(0), call.D);
+        } else {  // of few rows, which have a block each
+          launch_teams(Team<kBlockThreads>{}, products.size(0), rows);
+        }
       };
       if constexpr (std::is_same_v<compute_t, float>) {
         if (grad_logits.scalar_type() != at::kFloat) {
@@ -134,6 +194,30 @@ struct Kernels {
         }
       }
       launch_for(type);
+    });
+  }
+
+  static at::Tensor products(const Linear& call, const at::Tensor& h) {  // [N, H]
+    const FewRows operands(h, call.weight, call.dtype);
+    at::Tensor products = at::empty({h.size(0), call.D}, h.options().dtype(call.compute));
+    dispatch_floating(call.op, call.dtype, [&](auto type) {
+      using scalar_t = typename decltype(type)::type;
+      using compute_t = at::opmath_type<scalar_t>;
+      launch_layer<scalar_t>(operands, WriteProduct<compute_t>{products.mutable_data_ptr<compute_t>(), call.D});
+    });
+    return products;
+  }
+
+  static void gradients_of_few(const Linear& call,
+                               const at::Tensor& h,            // [N, H]
+                               const at::Tensor& grad_logits,  // [N, D]
+                               const at::Tensor& grad_weight,  // [D, H]
+                               const at::Tensor& grad_bias,    // [D]
+                               const at::Tensor& grad_h) {     // [N, H]
+    const FewRows operands(h, call.weight, call.dtype);
+    dispatch_floating(call.op, call.dtype, [&](auto type) {
+      using scalar_t = typename decltype(type)::type;
+      launch_layer_gradients<scalar_t>(operands, grad_logits, grad_weight, grad_bias, grad_h, Identity{});
     });
   }
 };

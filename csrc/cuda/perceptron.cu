@@ -1,7 +1,7 @@
 // Layers f(h weight^T + bias) and their gradients, on CUDA.
 #include "../perceptron.h"
 
-#include "rowwise.cuh"
+#include "few_rows.cuh"
 
 namespace wakesleep::cuda {
 namespace {
@@ -30,43 +30,74 @@ struct PerceptronRows {
   }
 };
 
-// The gradient of the products, with its sum over the rows of each team, which takes them column by column.
+// The gradient of the products: row by row, or with its sum over rows.
 template <typename compute_t, typename scalar_t, typename grad_t, typename F>
 struct PerceptronBackwardRows {
+  static constexpr int kSpan = kPacket<scalar_t>;
   const scalar_t* grad;
   const scalar_t* __restrict__ output;
   grad_t* written;  // may lie where grad does
-  compute_t* __restrict__ sums;
-  int64_t count;  // of rows
-  int64_t stride;
+  int64_t stride;   // of what is written
   int64_t D;
   F activation;
 
+  struct Read {
+    Packet<compute_t, kSpan> upstream, y;
+  };
+
+  template <typename Span>
+  __device__ Read read(int64_t row, Span span) const {
+    return {load<compute_t, Written>(span, grad + row * D), load<compute_t>(span, output + row * D)};
+  }
+
+  template <typename Span>
+  __device__ auto make(int64_t row, Span span, const Read& of) const {
+    Packet<compute_t, kSpan> values;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      values.value[i] = activation.gradient(of.upstream.value[i], of.y.value[i]);
+    }
+    store(span, values, written + row * stride);
+    return values;
+  }
+
   template <int threads>
-  __device__ void operator()(Team<threads> team, int64_t piece) const {
-    constexpr int rows_at_once = kRowsOfSum<compute_t>;
-    const int64_t row = piece * rows_at_once;
-    for_spans<kPacket<scalar_t>>(team, D, 0, [&](auto span) {
-      Packet<compute_t, span.size> total = {};
-#pragma unroll
-      for (int r = 0; r < rows_at_once; ++r) {
-        if (row + r < count) {
-          auto values = load<compute_t, Written>(span, grad + (row + r) * D);
-          const auto y = load<compute_t>(span, output + (row + r) * D);
-#pragma unroll
-          for (int i = 0; i < span.size; ++i) {
-            values.value[i] = activation.gradient(values.value[i], y.value[i]);
-            total.value[i] += values.value[i];
-          }
-          store(span, values, written + (row + r) * stride);
-        }
-      }
-      store(span, total, sums + piece * D);
-    });
+  __device__ void operator()(Team<threads> team, int64_t row) const {
+    for_spans<kSpan>(team, D, 0, [&](auto span) { make(row, span, read(row, span)); });
+  }
+
+  struct RowsOfWarp {
+    int64_t first;
+    int last;
+  };
+
+  __device__ RowsOfWarp begin(int64_t first, int held) const { return {first, held > 0 ? held - 1 : 0}; }
+  template <typename Span>
+  __device__ Read read(RowsOfWarp kept, int r, Span span) const {
+    return read(kept.first + min(r, kept.last), span);
+  }
+  template <typename Span>
+  __device__ auto make(RowsOfWarp kept, int r, Span span, const Read& of) const {
+    return make(kept.first + r, span, of);
+  }
+  __device__ void end(RowsOfWarp) const {}
+};
+
+template <typename compute_t, typename scalar_t, typename F>
+struct WriteOutput {
+  const compute_t* __restrict__ bias;
+  scalar_t* __restrict__ output;
+  int64_t D;
+  F activation;
+
+  __device__ void operator()(int64_t row, int64_t column, compute_t product) const {
+    output[row * D + column] = static_cast<scalar_t>(activation(product + bias[column]));
   }
 };
 
 struct Kernels {
+  static constexpr bool kOwnFewRows = true;
+  static int64_t few_rows() { return cuda::few_rows(); }
   static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }
 
   static void write_output(const Perceptron& call, size_t l,
@@ -87,21 +118,71 @@ struct Kernels {
                              const at::Tensor& grad,     // [rows, D]
                              const at::Tensor& output,   // [rows, D]
                              const at::Tensor& written,  // [rows, D]
-                             const at::Tensor& sums) {   // [pieces, D]
+                             const at::Tensor& sums) {   // [pieces, D], or undefined
     call.dispatch(l, [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
-      const int64_t D = call.layers[l].D;
+      const int64_t N = grad.size(0), D = call.layers[l].D;
       const auto launch_for = [&](auto written_type) {
         using grad_t = typename decltype(written_type)::type;
-        launch_rows(
-            sums.size(0), kRowsOfSum<compute_t> * D,
-            PerceptronBackwardRows<compute_t, scalar_t, grad_t, decltype(activation)>{
-                grad.const_data_ptr<scalar_t>(), output.const_data_ptr<scalar_t>(), written.mutable_data_ptr<grad_t>(),
-                sums.mutable_data_ptr<compute_t>(), grad.size(0), written.stride(0), D, activation});
+        using Rows = PerceptronBackwardRows<compute_t, scalar_t, grad_t, decltype(activation)>;
+        const Rows rows = {grad.const_data_ptr<scalar_t>(),
+                           output.const_data_ptr<scalar_t>(),
+                           written.mutable_data_ptr<grad_t>(),
+                           written.stride(0),
+                           D,
+                           activation};
+        if (sums.defined()) {
+          launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), N, D);
+        } else {
+          launch_free_rows<Rows::kSpan>(N, D, rows);
+        }
       };
       written.scalar_type() == call.dtype ? launch_for(type) : launch_for(Type<compute_t>{});
     });
+  }
+
+  static at::Tensor output_of_few(const Perceptron& call, size_t l, const at::Tensor& h) {  // [N, H]
+    const Layer& layer = call.layers[l];
+    const FewRows operands(h, layer.weight, call.dtype);
+    at::Tensor output = at::empty({h.size(0), layer.D}, operands.h.options());
+    call.dispatch(l, [&](auto activation, auto type) {
+      using scalar_t = typename decltype(type)::type;
+      using compute_t = at::opmath_type<scalar_t>;
+      launch_layer<scalar_t>(operands, WriteOutput<compute_t, scalar_t, decltype(activation)>{
+                                           layer.bias.const_data_ptr<compute_t>(), output.mutable_data_ptr<scalar_t>(),
+                                           layer.D, activation});
+    });
+    return output;
+  }
+
+  static at::Tensor gradient_of_few(const Perceptron& call,
+                                    const at::Tensor& grad,      // [N, D]
+                                    const at::Tensor& output) {  // [N, D]
+    const at::Tensor upstream = grad.contiguous();
+    if (std::holds_alternative<Identity>(call.output_activation)) {
+      return upstream;
+    }
+    const at::Tensor written = at::empty_like(upstream);
+    write_gradient(call, call.last(), upstream, output.contiguous(), written, at::Tensor());
+    return written;
+  }
+
+  static void gradients_of_few(const Perceptron& call, size_t l,
+                               const at::Tensor& h,            // [N, H]
+                               const at::Tensor& grad,         // [N, D]
+                               const at::Tensor& grad_weight,  // [D, H]
+                               const at::Tensor& grad_bias,    // [D]
+                               const at::Tensor& grad_h) {     // [N, H]
+    const FewRows operands(h, call.layers[l].weight, call.dtype);
+    const auto launch_for = [&](auto activation, auto type) {
+      using scalar_t = typename decltype(type)::type;
+      launch_layer_gradients<scalar_t>(operands, grad, grad_weight, grad_bias, grad_h, activation);
+    };
+    if (l == 0) {  // h is what the perceptron gets
+      return dispatch_floating(call.op, call.dtype, [&](auto type) { launch_for(Identity{}, type); });
+    }
+    call.dispatch(l - 1, launch_for);
   }
 };
 

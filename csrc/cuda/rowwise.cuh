@@ -237,15 +237,6 @@ __device__ void for_spans(Team<threads> team, int64_t width, int past, bool alig
   }
 }
 
-// Rows that a team takes at once, column by column, where their sum is wanted beside what else is made of them. In
-// float64, more than two would not fit in the registers.
-template <typename compute_t>
-constexpr int kRowsOfSum = 16 / sizeof(compute_t);
-
-inline int64_t rows_of_sum(at::ScalarType compute) {
-  return compute == at::kDouble ? kRowsOfSum<double> : kRowsOfSum<float>;
-}
-
 inline __device__ PhiloxKey read_key(const int64_t* key) {
   return {static_cast<uint64_t>(key[0]), static_cast<uint64_t>(key[1])};
 }
