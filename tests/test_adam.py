@@ -236,7 +236,10 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_what_adam_refuses_is_left_as_it_was(
     others: dict[str, Any], error: type[Exception], message: str, device: str
 ) -> None:
-    arguments = torch.utils._pytree.tree_map(lambda tensor: tensor.to(device), _with(**others))
+    def moved(tensor: Tensor) -> Tensor:  # with its gaps
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
+
+    arguments = torch.utils._pytree.tree_map(moved, _with(**others))
     tensors = torch.utils._pytree.tree_leaves(arguments)
     before = [(tensor.clone(), tensor._version) for tensor in tensors]
     with pytest.raises(error, match=f"adam_: {message}"):

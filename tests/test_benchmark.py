@@ -274,7 +274,7 @@ def test_what_is_ours_is_never_left_out() -> None:
 def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [case for case in SMALL if case.shape[1:] == (64,) and case.dtype == torch.float32]
     monkeypatch.setitem(command._SUITES, "ops", replace(SUITE, cases=lambda device, quick: few))
-    monkeypatch.setattr(command, "_BLOCKS_PER_CASE", 0)
+    monkeypatch.setattr(command, "_BLOCKS_PER_CASE", {"cpu": 0})
     monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
 
 
@@ -585,11 +585,11 @@ def test_goals_are_held_to_the_largest_case(tmp_path: Path, capsys: pytest.Captu
     results.write(path, result(*records, simd="AVX512", threads=1))
     assert bench(Plan(), show=path, goals=True) == 0
     text = capsys.readouterr().out
-    forward = "| `bernoulli_log_prob`        | forward          "
+    forward = "| `bernoulli_log_prob`        | forward          | float32 "
     assert f"{forward}| eager and distributions | 4.0×               | ≥ 5×                | missed       |" in text  # noqa: RUF001
     assert f"{forward}| compile                 | 4.1×               | ≥ 4×                | met          |" in text  # noqa: RUF001
     assert f"{forward}| a copy                  | 0.55 of copy speed | ≥ 0.6 of copy speed | missed       |" in text
-    assert text.count("not measured") == len(GOALS) - 3
+    assert text.count("not measured") == len(GOALS["cpu"]) - 3
     assert "1 of 13 goals are met" in text
     assert (
         "1 of 2 cases are slower than eager:\n1.11 times as long: bernoulli_log_prob forward float32 [100, 784]" in text
@@ -599,10 +599,21 @@ def test_goals_are_held_to_the_largest_case(tmp_path: Path, capsys: pytest.Captu
     assert f"{forward}| eager and distributions | 4.0×               | ≥ 3×                | met          |" in text  # noqa: RUF001
 
 
-def test_every_goal_can_be_measured() -> None:
-    plain = {(case.op.name, case.labels["pass"], "compile") for case in cases(quick=True)}
-    assert {(goal.op, goal.pass_name) for goal in GOALS} <= {labels[:2] for labels in plain}
-    assert {other for goal in GOALS for other in goal.others} <= set(OpCase.candidates)
+def test_goals_of_a_gpu() -> None:
+    labels = {"op": "bernoulli_log_prob", "shape": [100_000, 784], "bandwidth_fraction": 0.93, "bytes": 10**9}
+    records = [record(c, m, **labels) for c, m in zip(OpCase.candidates, (100.0, 570.0, 600.0, 99.0), strict=True)]
+    text = goals.text(result(*records, device="cuda", gpu="Abacus 9000"), SUITE)
+    assert "| 0.93 of copy speed | ≥ 0.92 of copy speed | met          |" in text
+    assert "| 5.7×               | ≥ 5×                 | met          |" in text  # noqa: RUF001
+    assert "| 1.0×               | ≥ 1×                 | missed       |" in text  # noqa: RUF001
+    assert "2 of 19 goals are met; they are set for an NVIDIA H200, this is Abacus 9000." in text
+
+
+@pytest.mark.parametrize("device", GOALS)
+def test_every_goal_can_be_measured(device: str) -> None:
+    measured = {(case.labels["op"], case.labels["pass"], case.labels["dtype"]) for case in cases(device)}
+    assert {(goal.op, goal.pass_name, goal.dtype) for goal in GOALS[device]} <= measured
+    assert {other for goal in GOALS[device] for other in goal.others} <= set(OpCase.candidates)
 
 
 # ---- the README ------------------------------------------------------------------------------------------------------

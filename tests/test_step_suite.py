@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep_ext import cli
-from wakesleep_ext.benchmark import command, measure, step_suite
+from wakesleep_ext.benchmark import command, goals, measure, step_suite
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, StepCase, cases
 from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
@@ -170,7 +170,7 @@ def test_a_wrong_loss_has_a_large_error() -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_suite, "NET", (20, 8, 8, 3))
     monkeypatch.setattr(step_suite, "WIDE_NET", (20, 9, 9, 3))
-    monkeypatch.setattr(command, "_BLOCKS_PER_CASE", 0)
+    monkeypatch.setattr(command, "_BLOCKS_PER_CASE", {"cpu": 0})
     monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
 
 
@@ -238,6 +238,30 @@ Abacus 3000, AVX2, 1 thread; torch 2.13.0, commit 0123456; copies at 20.0 GB/s. 
 1 of 2 cases are slower than compile:
 1.11 times as long: 784-200-200-50 wake+sleep float32 [5, 100, 784]
 """  # noqa: E501, RUF001
+
+
+GPU_GOALS = """\
+| what                                                     | measured | goal     |              |
+|----------------------------------------------------------|----------|----------|--------------|
+| speed beside eager, batches of 256 or less               | 5.2×     | ≥ 5×     | met          |
+| speed beside compile, batches of 256 or less             | 1.8×     | ≥ 2×     | missed       |
+| speed beside compile with graphs, batches of 256 or less | –        | ≥ 1×     | not measured |
+| kernels of a step, batch 20, L = 1                       | 40       | ≤ 39     | missed       |
+| the whole of Burda's protocol                            | 16 min   | ≤ 20 min | met          |
+
+2 of 5 goals are met; they are set for an NVIDIA H200, this is Abacus 9000.
+"""  # noqa: RUF001
+
+
+def test_goals_of_a_gpu() -> None:
+    records = (
+        *step(20, 1, fused=100.0, eager=600.0, compile=300.0),
+        *step(100, 5, fused=200.0, eager=1040.0, compile=360.0),
+        *step(1000, 5, fused=400.0, eager=400.0, compile=400.0),
+    )
+    records = tuple({**record, "launches": 40} for record in records)
+    found = goals.text(result(*records, device="cuda", gpu="Abacus 9000"), step_suite.SUITE)
+    assert found.startswith(GPU_GOALS)
 
 
 def test_a_result_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

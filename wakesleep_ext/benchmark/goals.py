@@ -12,9 +12,11 @@ def text(result: Result, suite: Suite) -> str:
     outcomes = suite.goals(result)
     verdicts = {None: "not measured", True: "met", False: "missed"}
     lines = [(*outcomes[0].cells, ""), *((*one.cells.values(), verdicts[one.met]) for one in outcomes)]
-    threads = result["machine"]["threads"]
+    machine = result["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    here = machine["gpu"] if machine["device"] == "cuda" else f"{machine['simd']}, {threads}"
     summary = f"{sum(one.met is True for one in outcomes)} of {len(outcomes)} goals are met; they are set for "
-    summary += f"{suite.goals_are_for}, this is {result['machine']['simd']}, {threads} thread{'s' * (threads != 1)}."
+    summary += f"{suite.goals_are_for[machine['device']]}, this is {here}."
     return "\n".join([markdown(lines), "", summary, *_slower(result, suite)])
 
 

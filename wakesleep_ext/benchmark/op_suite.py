@@ -312,7 +312,7 @@ def headline(records: Iterable[Record]) -> list[Record]:
 
 
 class Goal(NamedTuple):
-    """An op in float32, its working set beyond the cache, compared with the fastest of some others, or with a copy."""
+    """An op, its working set beyond the cache, compared with the fastest of some others, or with a copy."""
 
     op: str
     pass_name: str
@@ -321,43 +321,72 @@ class Goal(NamedTuple):
     """Times as fast as the others; or of copy speed, where there are none."""
     with_avx2: float | None = None
     """The same without AVX-512, where it differs."""
+    dtype: str = "float32"
 
 
 _EAGER = ("eager", "distributions")
 _BACKWARD = "forward+backward"
+_HALF_AND_BYTES = "bfloat16, x uint8"
 
-GOALS = (
-    Goal("bernoulli_log_prob", "forward", _EAGER, 5, with_avx2=3),
-    Goal("bernoulli_log_prob", "forward", ("compile",), 4),
-    Goal("bernoulli_log_prob", "forward", (), 0.6),
-    Goal("bernoulli_log_prob", _BACKWARD, _EAGER, 4),
-    Goal("bernoulli_log_prob", _BACKWARD, ("compile",), 3.5),
-    Goal("bernoulli_log_prob", _BACKWARD, (), 0.5),
-    Goal("gaussian_rsample_log_prob", "forward", _EAGER, 20, with_avx2=8),
-    Goal("gaussian_rsample_log_prob", "forward", ("compile",), 15),
-    Goal("gaussian_log_prob", "forward", ("distributions",), 15),
-    Goal("gaussian_log_prob", "forward", ("compile",), 1),
-    Goal("gaussian_log_prob", "forward", (), 0.7),
-    Goal("bernoulli_sample", "forward", ("eager",), 15, with_avx2=8),
-    Goal("bernoulli_sample", "forward", ("compile",), 10),
-)
+GOALS = {
+    "cpu": (
+        Goal("bernoulli_log_prob", "forward", _EAGER, 5, with_avx2=3),
+        Goal("bernoulli_log_prob", "forward", ("compile",), 4),
+        Goal("bernoulli_log_prob", "forward", (), 0.6),
+        Goal("bernoulli_log_prob", _BACKWARD, _EAGER, 4),
+        Goal("bernoulli_log_prob", _BACKWARD, ("compile",), 3.5),
+        Goal("bernoulli_log_prob", _BACKWARD, (), 0.5),
+        Goal("gaussian_rsample_log_prob", "forward", _EAGER, 20, with_avx2=8),
+        Goal("gaussian_rsample_log_prob", "forward", ("compile",), 15),
+        Goal("gaussian_log_prob", "forward", ("distributions",), 15),
+        Goal("gaussian_log_prob", "forward", ("compile",), 1),
+        Goal("gaussian_log_prob", "forward", (), 0.7),
+        Goal("bernoulli_sample", "forward", ("eager",), 15, with_avx2=8),
+        Goal("bernoulli_sample", "forward", ("compile",), 10),
+    ),
+    "cuda": (
+        Goal("bernoulli_log_prob", "forward", (), 0.92),
+        Goal("bernoulli_log_prob", "forward", _EAGER, 5),
+        Goal("bernoulli_log_prob", "forward", ("compile",), 1),
+        Goal("bernoulli_log_prob", "forward", _EAGER, 8, dtype=_HALF_AND_BYTES),
+        Goal("bernoulli_log_prob", "forward", ("compile",), 1.3, dtype="float32, x uint8"),
+        Goal("bernoulli_log_prob", _BACKWARD, _EAGER, 3.5),
+        Goal("bernoulli_log_prob", _BACKWARD, ("compile",), 1),
+        Goal("bernoulli_log_prob", _BACKWARD, _EAGER, 8, dtype=_HALF_AND_BYTES),
+        Goal("bernoulli_sample", "forward", (), 0.7),
+        Goal("gaussian_rsample", "forward", (), 0.7),
+        Goal("gaussian_rsample", "forward", _EAGER, 3),
+        Goal("gaussian_rsample_log_prob", "forward", (), 0.7),
+        Goal("gaussian_rsample_log_prob", "forward", _EAGER, 4),
+        Goal("gaussian_rsample_log_prob", _BACKWARD, _EAGER, 3),
+        Goal("gaussian_log_prob", "forward", (), 0.92),
+        Goal("gaussian_log_prob", "forward", _EAGER, 4),
+        Goal("gaussian_log_prob", "forward", ("compile",), 1),
+        Goal("gaussian_log_prob", _BACKWARD, _EAGER, 3),
+        Goal("gaussian_log_prob", _BACKWARD, ("compile",), 1),
+    ),
+}
+"""By kind of device."""
 
 
 def outcomes(result: Result) -> list[Outcome]:
-    """The goals, each held to the largest case of its op and pass."""
-    large: dict[tuple[str, str], Row] = {}
-    for row in sorted(rows(headline(result["records"])), key=lambda row: next(iter(row.values()))["bytes"]):
-        if (fused := row.get("fused")) and fused["bandwidth_fraction"] is not None:
-            large[fused["op"], fused["pass"]] = row  # the largest is the last
+    """The goals for the device, each held to the largest case of its op, pass and dtype, in the customary width."""
+    widths = {op.name: op.widths[0] for op in OPS}
+    large: dict[tuple[str, str, str], Row] = {}
+    for row in sorted(rows(result["records"]), key=lambda row: next(iter(row.values()))["bytes"]):
+        fused = row.get("fused")
+        if fused and fused["bandwidth_fraction"] is not None and fused["shape"][1:] == [widths.get(fused["op"])]:
+            large[fused["op"], fused["pass"], fused["dtype"]] = row  # the largest is the last
     found = []
-    for goal in GOALS:
+    for goal in GOALS[result["machine"]["device"]]:
         wanted = goal.with_avx2 if goal.with_avx2 and result["machine"]["simd"] == "AVX2" else goal.at_least
-        case = large.get((goal.op, goal.pass_name))
+        case = large.get((goal.op, goal.pass_name, goal.dtype))
         measured = _measured(goal, case) if case else None
         unit = TIMES if goal.others else " of copy speed"
         cells = {
             "op": f"`{goal.op}`",
             "pass": goal.pass_name,
+            "dtype": goal.dtype,
             "beside": " and ".join(goal.others) or "a copy",
             "measured": NONE if measured is None else f"{measured:.{1 if goal.others else 2}f}{unit}",
             "goal": f"≥ {wanted:g}{unit}",
@@ -394,7 +423,7 @@ SUITE = Suite(
     label=_label,
     yardstick=("of copy speed", lambda row: row["fused"]["bandwidth_fraction"], "{:.0%}"),
     goals=outcomes,
-    goals_are_for="1 thread of a CPU with AVX-512 or AVX2",
+    goals_are_for={"cpu": "1 thread of a CPU with AVX-512 or AVX2", "cuda": "an NVIDIA H200"},
 )
 
 

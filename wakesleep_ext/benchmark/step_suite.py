@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -247,16 +247,25 @@ class _Products:
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 
+_Narrow: TypeAlias = "dict[tuple[int, int], Row]"
+
 BURDA_STEPS = 9_840_000
 """Of batch 20 with L = 1, in the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders", ICLR
 2016): 3,280 passes over 60,000 images."""
 
 _AT_MOST = {
-    # batch and L of the narrow net: times its matrix products, and what would be better still
+    # on a CPU, by batch and L of the narrow net: times its matrix products, and what would be better still
     (20, 1): (1.6, None),
     (100, 5): (1.35, 1.25),
     (100, 50): (1.35, 1.25),
 }
+
+
+_AT_LEAST = {"eager": 5, "compile": 2, "compile with graphs": 1}
+"""On a GPU, times as fast as others at every batch of 256 or less."""
+_MOST_KERNELS = 39
+"""Of a step of batch 20 with L = 1; four of them are the optimizers'."""
+_PROTOCOL_MINUTES = 20
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
@@ -268,8 +277,13 @@ def sections(records: Iterable[Record]) -> list[Section]:
 
 
 def outcomes(result: Result) -> list[Outcome]:
-    """The goals, all of the narrow net."""
-    narrow, found = _narrow(rows(result["records"])), []
+    """The goals for the device, all of the narrow net."""
+    narrow = _narrow(rows(result["records"]))
+    return _on_a_gpu(narrow) if result["machine"]["device"] == "cuda" else _on_a_cpu(narrow)
+
+
+def _on_a_cpu(narrow: _Narrow) -> list[Outcome]:
+    found = []
     for (batch, num_samples), (wanted, better) in _AT_MOST.items():
         row = narrow.get((batch, num_samples))
         measured = _over_products(row) if row else None
@@ -283,6 +297,27 @@ def outcomes(result: Result) -> list[Outcome]:
     return found
 
 
+def _on_a_gpu(narrow: _Narrow) -> list[Outcome]:
+    def outcome(what: str, measured: float | None, unit: str, *, at_least: float = 0, at_most: float = 0) -> Outcome:
+        cells = {
+            "what": what,
+            "measured": NONE if measured is None else f"{measured:.{1 if at_least else 0}f}{unit}",
+            "goal": f"≥ {at_least:g}{unit}" if at_least else f"≤ {at_most:g}{unit}",
+        }
+        return Outcome(cells, None if measured is None else measured >= at_least if at_least else measured <= at_most)
+
+    found = []
+    for rival, wanted in _AT_LEAST.items():
+        ratios = [ratio(row, rival) for (batch, _), row in narrow.items() if batch <= 256]
+        least = min((measured for measured in ratios if measured is not None), default=None)
+        found.append(outcome(f"speed beside {rival}, batches of 256 or less", least, TIMES, at_least=wanted))
+    fused = narrow.get((20, 1), {}).get("fused")
+    kernels, minutes = (fused.get("launches"), fused["median_us"] * BURDA_STEPS / 60e6) if fused else (None, None)
+    found.append(outcome("kernels of a step, batch 20, L = 1", kernels, "", at_most=_MOST_KERNELS))
+    found.append(outcome("the whole of Burda's protocol", minutes, " min", at_most=_PROTOCOL_MINUTES))
+    return found
+
+
 def notes(cases: Sequence[Row]) -> list[str]:
     """How long the whole of Burda's protocol would take."""
     row = _narrow(cases).get((20, 1))
@@ -293,7 +328,7 @@ def notes(cases: Sequence[Row]) -> list[str]:
     return [f"At this rate {protocol}, takes: {', '.join(times)}."]
 
 
-def _narrow(cases: Iterable[Row]) -> dict[tuple[int, int], Row]:
+def _narrow(cases: Iterable[Row]) -> _Narrow:
     """The narrow net's cases by batch and L."""
     labels = StepCase(NET, 1, 1).labels
     of_net = [(record["shape"], row) for row in cases if (record := _some(row))["op"] == labels["op"]]
@@ -327,7 +362,7 @@ SUITE = Suite(
     label=lambda record: f"batch {record['shape'][1]:,}\nL = {record['shape'][0]}",
     yardstick=("over its products", _over_products, f"{{:.2f}}{TIMES}"),
     goals=outcomes,
-    goals_are_for="1 or 2 threads of a CPU",
+    goals_are_for={"cpu": "1 or 2 threads of a CPU", "cuda": "an NVIDIA H200"},
     decimals=2,
     notes=notes,
 )

@@ -48,8 +48,8 @@ class Suite:
     """What our time is held to: its title, the figure, and the format of that."""
     goals: Callable[[Result], list[Outcome]]
     """The goals that are set for it, in view of a result."""
-    goals_are_for: str
-    """The machine that they are set for."""
+    goals_are_for: Mapping[str, str]
+    """The machine that they are set for, by kind of device."""
     decimals: int = 1
     """Of how many times as long the rivals take."""
     notes: Callable[[Sequence[Row]], list[str]] = lambda cases: []
