@@ -56,8 +56,8 @@ struct TileOfWarps {
 //   make(kept, r, span, what was read): does what is to be done, and returns what is to be summed;
 //   end(kept): after the last columns.
 //
-// All of a warp's rows are read before the first is made. What one writes might, for all the compiler knows, be what the
-// next reads, and would be waited for.
+// All of a warp's rows are read before the first is made. What one writes might, for all the compiler knows, be what
+// the next reads, and would be waited for.
 template <typename compute_t, typename Rows>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     summed_rows_kernel(const Rows rows, compute_t* sums, int64_t count, int64_t D, int64_t pieces) {

@@ -205,13 +205,14 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     const scalar_t* from = grad + row * this->D + column;
     if constexpr (n > 1) {
       return load_packet<compute_t, kColumnsAtOnce>(from);
-    }
-    Columns columns;
+    } else {
+      Columns columns;
 #pragma unroll
-    for (int c = 0; c < kColumnsAtOnce; ++c) {
-      columns.value[c] = column + c < this->D ? static_cast<compute_t>(from[c]) : compute_t(0);
+      for (int c = 0; c < kColumnsAtOnce; ++c) {
+        columns.value[c] = column + c < this->D ? static_cast<compute_t>(from[c]) : compute_t(0);
+      }
+      return columns;
     }
-    return columns;
   }
 
   __device__ void write_weight(int64_t block, Sums sums) const {
