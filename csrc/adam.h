@@ -9,6 +9,7 @@
 // All tensors are worked on at once, cut into pieces that are numbered through: most are too small to occupy anybody.
 #pragma once
 
+#include <ATen/ops/empty_like.h>
 #include <c10/util/SmallVector.h>
 
 #include "checks.h"
@@ -96,15 +97,20 @@ struct Adam {
       check_floating(op, parameter);
       check_same_device(op, {"step", step}, parameter);
       check_same_dtype({"parameters", parameters[0], 0}, parameter);
-      check_contiguous(parameter);
+      TORCH_CHECK_VALUE(parameter.tensor.is_non_overlapping_and_dense(), op, ": expected ", parameter,
+                        " to be dense, got shape ", parameter.tensor.sizes(), " and strides ",
+                        parameter.tensor.strides());
       check_like(parameter, {"gradients", gradients_in[i], i});
       for (const Argument& state : {Argument{"exp_avgs", exp_avgs[i], i}, {"exp_avg_sqs", exp_avg_sqs[i], i}}) {
         check_like(parameter, state);
-        check_contiguous(state);
+        TORCH_CHECK_VALUE(same_layout(state.tensor, parameter.tensor), op, ": expected ", state, " to have strides ",
+                          parameter.tensor.strides(), ", those of ", parameter, ", got ", state.tensor.strides());
       }
     }
-    for (const at::Tensor& gradient : gradients_in) {
-      gradients.push_back(gradient.contiguous());
+    for (size_t i = 0; i < parameters.size(); ++i) {  // elements of all four in one order, whatever it is
+      const at::Tensor& gradient = gradients_in[i];
+      gradients.push_back(
+          gradient.strides() == parameters[i].strides() ? gradient : at::empty_like(parameters[i]).copy_(gradient));
     }
   }
 
@@ -137,6 +143,11 @@ struct Adam {
     return NumberInTensor(argument.tensor);
   }
 
+  // Whether elements lie in memory in the same order; a and b are dense if either is.
+  static bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+    return (a.is_contiguous() && b.is_contiguous()) || a.strides() == b.strides();
+  }
+
   void check_count(const char* name, at::TensorList tensors) const {
     TORCH_CHECK_VALUE(tensors.size() == parameters.size(), op, ": expected ", name, " to have ", parameters.size(),
                       " tensors, as many as parameters, got ", tensors.size());
@@ -152,11 +163,6 @@ struct Adam {
     check_same_dtype(parameter, other);
     TORCH_CHECK_VALUE(parameter.tensor.sizes() == other.tensor.sizes(), op, ": expected ", other, " to have shape ",
                       parameter.tensor.sizes(), ", that of ", parameter, ", got ", other.tensor.sizes());
-  }
-
-  static void check_contiguous(const Argument& argument) {
-    TORCH_CHECK_VALUE(argument.tensor.is_contiguous(), op, ": expected ", argument, " to be contiguous, got shape ",
-                      argument.tensor.sizes(), " and strides ", argument.tensor.strides());
   }
 };
 

@@ -417,10 +417,10 @@ def adam_(
     CUDA graph can hold it.
 
     Args:
-        parameters: p, of any shapes, all of one dtype and contiguous.
-        gradients: g, of the same shapes and dtype. They are copied if they are not contiguous.
-        exp_avgs: m, as the parameters; zeros before the first step.
-        exp_avg_sqs: v, as the parameters; zeros before the first step.
+        parameters: p, of any shapes, all of one dtype and dense: without gaps, their dimensions in any order in memory.
+        gradients: g, of the same shapes and dtype. They are copied if they lie otherwise than the parameters.
+        exp_avgs: m, as the parameters, with the same strides; zeros before the first step.
+        exp_avg_sqs: v, likewise.
         step: t, the number of this step, counted from 1: 0-dimensional, float32 or float64.
         lr: 0-dimensional, float32 or float64.
         beta1: :math:`\beta_1`, what remains of m.
@@ -430,7 +430,7 @@ def adam_(
     Gradients: none, it is to be called under ``torch.no_grad()``.
 
     Raises:
-        ValueError: the lists are not equally long, or tensors differ in shape or device, or are not contiguous.
+        ValueError: the lists are not equally long, or tensors differ in shape or device, or are laid out otherwise.
         TypeError: tensors differ in dtype. Whatever is raised, nothing has been changed.
         RuntimeError: a parameter requires a gradient, and gradients are being recorded.
 
