@@ -39,7 +39,10 @@ def test_every_kernel_is_there_for_every_architecture(kernels: list) -> None:
 def test_gradients_are_written_16_bytes_at_a_time(kernels: list) -> None:
     writing = [kernel for kernel in kernels if kernel.name.endswith("BackwardRows")]
     assert writing
-    assert all(kernel.count(r"STG.*\.128") for kernel in writing)
+    for kernel in writing:
+        # a head makes gradients of half types from four products in float32 at a time
+        narrow = kernel.name.startswith("Linear") and kernel.arguments[2] in ("c10::Half", "c10::BFloat16")
+        assert kernel.count(r"STG.*\.64" if narrow else r"STG.*\.128"), sass_report.title(kernel)
 
 
 def test_adam_reads_and_writes_16_bytes_at_a_time(kernels: list) -> None:
