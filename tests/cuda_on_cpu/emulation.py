@@ -6,16 +6,19 @@ have to be preloaded: ``make cuda-on-cpu-asan`` does that.
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import ninja
 import torch
+from cases import Case, as_tuple, make_key
 from filelock import FileLock
 from torch.utils import cpp_extension
 
@@ -81,6 +84,30 @@ def cuda_kernels() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+def device_tests(*modules: ModuleType) -> dict[str, Callable[..., None]]:
+    """The tests of these modules that take a device, by name."""
+    found: dict[str, Callable[..., None]] = {}
+    for module in modules:
+        for name, test in vars(module).items():
+            if name.startswith("test_") and "device" in inspect.signature(test).parameters:
+                assert name not in found, f"two tests of the name {name}, of which one would not run"
+                found[name] = test
+    return found
+
+
+def count_launches(case: Case) -> tuple[int, int | None]:
+    """Kernels that an op launches forward and backward; no backward, none."""
+    inputs = case.inputs(torch.float32, requires_grad=True)
+    function = case.function(key=make_key())
+    before = launches()
+    results = as_tuple(function(*inputs))
+    forward = launches() - before
+    if not results[0].requires_grad:
+        return forward, None
+    torch.autograd.grad(sum(result.sum() for result in results), inputs)
+    return forward, launches() - before - forward
 
 
 def schedule(*, shuffled: bool = False, max_blocks: int = 0) -> None:

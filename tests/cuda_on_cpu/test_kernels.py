@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import test_adam
 import test_binarize
@@ -16,27 +14,17 @@ import test_random
 import test_ways
 import torch
 from cases import FLOATING, SHAPES, SMALL, Case, make_key
-from emulation import cuda_kernels, launches, operators
+from emulation import count_launches, cuda_kernels, device_tests, operators
 
 import wakesleep_ext as ws
 
 pytestmark = pytest.mark.source_tree
 
-for _module in (
-    test_adam,
-    test_binarize,
-    test_ops,
-    test_gradients,
-    test_heads,
-    test_layers,
-    test_random,
-    test_errors,
-    test_ways,
-):
-    for _name, _test in list(vars(_module).items()):
-        if _name.startswith("test_") and "device" in inspect.signature(_test).parameters:
-            assert _name not in globals(), f"two tests of the name {_name}, of which one would not run"
-            globals()[_name] = _test
+globals().update(
+    device_tests(
+        test_adam, test_binarize, test_ops, test_gradients, test_heads, test_layers, test_random, test_errors, test_ways
+    )
+)
 
 
 def test_every_operator_has_a_cuda_kernel(device: str) -> None:
@@ -44,19 +32,20 @@ def test_every_operator_has_a_cuda_kernel(device: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"wakesleep_cuda_on_cpu::{name}", "CPU"), name
 
 
+def _launches(case: Case) -> tuple[int, int]:
+    """Forward and backward, of few rows, whose products are launches of ours."""
+    return {
+        "linear": (1, 1 if case.activation is None else 2),  # the gradient of a last activation comes first
+        "perceptron": (2, 3),
+        "linear_bernoulli_log_prob": (2, 3 if case.recompute else 2),
+        "linear_bernoulli_log_prob_sum": (3, 0),  # its gradients come with it
+    }.get(case.op, (1, 1))
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_one_launch_forward_and_one_backward(case: Case, device: str) -> None:
-    wide = case.wide(40, 85)
-    inputs = wide.inputs(torch.float32, requires_grad=True)
-    key = make_key()
-    before, passes = launches(), 2 if case.op == "perceptron" else 1  # one for each layer
-    results = wide.function(key=key)(*inputs)
-    results = results if isinstance(results, tuple) else (results,)
-    assert launches() == before + passes
-    if results[0].requires_grad:
-        torch.autograd.grad(sum(result.sum() for result in results), inputs)
-        formed_before = case.op == "linear_bernoulli_log_prob_sum"  # its gradients, in the forward pass
-        assert launches() == before + (1 if formed_before else 2 * passes)
+def test_launches_forward_and_backward(case: Case, device: str) -> None:
+    forward, backward = _launches(case)
+    assert count_launches(case.wide(40, 85)) == (forward, None if case.is_binary else backward)
 
 
 # Contraction moves the polynomials by an ulp, and the two normals of a pair by that of the larger of them.

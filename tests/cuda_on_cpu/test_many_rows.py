@@ -1,0 +1,27 @@
+"""Layers and heads by the platform's products, as those of many rows are, on rows that a test has the time for."""
+
+from __future__ import annotations
+
+import pytest
+import test_heads
+import test_layers
+from cases import SMALL, Case
+from emulation import count_launches, device_tests
+
+pytestmark = pytest.mark.source_tree
+
+globals().update(device_tests(test_heads, test_layers))
+
+
+@pytest.fixture(autouse=True)
+def _no_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAKESLEEP_FEW_ROWS", "0")
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_one_launch_for_a_product_forward_and_one_backward(case: Case, device: str) -> None:
+    """Beside the products themselves."""
+    products = 2 if case.op == "perceptron" else 1
+    formed_before = case.op == "linear_bernoulli_log_prob_sum"  # its gradients, in the forward pass
+    backward = None if case.is_binary else 0 if formed_before else products
+    assert count_launches(case.wide(40, 85)) == (products, backward)
