@@ -24,20 +24,11 @@ namespace wakesleep {
 
 constexpr int64_t kMiB = 1 << 20;
 
-// What the kernels of a backend inherit that leaves all products to the platform. Others say up to how many rows they
-// make a layer themselves, few_rows().
+// What the kernels of a backend inherit that leaves all products to the platform. Those of another say up to how many
+// rows they make a layer themselves, few_rows().
 struct PlatformProducts {
   static constexpr bool kOwnFewRows = false;
 };
-
-// Whether the kernels take so many rows themselves.
-template <typename Kernels>
-bool are_few(int64_t rows) {
-  if constexpr (Kernels::kOwnFewRows) {
-    return rows <= Kernels::few_rows();
-  }
-  return false;
-}
 
 // What stays in cache: the second level of a CPU's cores, that of a GPU.
 inline int64_t cached_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : at::get_num_threads() * kMiB; }
@@ -204,7 +195,7 @@ struct Linear : LinearCall, Layer {
   template <typename Kernels, typename Body>
   void for_products(const at::Tensor& h, bool at_once, const Body& body) const {
     if constexpr (Kernels::kOwnFewRows) {
-      if (are_few<Kernels>(h.size(0))) {
+      if (h.size(0) <= Kernels::few_rows()) {
         return body(0, h, Kernels::products(*this, h));
       }
     }

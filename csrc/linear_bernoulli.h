@@ -104,7 +104,7 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
   void accumulate(const WriteGradient& write_gradient) {
     const bool kept = logits.size(0) > 0;
     if constexpr (Kernels::kOwnFewRows) {
-      if (are_few<Kernels>(N)) {
+      if (N <= Kernels::few_rows()) {
         const at::Tensor products = kept ? logits : Kernels::products(*this, h);
         const at::Tensor grad_logits = !kept && dtype == compute ? products : at::empty({N, D}, options());
         write_gradient(0, products, grad_logits, at::Tensor());

@@ -97,7 +97,7 @@ struct PerceptronOps {
       check_result(call, {"hidden", hidden[l], l}, at::DimVector{call.N, call.layers[l].D});
     }
     if constexpr (Kernels::kOwnFewRows) {
-      if (are_few<Kernels>(call.N)) {
+      if (call.N <= Kernels::few_rows()) {
         return backward_of_few(call, grad, output, hidden, with_grad_h, with_grad_weights);
       }
     }
@@ -148,7 +148,7 @@ struct PerceptronOps {
   static at::Tensor forward(const Perceptron& call, Tensors* hidden) {
     const size_t last = call.last();
     if constexpr (Kernels::kOwnFewRows) {
-      if (are_few<Kernels>(call.N)) {
+      if (call.N <= Kernels::few_rows()) {
         return forward_of_few(call, hidden);
       }
     }

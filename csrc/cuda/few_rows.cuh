@@ -22,32 +22,12 @@ inline int64_t few_rows() {
 // n consecutive elements, on a boundary of as many.
 template <typename compute_t, int n, typename T>
 __device__ Packet<compute_t, n> load_packet(const T* from) {
-  WideWords<T, n> words;
-#pragma unroll
-  for (size_t w = 0; w < words.size(); ++w) {
-    words[w] = __ldg(reinterpret_cast<typename WideWords<T, n>::const_pointer>(from) + w);
-  }
-  const auto packet = wakesleep::bit_cast<Packet<T, n>>(words);
-  Packet<compute_t, n> values;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    values.value[i] = static_cast<compute_t>(packet.value[i]);
-  }
-  return values;
+  return load<compute_t>(Span<n, true>{0, 0, n}, from);
 }
 
 template <typename T, int n, typename compute_t>
 __device__ void store_packet(const Packet<compute_t, n>& values, T* to) {
-  Packet<T, n> packet;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    packet.value[i] = static_cast<T>(values.value[i]);
-  }
-  const auto words = wakesleep::bit_cast<WideWords<T, n>>(packet);
-#pragma unroll
-  for (size_t w = 0; w < words.size(); ++w) {
-    __stwb(reinterpret_cast<typename WideWords<T, n>::pointer>(to) + w, words[w]);
-  }
+  store(Span<n, true>{0, 0, n}, values, to);
 }
 
 // The sums over a warp of 32 values that each lane has: that of value i in lane i. Halves are named to the compiler,
