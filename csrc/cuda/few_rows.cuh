@@ -16,7 +16,13 @@ namespace wakesleep::cuda {
 // Up to so many rows these kernels are the faster ones, by measurement on an H200; the environment may know better.
 inline int64_t few_rows() {
   const char* chosen = std::getenv("WAKESLEEP_FEW_ROWS");
-  return chosen == nullptr ? 256 : std::atoll(chosen);
+  if (chosen == nullptr) {
+    return 256;
+  }
+  char* end = nullptr;
+  const int64_t rows = std::strtoll(chosen, &end, 10);
+  TORCH_CHECK_VALUE(end != chosen && *end == '\0', "expected WAKESLEEP_FEW_ROWS to be a number, got '", chosen, "'");
+  return rows;
 }
 
 // n consecutive elements, on a boundary of as many.

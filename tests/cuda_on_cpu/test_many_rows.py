@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import test_heads
 import test_layers
+import torch
 from cases import SMALL, Case
 from emulation import count_launches, device_tests
+
+import wakesleep_ext as ws
 
 pytestmark = pytest.mark.source_tree
 
@@ -25,3 +28,9 @@ def test_one_launch_for_a_product_forward_and_one_backward(case: Case, device: s
     formed_before = case.op == "linear_bernoulli_log_prob_sum"  # its gradients, in the forward pass
     backward = None if case.is_binary else 0 if formed_before else products
     assert count_launches(case.wide(40, 85)) == (products, backward)
+
+
+def test_what_is_no_number_of_rows(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setenv("WAKESLEEP_FEW_ROWS", "12 or so")
+    with pytest.raises(ValueError, match="expected WAKESLEEP_FEW_ROWS to be a number, got '12 or so'"):
+        ws.linear(torch.zeros(2, 3), torch.zeros(4, 3), None)
