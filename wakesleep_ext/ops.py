@@ -427,6 +427,9 @@ def adam_(
         beta2: :math:`\beta_2`, what remains of v.
         eps: :math:`\epsilon`.
 
+    Returns:
+        None. p, m and v are changed in place.
+
     Gradients: none, it is to be called under ``torch.no_grad()``.
 
     Raises:

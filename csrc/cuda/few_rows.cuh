@@ -266,7 +266,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t across = (this->H + 31) / 32, k = block % across * 32 + lane, first = block / across * kRowsOfH;
     const bool inside = k < this->H;
-    const scalar_t* weight = this->weight + (inside ? k : 0);
+    const int64_t feature = inside ? k : 0;
     compute_t products[kRowsOfH] = {};
     constexpr int step = kWarps * kColumnsAtOnce;
     // without branches among the loads, which are then all under way at once; what is read in vain is not used
@@ -278,7 +278,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
 #pragma unroll
         for (int c = 0; c < kColumnsAtOnce; ++c) {
           const int64_t d = n > 1 ? column + c : min(column + c, this->D - 1);
-          w[a].value[c] = static_cast<compute_t>(__ldg(weight + d * this->H));
+          w[a].value[c] = static_cast<compute_t>(__ldg(this->weight + d * this->H + feature));
         }
 #pragma unroll
         for (int r = 0; r < kRowsOfH; ++r) {

@@ -134,8 +134,8 @@ struct Kernels {
                            activation};
         if (sums.defined()) {
           launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), N, D);
-        } else {
-          launch_free_rows<Rows::kSpan>(N, D, rows);
+        } else {  // of few rows, which have a block each
+          launch_teams(Team<kBlockThreads>{}, N, rows);
         }
       };
       written.scalar_type() == call.dtype ? launch_for(type) : launch_for(Type<compute_t>{});
