@@ -109,8 +109,8 @@ struct Adam {
     }
     for (size_t i = 0; i < parameters.size(); ++i) {  // elements of all four in one order, whatever it is
       const at::Tensor& gradient = gradients_in[i];
-      gradients.push_back(
-          gradient.strides() == parameters[i].strides() ? gradient : at::empty_like(parameters[i]).copy_(gradient));
+      gradients.push_back(same_layout(gradient, parameters[i]) ? gradient
+                                                               : at::empty_like(parameters[i]).copy_(gradient));
     }
   }
 

@@ -167,7 +167,8 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
   using Columns = Packet<compute_t, kColumnsAtOnce>;
   static constexpr int kRowsOfH = 4;
   static constexpr int kAhead = kPacket<compute_t>;  // steps of a sum that are read before the first is taken
-  static constexpr int kSums = kColumnsAtOnce * (n + 1) > kRowsOfH ? kColumnsAtOnce*(n + 1) : kRowsOfH;
+  static constexpr int kSums = kColumnsAtOnce * (n + 1);
+  static_assert(kSums >= kRowsOfH);
   using Sums = SumsOfWarps<compute_t, kSums>;
 
   const scalar_t* __restrict__ grad;   // [N, D], of the products
@@ -202,9 +203,8 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
   }
 
   __device__ void write_weight(int64_t block, Sums sums) const {
-    const auto place = [&](int lane) { return block * 32 + lane; };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t column = place(lane) / packets() * kColumnsAtOnce, k = place(lane) % packets() * n;
+    const int64_t place = block * 32 + lane, column = place / packets() * kColumnsAtOnce, k = place % packets() * n;
     Packet<compute_t, n> products[kColumnsAtOnce] = {};
     Columns bias = {};
     if (column < this->D) {
