@@ -22,7 +22,8 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 CXX_FLAGS = [
     *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fno-thread-jumps", "-fno-tree-pre"),
-    *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"),
+    # Vectors wider than the baseline's are passed between functions only where these are inlined.
+    *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"),
 ]
 # at::parallel_for is a header and needs OpenMP to be compiled in. It is not linked: the runtime, and with it the pool
 # of threads, is then the one that torch has loaded.

@@ -4,19 +4,19 @@
 // For small networks, what a call costs besides its products is what counts. A tensor is viewed, converted or allocated
 // here only where that changes something.
 //
-// The products are the platform's, of h and weight alone. The row kernels add the bias as they read, so that nothing
+// The products are the backend's, of h and weight alone. The row kernels add the bias as they read, so that nothing
 // passes over the products for its sake. A type of 16 bits is multiplied as it is on a GPU, whose tensor cores
 // accumulate in float32, and in float32 on a CPU; results are float32 either way, and so are the sums of gradients.
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <cstdlib>
 
 #include "geometry.h"
 
@@ -24,73 +24,41 @@ namespace wakesleep {
 
 constexpr int64_t kMiB = 1 << 20;
 
-// What the kernels of a backend inherit that leaves all products to the platform. Those of another say up to how many
-// rows they make a layer themselves, few_rows().
-struct PlatformProducts {
-  static constexpr bool kOwnFewRows = false;
-};
-
 // What stays in cache: the second level of a CPU's cores, that of a GPU.
 inline int64_t cached_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : at::get_num_threads() * kMiB; }
-
-// Whether the platform's BLAS leaves part of the processor idle: MKL uses AVX-512 on Intel's own processors alone, and
-// where others have it, oneDNN multiplies twice as fast. Elsewhere MKL is the faster of the two.
-inline bool blas_leaves_out_avx512() {
-#ifdef __x86_64__
-  return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
-// oneDNN's x weight^T, if this torch has it.
-using OneDnnLinear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                std::string_view, c10::List<std::optional<at::Scalar>>,
-                                std::optional<std::string_view>);
-inline const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
-  static const auto found = []() -> std::optional<c10::TypedOperatorHandle<OneDnnLinear>> {
-    const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    return op ? std::optional(op->typed<OneDnnLinear>()) : std::nullopt;
-  }();
-  return found;
-}
-
-// Whether a [M, N] is stored row by row or column by column, maybe with gaps.
-inline bool is_plain(const at::Tensor& a) {
-  const auto M = a.size(0), N = a.size(1), row = a.stride(0), column = a.stride(1);
-  return (column == 1 && row >= std::max<int64_t>(1, N)) || (row == 1 && column >= std::max<int64_t>(1, M));
-}
 
 // tensor.to(type), which takes half a microsecond to find out that there is nothing to do.
 inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
 }
 
-// Whether product() goes by oneDNN.
-inline bool by_onednn(const at::Tensor& a, const at::Tensor& b) {
-  constexpr int64_t kWorthwhile = 1 << 20;  // below so many multiplications its calls take longer to prepare
-  static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
-  return is_better && a.is_cpu() && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile &&
-         is_plain(a) && is_plain(b) && at::globalContext().userEnabledMkldnn();
+// Up to so many rows a backend's own kernels multiply, by measurement; the environment may know better.
+inline int64_t few_rows(int64_t measured) {
+  const char* chosen = std::getenv("WAKESLEEP_FEW_ROWS");
+  if (chosen == nullptr) {
+    return measured;
+  }
+  char* end = nullptr;
+  const int64_t rows = std::strtoll(chosen, &end, 10);
+  TORCH_CHECK_VALUE(end != chosen && *end == '\0', "expected WAKESLEEP_FEW_ROWS to be a number, got '", chosen, "'");
+  return rows;
 }
 
-// a b, in the type `type`: that of a and b, or float32 for half types.
-inline at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
-  if (a.is_cuda()) {
-    return type == a.scalar_type() ? at::mm(a, b) : at::mm(a, b, type);
-  }
-  const c10::List<std::optional<at::Scalar>> no_scalars;
-  return in_type(by_onednn(a, b) ? onednn_linear()->call(a, b.t(), {}, "none", no_scalars, {}) : at::mm(a, b), type);
-}
+// What kernels inherit whose products are the platform's. Those that make a whole layer of few rows themselves say up
+// to how many, few_rows().
+struct PlatformProducts {
+  static constexpr bool kOwnFewRows = false;
 
-// sum += a b.
-inline void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
-  if (sum.scalar_type() == a.scalar_type() && !by_onednn(a, b)) {
-    sum.addmm_(a, b);
-  } else {
-    sum.add_(product(a, b, sum.scalar_type()));
+  // a b, in the type `type`: from half types float32, to half types from float32.
+  static at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+    return a.is_cuda() && type != a.scalar_type() ? at::mm(a, b, type) : in_type(at::mm(a, b), type);
   }
-}
+
+  // sum += a b.
+  static void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+    sum.scalar_type() == a.scalar_type() ? sum.addmm_(a, b) : sum.add_(product(a, b, sum.scalar_type()));
+  }
+};
 
 // Rows first .. first + count of a tensor; the tensor itself if these are all, since a view takes as long to make as a
 // small chunk to compute.
@@ -200,7 +168,7 @@ struct Linear : LinearCall, Layer {
       }
     }
     for_chunks(h, at_once ? h.size(0) : chunk_rows(), [&](int64_t first, const at::Tensor& h_rows) {
-      body(first, h_rows, product(h_rows, weight.t(), compute));
+      body(first, h_rows, Kernels::product(h_rows, weight.t(), compute));
     });
   }
 };
@@ -249,7 +217,7 @@ struct LayerGradients {
 
   // Of the chunk that begins with row `first`, for which the layer gets h [rows, H]: write(sums [pieces, D]) puts the
   // gradient of its products into `grad` [rows, D], and its sums over every `piece_rows` rows into `sums`.
-  template <typename Write>
+  template <typename Kernels, typename Write>
   void add(int64_t first, const at::Tensor& h, const at::Tensor& grad, const Write& write) {
     const int64_t count = (grad.size(0) + piece_rows_ - 1) / piece_rows_;
     const bool whole = first == 0 && count == 1;
@@ -259,7 +227,8 @@ struct LayerGradients {
       first == 0 ? at::sum_out(bias, sums, 0) : bias.add_(at::sum(sums, 0));
     }
     if (with_weight_) {
-      first == 0 ? void(weight = product(grad.t(), h, bias.scalar_type())) : add_product(weight, grad.t(), h);
+      first == 0 ? void(weight = Kernels::product(grad.t(), h, bias.scalar_type()))
+                 : Kernels::add_product(weight, grad.t(), h);
     }
   }
 

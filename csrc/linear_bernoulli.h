@@ -120,10 +120,11 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
         in_place ? at::Tensor() : at::empty({std::min(N, chunk_rows()), D}, weight.options().dtype(operand));
     const auto add = [&](int64_t first, const at::Tensor& h_rows, const at::Tensor& products) {
       const at::Tensor grad_logits = in_place ? products : rows_of(buffer, 0, h_rows.size(0));
-      gradients.add(first, h_rows, grad_logits,
-                    [&](const at::Tensor& sums) { write_gradient(first, products, grad_logits, sums); });
+      gradients.template add<Kernels>(first, h_rows, grad_logits, [&](const at::Tensor& sums) {
+        write_gradient(first, products, grad_logits, sums);
+      });
       if (with_grad_h) {
-        grad_h.put(first, product(grad_logits, weight, dtype));
+        grad_h.put(first, Kernels::product(grad_logits, weight, dtype));
       }
     };
     if (!kept) {

@@ -116,10 +116,11 @@ struct PerceptronOps {
         const bool in_place = l < last && upstream.scalar_type() == call.operand;  // what came from a caller stays
         const at::Tensor written =
             in_place ? upstream : at::empty(upstream.sizes(), upstream.options().dtype(call.operand));
-        gradients[l].add(first, below, written,
-                         [&](const at::Tensor& sums) { Kernels::write_gradient(call, l, upstream, y, written, sums); });
+        gradients[l].template add<Kernels>(first, below, written, [&](const at::Tensor& sums) {
+          Kernels::write_gradient(call, l, upstream, y, written, sums);
+        });
         if (l > 0 || with_grad_h) {
-          upstream = product(written, call.layers[l].weight, call.dtype);
+          upstream = Kernels::product(written, call.layers[l].weight, call.dtype);
         }
         if (l == 0) {
           break;
@@ -158,7 +159,7 @@ struct PerceptronOps {
     call.for_chunks(call.h, call.rows, [&](int64_t first, const at::Tensor& h_rows) {
       at::Tensor below = h_rows;
       for (size_t l = 0; l <= last; ++l) {
-        const at::Tensor products = product(below, call.layers[l].weight.t(), call.compute);
+        const at::Tensor products = Kernels::product(below, call.layers[l].weight.t(), call.compute);
         Rows* whole = l == last ? &output : hidden == nullptr ? nullptr : &kept[l];
         const bool at_once = whole == nullptr || products.size(0) == call.N;
         at::Tensor y = at_once ? (in_place ? products : at::empty(products.sizes(), call.h.options().dtype(call.dtype)))

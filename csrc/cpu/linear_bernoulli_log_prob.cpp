@@ -3,12 +3,13 @@
 
 #include "../linear_bernoulli.h"
 #include "bernoulli_rows.h"
+#include "products.h"
 #include "summed_rows.h"
 
 namespace wakesleep::cpu {
 namespace {
 
-struct Kernels : PlatformProducts {
+struct Kernels : Products {
   static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
 
   // The log-likelihoods of a chunk.

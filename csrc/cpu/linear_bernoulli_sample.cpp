@@ -3,6 +3,7 @@
 
 #include "../linear_bernoulli.h"
 #include "bernoulli_rows.h"
+#include "products.h"
 
 namespace wakesleep::cpu {
 namespace {
@@ -13,7 +14,7 @@ at::Tensor linear_bernoulli_sample(const at::Tensor& h,       // [*B, H]
                                    const at::Tensor& key,     // [2]
                                    std::optional<at::ScalarType> dtype) {
   const LinearBernoulliSample call(h, weight, bias, key, dtype);
-  call.for_products<PlatformProducts>(call.h, false, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
+  call.for_products<Products>(call.h, false, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
     dispatch_floating_and_written(call.op, call.dtype, call.x.scalar_type(), [&](auto type, auto x_type) {
       using compute_t = at::opmath_type<typename decltype(type)::type>;
       using x_t = typename decltype(x_type)::type;

@@ -1,12 +1,13 @@
 // Layers f(h weight^T + bias) and their gradients, on the CPU.
 #include "../perceptron.h"
 
+#include "products.h"
 #include "summed_rows.h"
 
 namespace wakesleep::cpu {
 namespace {
 
-struct Kernels : PlatformProducts {
+struct Kernels : Products {
   static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
 
   static void write_output(const Perceptron& call, size_t l,

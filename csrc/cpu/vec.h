@@ -3,8 +3,9 @@
 //
 // vectorized_parallel_for(n, grain, body) runs body(begin, end) over at::parallel_for, inside a function compiled for
 // AVX-512, AVX2 or the baseline. `flatten` inlines the whole of body into each of these, so body is written once, as
-// plain loops over the lanes of a 64-byte vector, and the compiler's vectoriser does the rest. The choice is ATen's
-// own and obeys ATEN_CPU_CAPABILITY.
+// plain loops over the lanes of a 64-byte vector, and the compiler's vectoriser does the rest. A body that has to keep
+// vectors in registers asks how many bytes these have there: body(Bytes<n>{}, begin, end). The choice is ATen's own and
+// obeys ATEN_CPU_CAPABILITY.
 //
 // Reductions keep one accumulator per lane of those 64 bytes whatever the hardware's width, and add them in a fixed
 // order: with contraction off, every instruction set and every thread count returns the same bits.
@@ -32,27 +33,39 @@ inline InstructionSet instruction_set() {
   return chosen;
 }
 
+template <int n>
+using Bytes = std::integral_constant<int, n>;
+
+template <int bytes, typename Body>
+C10_ALWAYS_INLINE void run(const Body& body, int64_t begin, int64_t end) {
+  if constexpr (std::is_invocable_v<Body, Bytes<bytes>, int64_t, int64_t>) {
+    body(Bytes<bytes>{}, begin, end);
+  } else {
+    body(begin, end);
+  }
+}
+
 #if defined(__x86_64__)
-#define WAKESLEEP_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512"
-#define WAKESLEEP_AVX2 "avx2,f16c"
+#define WAKESLEEP_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"
+#define WAKESLEEP_AVX2 "avx2,fma,f16c"
 #define WAKESLEEP_COMPILED_FOR(features) __attribute__((target(features), flatten, noinline))
 
 template <typename Body>
 WAKESLEEP_COMPILED_FOR(WAKESLEEP_AVX512)
 void run_avx512(const Body& body, int64_t begin, int64_t end) {
-  body(begin, end);
+  run<64>(body, begin, end);
 }
 
 template <typename Body>
 WAKESLEEP_COMPILED_FOR(WAKESLEEP_AVX2)
 void run_avx2(const Body& body, int64_t begin, int64_t end) {
-  body(begin, end);
+  run<32>(body, begin, end);
 }
 #endif
 
 template <typename Body>
 __attribute__((flatten, noinline)) void run_baseline(const Body& body, int64_t begin, int64_t end) {
-  body(begin, end);
+  run<16>(body, begin, end);
 }
 
 template <typename Body>
@@ -77,6 +90,24 @@ inline int64_t grain_rows(int64_t row_elements) {
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row_elements));
 }
 
+// In halves, each half one addition of vectors.
+template <int count, typename T>
+C10_ALWAYS_INLINE T pairwise_sum(const T* value) {
+  if constexpr (count == 2) {
+    return value[0] + value[1];
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(T) * count / 2)));  // `using` would drop the attribute
+    static_assert(sizeof(Half) == sizeof(T) * count / 2);
+    Half low, high;
+    std::memcpy(&low, value, sizeof(Half));
+    std::memcpy(&high, value + count / 2, sizeof(Half));
+    low += high;
+    T half[count / 2];
+    std::memcpy(half, &low, sizeof(Half));
+    return pairwise_sum<count / 2>(half);
+  }
+}
+
 // One value per lane of a 64-byte vector.
 template <typename T>
 struct Lanes {
@@ -99,25 +130,6 @@ struct Lanes {
   }
 
   C10_ALWAYS_INLINE T sum() const { return pairwise_sum<width>(lane); }
-
- private:
-  // In halves, each half one addition of vectors.
-  template <int count>
-  static C10_ALWAYS_INLINE T pairwise_sum(const T* value) {
-    if constexpr (count == 2) {
-      return value[0] + value[1];
-    } else {
-      typedef T Half __attribute__((vector_size(sizeof(T) * count / 2)));  // `using` would drop the attribute
-      static_assert(sizeof(Half) == sizeof(T) * count / 2);
-      Half low, high;
-      std::memcpy(&low, value, sizeof(Half));
-      std::memcpy(&high, value + count / 2, sizeof(Half));
-      low += high;
-      T half[count / 2];
-      std::memcpy(half, &low, sizeof(Half));
-      return pairwise_sum<count / 2>(half);
-    }
-  }
 };
 
 // An element in for_lanes, by its index and its lane. The last vector is worked through whole even if the elements end

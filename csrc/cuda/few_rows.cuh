@@ -7,23 +7,13 @@
 // divided among lanes or warps, always in the same order.
 #pragma once
 
-#include <cstdlib>
-
+#include "../linear.h"
 #include "column_sums.cuh"
 
 namespace wakesleep::cuda {
 
-// Up to so many rows these kernels are the faster ones, by measurement on an H200; the environment may know better.
-inline int64_t few_rows() {
-  const char* chosen = std::getenv("WAKESLEEP_FEW_ROWS");
-  if (chosen == nullptr) {
-    return 256;
-  }
-  char* end = nullptr;
-  const int64_t rows = std::strtoll(chosen, &end, 10);
-  TORCH_CHECK_VALUE(end != chosen && *end == '\0', "expected WAKESLEEP_FEW_ROWS to be a number, got '", chosen, "'");
-  return rows;
-}
+// Measured on an H200.
+inline int64_t few_rows() { return wakesleep::few_rows(256); }
 
 // n consecutive elements, on a boundary of as many.
 template <typename compute_t, int n, typename T>

@@ -142,7 +142,7 @@ struct WriteProduct {
   }
 };
 
-struct Kernels {
+struct Kernels : PlatformProducts {
   static constexpr bool kOwnFewRows = true;
   static int64_t few_rows() { return cuda::few_rows(); }
   static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }

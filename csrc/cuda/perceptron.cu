@@ -95,7 +95,7 @@ struct WriteOutput {
   }
 };
 
-struct Kernels {
+struct Kernels : PlatformProducts {
   static constexpr bool kOwnFewRows = true;
   static int64_t few_rows() { return cuda::few_rows(); }
   static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }

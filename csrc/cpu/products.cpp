@@ -1,0 +1,429 @@
+// Products of matrices on the CPU. Those of few rows are made here.
+//
+// The platform's BLAS copies its operands into an order that suits it, and scales the result before it adds to it: that
+// pays where each of the copies is read many times. A weight matrix that meets 20 rows is read five times, from where
+// it is; a gradient of it is the sum of 20 outer products, written once. So a product of few rows is made in tiles
+// whose sums stay in registers, and what the next tiles will read is asked for meanwhile.
+#include "products.h"
+
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <cmath>
+
+#include "vec.h"
+
+namespace wakesleep::cpu {
+namespace {
+
+// Up to so many rows our own kernels are the faster ones, measured on a Zen 3 with AVX2.
+constexpr int64_t kFewRows = 64;
+
+// ---- vectors ----------------------------------------------------------------------------------------------------
+
+// Loops over arrays that are to stay in registers.
+#define WAKESLEEP_UNROLL _Pragma("GCC unroll 16")
+
+// A register of so many bytes.
+template <typename T, int bytes>
+struct Vector {
+  static constexpr int width = bytes / static_cast<int>(sizeof(T));
+  typedef T Lanes __attribute__((vector_size(bytes)));
+  typedef T Stored __attribute__((vector_size(bytes), aligned(alignof(T)), may_alias));
+
+  static C10_ALWAYS_INLINE Lanes load(const T* from) { return *reinterpret_cast<const Stored*>(from); }
+  static C10_ALWAYS_INLINE void store(T* to, Lanes lanes) { *reinterpret_cast<Stored*>(to) = lanes; }
+
+  // The first `count` lanes alone, with zeros after them.
+  static C10_ALWAYS_INLINE Lanes load(const T* from, int64_t count) {
+    return load(RaggedEnd<T, width>(from, count).lane);
+  }
+
+  static C10_ALWAYS_INLINE void store(T* to, Lanes lanes, int64_t count) {
+    T lane[width];
+    store(lane, lanes);
+#pragma omp simd
+    for (int l = 0; l < width; ++l) {
+      if (l < count) {
+        to[l] = lane[l];
+      }
+    }
+  }
+
+  static C10_ALWAYS_INLINE Lanes all(T value) {
+    Lanes lanes;
+    WAKESLEEP_UNROLL
+    for (int l = 0; l < width; ++l) {
+      lanes[l] = value;
+    }
+    return lanes;
+  }
+
+  // a b + c, rounded once: products are not promised to the bit, and this is half the work.
+  static C10_ALWAYS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+    WAKESLEEP_UNROLL
+    for (int l = 0; l < width; ++l) {
+      c[l] = std::fma(a[l], b[l], c[l]);
+    }
+    return c;
+  }
+
+  // As many as 16 bytes hold.
+  static constexpr int group = 16 / static_cast<int>(sizeof(T));
+
+  // The sums of a group of vectors, each over its lanes: neighbours are added in all vectors at once.
+  static C10_ALWAYS_INLINE void sums(const Lanes (&of)[group], T* to) {
+    T lane[width];
+    store(lane, tree<group>(of));
+    fold<width>(lane, to);
+  }
+
+ private:
+  // Each 16 bytes of the result add up those of `count` vectors.
+  template <int count>
+  static C10_ALWAYS_INLINE Lanes tree(const Lanes* of) {
+    if constexpr (count == 1) {
+      return *of;
+    } else {
+      return of_neighbours(tree<count / 2>(of), tree<count / 2>(of + count / 2),
+                           std::make_integer_sequence<int, width>());
+    }
+  }
+
+  template <int... lane>
+  static C10_ALWAYS_INLINE Lanes of_neighbours(Lanes a, Lanes b, std::integer_sequence<int, lane...>) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, pair(lane)...) + __builtin_shufflevector(a, b, (pair(lane) + 1)...);
+#else
+    using Index = decltype(a < b);
+    return __builtin_shuffle(a, b, Index{pair(lane)...}) + __builtin_shuffle(a, b, Index{(pair(lane) + 1)...});
+#endif
+  }
+
+  // Where the first of two neighbours is, among the lanes of two vectors: half of every 16 bytes comes from each.
+  static constexpr int pair(int lane) {
+    const int place = lane % group, half = group / 2;
+    return lane - place + 2 * (place % half) + (place < half ? 0 : width);
+  }
+
+  // The 16 bytes that all of them add up to.
+  template <int lanes>
+  static C10_ALWAYS_INLINE void fold(const T* from, T* to) {
+    if constexpr (lanes == group) {
+      std::copy_n(from, group, to);
+    } else {
+      T half[lanes / 2];
+      using Half = Vector<T, static_cast<int>(sizeof(half))>;
+      Half::store(half, Half::load(from) + Half::load(from + lanes / 2));
+      fold<lanes / 2>(half, to);
+    }
+  }
+};
+
+// As many sums at once as hide the time that a multiply-add takes, where two begin in every cycle; with what they are
+// made of they fit 16 registers.
+constexpr int kTileRows = 4, kTileVectors = 3;
+
+// body(Bytes<n>{}) for n = count, or the most if these are more.
+template <int most, typename Body>
+C10_ALWAYS_INLINE void for_at_most(int64_t count, const Body& body) {
+  if constexpr (most > 1) {
+    if (count < most) {
+      return for_at_most<most - 1>(count, body);
+    }
+  }
+  body(std::integral_constant<int, most>{});
+}
+
+template <typename T>
+struct Strided {
+  T* data;
+  int64_t row, column;  // strides
+
+  C10_ALWAYS_INLINE T* at(int64_t m, int64_t n) const { return data + m * row + n * column; }
+  C10_ALWAYS_INLINE Strided from(int64_t m, int64_t n) const { return {at(m, n), row, column}; }
+};
+
+// Asks for a block of rows that will be wanted soon.
+template <typename T>
+C10_ALWAYS_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last, int64_t column, int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t at = column; at < column + columns; at += kLine) {
+      __builtin_prefetch(a.at(row, at));
+    }
+  }
+}
+
+// So many tiles are worth a thread.
+inline int64_t grain_of(int64_t multiplications) {
+  constexpr int64_t kGrain = 1 << 18;
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiplications));
+}
+
+// ---- a b^T, both row by row: forwards ------------------------------------------------------------------------------
+
+// y[r, c] = sum_k a[r, k] b[c, k] for a tile: lanes add up every width-th k.
+template <typename T, int bytes, int rows, int columns>
+C10_ALWAYS_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T>& b, int64_t K, const Strided<T>& y) {
+  using V = Vector<T, bytes>;
+  typename V::Lanes sum[rows][columns];
+  WAKESLEEP_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    WAKESLEEP_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      sum[r][c] = V::all(0);
+    }
+  }
+  const auto add = [&](const auto& load) {
+    typename V::Lanes of_b[columns];
+    WAKESLEEP_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      of_b[c] = load(b.at(c, 0));
+    }
+    WAKESLEEP_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const typename V::Lanes of_a = load(a.at(r, 0));
+      WAKESLEEP_UNROLL
+      for (int c = 0; c < columns; ++c) {
+        sum[r][c] = V::multiply_add(of_a, of_b[c], sum[r][c]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + V::width <= K; k += V::width) {
+    add([k](const T* row) { return V::load(row + k); });
+  }
+  if (k < K) {
+    add([k, K](const T* row) { return V::load(row + k, K - k); });
+  }
+  WAKESLEEP_UNROLL
+  for (int first = 0; first < rows; first += V::group) {
+    WAKESLEEP_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      typename V::Lanes of_rows[V::group];
+      WAKESLEEP_UNROLL
+      for (int r = 0; r < V::group; ++r) {
+        of_rows[r] = first + r < rows ? sum[first + r][c] : V::all(0);
+      }
+      T sums[V::group];
+      V::sums(of_rows, sums);
+      WAKESLEEP_UNROLL
+      for (int r = 0; r < std::min(V::group, rows - first); ++r) {
+        *y.at(first + r, c) = sums[r];
+      }
+    }
+  }
+}
+
+// Every few rows of b meet all rows of a.
+template <typename T>
+void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
+                   const Strided<T>& y) {
+  const int64_t row_tiles = (M + kTileRows - 1) / kTileRows, column_tiles = (N + kTileVectors - 1) / kTileVectors;
+  vectorized_parallel_for(column_tiles, grain_of(M * K * kTileVectors), [&](auto bytes, int64_t begin, int64_t end) {
+    for (int64_t n = begin * kTileVectors; n < std::min(N, end * kTileVectors); n += kTileVectors) {
+      for_at_most<kTileVectors>(N - n, [&](auto columns) {
+        for (int64_t tile = 0; tile < row_tiles; ++tile) {
+          const int64_t k = K * tile / row_tiles, m = tile * kTileRows;
+          prefetch(b, n + columns, std::min(N, n + 2 * columns), k, K * (tile + 1) / row_tiles - k);
+          for_at_most<kTileRows>(M - m, [&](auto rows) {
+            dot_tile<T, bytes, rows, columns>(a.from(m, 0), b.from(n, 0), K, y.from(m, n));
+          });
+        }
+      });
+    }
+  });
+}
+
+// ---- a b, b row by row: backwards ----------------------------------------------------------------------------------
+
+// So many rows of b are added up at a time, which stay in cache for all rows of a.
+constexpr int64_t kBlock = 32;
+
+// to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile; `count` is how many elements the last vector has, if it is
+// not full.
+template <typename T, int bytes, int rows, int vectors, typename... Count>
+C10_ALWAYS_INLINE void outer_tile(const T (&a)[kBlock][kTileRows], const Strided<const T>& b, int64_t K,
+                                  const Strided<const T>& from, const Strided<T>& to, Count... count) {
+  using V = Vector<T, bytes>;
+  constexpr int full = vectors - static_cast<int>(sizeof...(count));
+  const auto for_vectors = [&](const auto& body) {
+    WAKESLEEP_UNROLL
+    for (int v = 0; v < full; ++v) {
+      body(v);
+    }
+    if constexpr (full < vectors) {
+      body(full, count...);
+    }
+  };
+  typename V::Lanes sum[rows][vectors];
+  WAKESLEEP_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    for_vectors([&](int v, auto... n) { sum[r][v] = V::load(from.at(r, v * V::width), n...); });
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    typename V::Lanes of_b[vectors];
+    for_vectors([&](int v, auto... n) { of_b[v] = V::load(b.at(k, v * V::width), n...); });
+    WAKESLEEP_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const typename V::Lanes of_a = V::all(a[k][r]);
+      WAKESLEEP_UNROLL
+      for (int v = 0; v < vectors; ++v) {
+        sum[r][v] = V::multiply_add(of_a, of_b[v], sum[r][v]);
+      }
+    }
+  }
+  WAKESLEEP_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    for_vectors([&](int v, auto... n) { V::store(to.at(r, v * V::width), sum[r][v], n...); });
+  }
+}
+
+// Of a tile as wide as a matrix has columns left for it, in the fewest vectors.
+template <int vectors, typename Tile>
+C10_ALWAYS_INLINE void with_vectors(int64_t width, int64_t columns, const Tile& tile) {
+  if (columns >= vectors * width) {
+    return tile(std::integral_constant<int, vectors>{});
+  }
+  if constexpr (vectors > 1) {
+    if (columns <= (vectors - 1) * width) {
+      return with_vectors<vectors - 1>(width, columns, tile);
+    }
+  }
+  tile(std::integral_constant<int, vectors>{}, columns - (vectors - 1) * width);
+}
+
+template <typename T>
+void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
+                      const Strided<T>& y) {
+  constexpr int64_t kWidest = kTileVectors * 64 / sizeof(T);
+  static constexpr T kZeros[kWidest] = {};
+  const int64_t row_tiles = (M + kTileRows - 1) / kTileRows, strips = (N + kWidest - 1) / kWidest;
+  const int64_t parts = std::max(row_tiles, strips);
+  const auto of_rows = [&](auto bytes, int64_t first_row, int64_t last_row, int64_t first, int64_t last) {
+    constexpr int64_t width = Vector<T, bytes>::width, strip = kTileVectors * width;
+    for (int64_t k = 0; k < K; k += kBlock) {
+      const int64_t count = std::min(kBlock, K - k), following = std::min(kBlock, K - k - count);
+      for (int64_t m = first_row; m < last_row; m += kTileRows) {
+        for_at_most<kTileRows>(last_row - m, [&](auto rows) {
+          T of_a[kBlock][kTileRows];
+          for (int64_t i = 0; i < count; ++i) {
+            for (int r = 0; r < rows; ++r) {
+              of_a[i][r] = *a.at(m + r, k + i);
+            }
+          }
+          const int64_t tile = m / kTileRows, next = k + count + following * tile / row_tiles;
+          const int64_t next_end = k + count + following * (tile + 1) / row_tiles;
+          for (int64_t n = first; n < last; n += strip) {
+            prefetch(b, next, next_end, n, strip);
+            prefetch(y, m, m + rows, n + 2 * strip, strip);
+            const Strided<T> to = y.from(m, n);
+            const Strided<const T> from = k > 0 ? Strided<const T>{to.data, to.row, 1} : Strided<const T>{kZeros, 0, 1};
+            with_vectors<kTileVectors>(width, last - n, [&](auto vectors, auto... ragged) {
+              outer_tile<T, bytes, rows, vectors>(of_a, b.from(k, n), count, from, to, ragged...);
+            });
+          }
+        });
+      }
+    }
+  };
+  vectorized_parallel_for(parts, grain_of(M * K * N / parts), [&](auto bytes, int64_t begin, int64_t end) {
+    const bool by_rows = parts == row_tiles;
+    of_rows(bytes, by_rows ? begin * kTileRows : 0, by_rows ? std::min(M, end * kTileRows) : M,
+            by_rows ? 0 : begin * kWidest, by_rows ? N : std::min(N, end * kWidest));
+  });
+}
+
+// ---- who multiplies ------------------------------------------------------------------------------------------------
+
+bool is_few(int64_t rows) { return rows <= few_rows(kFewRows); }
+
+// Whether our own kernels make a b. Few are the rows of a; or, where the product is the gradient of a weight, those of
+// b, which are summed over. The baseline has no fused multiply-add.
+bool is_ours(const at::Tensor& a, const at::Tensor& b) {
+  if (instruction_set() == InstructionSet::baseline || a.scalar_type() != b.scalar_type() || a.numel() == 0 ||
+      b.numel() == 0) {
+    return false;
+  }
+  return b.stride(1) == 1 ? is_few(a.size(0)) || is_few(b.size(0))
+                          : b.stride(0) == 1 && a.stride(1) == 1 && is_few(a.size(0));
+}
+
+template <typename T>
+Strided<const T> operand(const at::Tensor& a) {
+  return {a.const_data_ptr<T>(), a.stride(0), a.stride(1)};
+}
+
+// y = a b, which is contiguous.
+void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& y) {
+  const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
+  dispatch_computed(y.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Strided<T> to = {y.mutable_data_ptr<T>(), y.stride(0), 1};
+    if (b.stride(1) == 1) {
+      multiply_columns(operand<T>(a), operand<T>(b), M, K, N, to);
+    } else {
+      multiply_rows(operand<T>(a), operand<T>(b.t()), M, K, N, to);
+    }
+  });
+}
+
+// Whether MKL leaves part of the processor idle: it uses AVX-512 on Intel's own processors alone, and where others have
+// it, oneDNN multiplies twice as fast. Elsewhere MKL is the faster of the two.
+bool blas_leaves_out_avx512() {
+#ifdef __x86_64__
+  return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// oneDNN's x weight^T, if this torch has it.
+using OneDnnLinear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                                std::string_view, c10::List<std::optional<at::Scalar>>,
+                                std::optional<std::string_view>);
+const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
+  static const auto found = []() -> std::optional<c10::TypedOperatorHandle<OneDnnLinear>> {
+    const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    return op ? std::optional(op->typed<OneDnnLinear>()) : std::nullopt;
+  }();
+  return found;
+}
+
+// Whether a [M, N] is stored row by row or column by column, maybe with gaps.
+bool is_plain(const at::Tensor& a) {
+  const auto M = a.size(0), N = a.size(1), row = a.stride(0), column = a.stride(1);
+  return (column == 1 && row >= std::max<int64_t>(1, N)) || (row == 1 && column >= std::max<int64_t>(1, M));
+}
+
+bool is_for_onednn(const at::Tensor& a, const at::Tensor& b) {
+  constexpr int64_t kWorthwhile = 1 << 20;  // below so many multiplications its calls take longer to prepare
+  static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
+  return is_better && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile && is_plain(a) &&
+         is_plain(b) && at::globalContext().userEnabledMkldnn();
+}
+
+}  // namespace
+
+at::Tensor Products::product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+  if (is_ours(a, b)) {
+    const at::Tensor y = at::empty({a.size(0), b.size(1)}, a.options());
+    multiply(a, b, y);
+    return in_type(y, type);
+  }
+  if (is_for_onednn(a, b)) {
+    return in_type(onednn_linear()->call(a, b.t(), {}, "none", c10::List<std::optional<at::Scalar>>(), {}), type);
+  }
+  return in_type(at::mm(a, b), type);
+}
+
+void Products::add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+  if (is_for_onednn(a, b)) {
+    sum.add_(product(a, b, sum.scalar_type()));
+  } else {
+    sum.addmm_(a, b);
+  }
+}
+
+}  // namespace wakesleep::cpu
