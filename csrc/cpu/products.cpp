@@ -120,11 +120,11 @@ struct Vector {
   }
 };
 
-// As many sums at once as hide the time that a multiply-add takes, where two begin in every cycle; with what they are
-// made of they fit 16 registers.
-constexpr int kTileRows = 4, kTileVectors = 3;
+// A tile of the product: as many sums as hide the time that a multiply-add takes, where two begin in every cycle; with
+// what they are made of they fit 16 registers. A column is an element forwards, a vector of them backwards.
+constexpr int kTileRows = 4, kTileColumns = 3;
 
-// body(Bytes<n>{}) for n = count, or the most if these are more.
+// body(n) for n = count, or the most if these are more; n is known to the compiler.
 template <int most, typename Body>
 C10_ALWAYS_INLINE void for_at_most(int64_t count, const Body& body) {
   if constexpr (most > 1) {
@@ -216,14 +216,14 @@ C10_ALWAYS_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T
   }
 }
 
-// Every few rows of b meet all rows of a.
+// Every tile's rows of b meet all rows of a.
 template <typename T>
 void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                    const Strided<T>& y) {
-  const int64_t row_tiles = (M + kTileRows - 1) / kTileRows, column_tiles = (N + kTileVectors - 1) / kTileVectors;
-  vectorized_parallel_for(column_tiles, grain_of(M * K * kTileVectors), [&](auto bytes, int64_t begin, int64_t end) {
-    for (int64_t n = begin * kTileVectors; n < std::min(N, end * kTileVectors); n += kTileVectors) {
-      for_at_most<kTileVectors>(N - n, [&](auto columns) {
+  const int64_t row_tiles = (M + kTileRows - 1) / kTileRows, column_tiles = (N + kTileColumns - 1) / kTileColumns;
+  vectorized_parallel_for(column_tiles, grain_of(M * K * kTileColumns), [&](auto bytes, int64_t begin, int64_t end) {
+    for (int64_t n = begin * kTileColumns; n < std::min(N, end * kTileColumns); n += kTileColumns) {
+      for_at_most<kTileColumns>(N - n, [&](auto columns) {
         for (int64_t tile = 0; tile < row_tiles; ++tile) {
           const int64_t k = K * tile / row_tiles, m = tile * kTileRows;
           prefetch(b, n + columns, std::min(N, n + 2 * columns), k, K * (tile + 1) / row_tiles - k);
@@ -297,12 +297,12 @@ C10_ALWAYS_INLINE void with_vectors(int64_t width, int64_t columns, const Tile& 
 template <typename T>
 void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                       const Strided<T>& y) {
-  constexpr int64_t kWidest = kTileVectors * 64 / sizeof(T);
+  constexpr int64_t kWidest = kTileColumns * 64 / sizeof(T);
   static constexpr T kZeros[kWidest] = {};
   const int64_t row_tiles = (M + kTileRows - 1) / kTileRows, strips = (N + kWidest - 1) / kWidest;
   const int64_t parts = std::max(row_tiles, strips);
-  const auto of_rows = [&](auto bytes, int64_t first_row, int64_t last_row, int64_t first, int64_t last) {
-    constexpr int64_t width = Vector<T, bytes>::width, strip = kTileVectors * width;
+  const auto multiply_part = [&](auto bytes, int64_t first_row, int64_t last_row, int64_t first, int64_t last) {
+    constexpr int64_t width = Vector<T, bytes>::width, strip = kTileColumns * width;
     for (int64_t k = 0; k < K; k += kBlock) {
       const int64_t count = std::min(kBlock, K - k), following = std::min(kBlock, K - k - count);
       for (int64_t m = first_row; m < last_row; m += kTileRows) {
@@ -320,7 +320,7 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
             prefetch(y, m, m + rows, n + 2 * strip, strip);
             const Strided<T> to = y.from(m, n);
             const Strided<const T> from = k > 0 ? Strided<const T>{to.data, to.row, 1} : Strided<const T>{kZeros, 0, 1};
-            with_vectors<kTileVectors>(width, last - n, [&](auto vectors, auto... ragged) {
+            with_vectors<kTileColumns>(width, last - n, [&](auto vectors, auto... ragged) {
               outer_tile<T, bytes, rows, vectors>(of_a, b.from(k, n), count, from, to, ragged...);
             });
           }
@@ -330,8 +330,8 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
   };
   vectorized_parallel_for(parts, grain_of(M * K * N / parts), [&](auto bytes, int64_t begin, int64_t end) {
     const bool by_rows = parts == row_tiles;
-    of_rows(bytes, by_rows ? begin * kTileRows : 0, by_rows ? std::min(M, end * kTileRows) : M,
-            by_rows ? 0 : begin * kWidest, by_rows ? N : std::min(N, end * kWidest));
+    multiply_part(bytes, by_rows ? begin * kTileRows : 0, by_rows ? std::min(M, end * kTileRows) : M,
+                  by_rows ? 0 : begin * kWidest, by_rows ? N : std::min(N, end * kWidest));
   });
 }
 
@@ -339,14 +339,14 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
 
 bool is_few(int64_t rows) { return rows <= few_rows(kFewRows); }
 
-// Whether our own kernels make a b. Few are the rows of a; or, where the product is the gradient of a weight, those of
-// b, which are summed over. The baseline has no fused multiply-add.
+// Whether our own kernels make a b. Few are the rows of the product; or, where it is the gradient of a weight, those
+// that are summed over. The baseline has no fused multiply-add.
 bool is_ours(const at::Tensor& a, const at::Tensor& b) {
   if (instruction_set() == InstructionSet::baseline || a.scalar_type() != b.scalar_type() || a.numel() == 0 ||
       b.numel() == 0) {
     return false;
   }
-  return b.stride(1) == 1 ? is_few(a.size(0)) || is_few(b.size(0))
+  return b.stride(1) == 1 ? is_few(a.size(0)) || (a.stride(0) == 1 && is_few(a.size(1)))
                           : b.stride(0) == 1 && a.stride(1) == 1 && is_few(a.size(0));
 }
 
