@@ -254,8 +254,8 @@ def binarize(
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
     r"""Layer :math:`y = f(hW^\top + b)` of a network, as ``torch.tanh(F.linear(h, weight, bias))`` in fewer passes: the
     bias is added and f taken where the matrix product has left its result, and the backward pass forms the gradient of
-    the bias on its way. On a CPU, float32 is multiplied by oneDNN where that is worthwhile: beside a BLAS that does
-    without the processor's AVX-512, twice as fast.
+    the bias on its way. Few rows are multiplied by kernels of our own. Many are, on a CPU, by oneDNN where that is
+    worthwhile: float32, beside a BLAS that does without the processor's AVX-512.
 
     Args:
         h: ``[*B, H]``.
