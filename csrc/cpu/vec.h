@@ -4,8 +4,8 @@
 // vectorized_parallel_for(n, grain, body) runs body(begin, end) over at::parallel_for, inside a function compiled for
 // AVX-512, AVX2 or the baseline. `flatten` inlines the whole of body into each of these, so body is written once, as
 // plain loops over the lanes of a 64-byte vector, and the compiler's vectoriser does the rest. A body that has to keep
-// vectors in registers asks how many bytes these have there: body(Bytes<n>{}, begin, end). The choice is ATen's own and
-// obeys ATEN_CPU_CAPABILITY.
+// vectors in registers asks how many bytes these have there: body(Bytes<n>{}, begin, end); it is for AVX alone. The
+// choice is ATen's own and obeys ATEN_CPU_CAPABILITY.
 //
 // Reductions keep one accumulator per lane of those 64 bytes whatever the hardware's width, and add them in a fixed
 // order: with contraction off, every instruction set and every thread count returns the same bits.
@@ -36,6 +36,7 @@ inline InstructionSet instruction_set() {
 template <int n>
 using Bytes = std::integral_constant<int, n>;
 
+// body as it asks to be called, in a function whose vectors have so many bytes.
 template <int bytes, typename Body>
 C10_ALWAYS_INLINE void run(const Body& body, int64_t begin, int64_t end) {
   if constexpr (std::is_invocable_v<Body, Bytes<bytes>, int64_t, int64_t>) {
@@ -65,7 +66,11 @@ void run_avx2(const Body& body, int64_t begin, int64_t end) {
 
 template <typename Body>
 __attribute__((flatten, noinline)) void run_baseline(const Body& body, int64_t begin, int64_t end) {
-  run<16>(body, begin, end);
+  if constexpr (std::is_invocable_v<Body, int64_t, int64_t>) {
+    body(begin, end);
+  } else {
+    TORCH_INTERNAL_ASSERT(false, "called without asking for the instruction set");
+  }
 }
 
 template <typename Body>
@@ -90,24 +95,6 @@ inline int64_t grain_rows(int64_t row_elements) {
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row_elements));
 }
 
-// In halves, each half one addition of vectors.
-template <int count, typename T>
-C10_ALWAYS_INLINE T pairwise_sum(const T* value) {
-  if constexpr (count == 2) {
-    return value[0] + value[1];
-  } else {
-    typedef T Half __attribute__((vector_size(sizeof(T) * count / 2)));  // `using` would drop the attribute
-    static_assert(sizeof(Half) == sizeof(T) * count / 2);
-    Half low, high;
-    std::memcpy(&low, value, sizeof(Half));
-    std::memcpy(&high, value + count / 2, sizeof(Half));
-    low += high;
-    T half[count / 2];
-    std::memcpy(half, &low, sizeof(Half));
-    return pairwise_sum<count / 2>(half);
-  }
-}
-
 // One value per lane of a 64-byte vector.
 template <typename T>
 struct Lanes {
@@ -130,6 +117,25 @@ struct Lanes {
   }
 
   C10_ALWAYS_INLINE T sum() const { return pairwise_sum<width>(lane); }
+
+ private:
+  // In halves, each half one addition of vectors.
+  template <int count>
+  static C10_ALWAYS_INLINE T pairwise_sum(const T* value) {
+    if constexpr (count == 2) {
+      return value[0] + value[1];
+    } else {
+      typedef T Half __attribute__((vector_size(sizeof(T) * count / 2)));  // `using` would drop the attribute
+      static_assert(sizeof(Half) == sizeof(T) * count / 2);
+      Half low, high;
+      std::memcpy(&low, value, sizeof(Half));
+      std::memcpy(&high, value + count / 2, sizeof(Half));
+      low += high;
+      T half[count / 2];
+      std::memcpy(half, &low, sizeof(Half));
+      return pairwise_sum<count / 2>(half);
+    }
+  }
 };
 
 // An element in for_lanes, by its index and its lane. The last vector is worked through whole even if the elements end
