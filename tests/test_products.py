@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -127,3 +131,14 @@ def test_who_multiplies(rows: int, chosen: str | None, monkeypatch: pytest.Monke
     by_torch = sum(event.name == "aten::mm" for event in profile.events())
     assert by_torch == (3 if rows > int(chosen or FEW_ROWS) else 0)
     _assert_exact(found, layer, upstream)
+
+
+def test_a_processor_without_vectors_has_its_products_from_torch() -> None:
+    program = """
+import torch, wakesleep_ext as ws
+h, weight, bias = torch.randn(20, 30), torch.randn(17, 30), torch.randn(17)
+print(torch.equal(ws.linear(h, weight, bias), torch.mm(h, weight.t()) + bias))
+"""
+    variables = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
