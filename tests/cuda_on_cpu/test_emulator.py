@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,8 @@ def test_errors_are_noticed(name: str, message: str) -> None:
 @pytest.mark.skipif(not SANITIZE, reason="built without sanitizers")
 def test_a_load_past_the_end_is_noticed() -> None:
     code = "import emulation, test_emulator; emulation.load(); test_emulator._run('past_the_end')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    here = Path(__file__).parent
+    path = {**os.environ, "PYTHONPATH": str(here.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=path, capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
