@@ -60,11 +60,12 @@ readme: $(VENV)/.installed
 
 # Addresses and undefined behaviour checked in every kernel, as the tests run it on the CPU. The libraries are preloaded
 # because it is Python that loads the instrumented one; leaks are the interpreter's. Under the shuffled
-# schedule alone, in which every block strides over the grid.
+# schedule alone, in which every block strides over the grid; and without the tests that call an op many times over.
 cuda-on-cpu-asan: $(VENV)/.installed
 	WAKESLEEP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) --capture=sys -k "not order" tests/cuda_on_cpu
+		$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) --capture=sys \
+		-k "not order and not gradcheck and not opcheck and not every_way" tests/cuda_on_cpu
 
 # The tests run against the installed wheel: from their own folder, so that the source tree is not on the path.
 cuda-check: $(CUDA_VENV)/.installed

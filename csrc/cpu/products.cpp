@@ -280,20 +280,6 @@ C10_ALWAYS_INLINE void outer_tile(const T (&a)[kBlock][kTileRows], const Strided
   }
 }
 
-// Of a tile as wide as a matrix has columns left for it, in the fewest vectors.
-template <int vectors, typename Tile>
-C10_ALWAYS_INLINE void with_vectors(int64_t width, int64_t columns, const Tile& tile) {
-  if (columns >= vectors * width) {
-    return tile(std::integral_constant<int, vectors>{});
-  }
-  if constexpr (vectors > 1) {
-    if (columns <= (vectors - 1) * width) {
-      return with_vectors<vectors - 1>(width, columns, tile);
-    }
-  }
-  tile(std::integral_constant<int, vectors>{}, columns - (vectors - 1) * width);
-}
-
 template <typename T>
 void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                       const Strided<T>& y) {
@@ -320,8 +306,12 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
             prefetch(y, m, m + rows, n + 2 * strip, strip);
             const Strided<T> to = y.from(m, n);
             const Strided<const T> from = k > 0 ? Strided<const T>{to.data, to.row, 1} : Strided<const T>{kZeros, 0, 1};
-            with_vectors<kTileColumns>(width, last - n, [&](auto vectors, auto... ragged) {
-              outer_tile<T, bytes, rows, vectors>(of_a, b.from(k, n), count, from, to, ragged...);
+            const int64_t left = last - n;
+            for_at_most<kTileColumns>((left + width - 1) / width, [&](auto vectors) {
+              const auto tile = [&](auto... ragged) {
+                outer_tile<T, bytes, rows, vectors>(of_a, b.from(k, n), count, from, to, ragged...);
+              };
+              left >= vectors* width ? tile() : tile(left - (vectors - 1) * width);
             });
           }
         });

@@ -14,15 +14,17 @@ import test_random
 import test_ways
 import torch
 from cases import FLOATING, SHAPES, SMALL, Case, make_key
-from emulation import SANITIZE, count_launches, cuda_kernels, device_tests, operators
+from emulation import count_launches, cuda_kernels, device_tests, operators
 
 import wakesleep_ext as ws
 
 pytestmark = pytest.mark.source_tree
 
-globals().update(device_tests(test_adam, test_binarize, test_ops, test_heads, test_layers, test_random, test_errors))
-if not SANITIZE:  # these call the same kernels on the same inputs again, and again
-    globals().update(device_tests(test_gradients, test_ways))
+globals().update(
+    device_tests(
+        test_adam, test_binarize, test_ops, test_gradients, test_heads, test_layers, test_random, test_errors, test_ways
+    )
+)
 
 
 def test_every_operator_has_a_cuda_kernel(device: str) -> None:
