@@ -1,5 +1,5 @@
 # make train   an environment, compiled kernels, and a Helmholtz machine trained on the digits (runs/digits)
-# make test    the same environment, the whole test suite
+# make test    the same environment, and the everyday tests in it
 # make help    the rest
 
 VENV ?= .venv
@@ -12,15 +12,21 @@ RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen5-avx512-1-thread.json
 STEP_RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen3-avx2-1-thread-step.json
 ON_EVERY_CORE := --numprocesses auto --dist loadgroup
 PIP := -m pip install --quiet --disable-pip-version-check
+EXTRAS := train test lint docs examples
+BUILD_TOOLS := setuptools wheel ninja pybind11
+# The packages of an extra. pyproject.toml lists each extra on one line.
+extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 SHELL := /bin/bash
 
-.PHONY: help train test lint format benchmark readme mnist docs cuda-check cuda-on-cpu-asan sass-report gpu-check clean
+.PHONY: help train test test-thorough lint format benchmark readme mnist docs cuda-check cuda-on-cpu-asan sass-report \
+	gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make test-thorough  runs every test and the sanitizers, in hours"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      rewrites the sources as ruff and clang-format would have them"
 	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and README's tables"
@@ -34,18 +40,25 @@ help:
 	@echo "make clean       removes what was built, not the environments"
 
 train: $(VENV)/.installed
-	$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
+	@echo "Training a Helmholtz machine on the digits (half a minute)"
+	@$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
 
-test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) $(TESTS)
+test: $(VENV)/.installed $(VENV)/.test
+	@echo "Running the everyday tests (6 minutes on two cores)"
+	@$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) $(TESTS)
 
-lint: $(VENV)/.installed
+test-thorough: $(VENV)/.examples docs
+	@echo "Running every test (an hour or two on two cores), then the sanitizers"
+	@$(VENV)/bin/python -m pytest --thorough $(ON_EVERY_CORE) $(TESTS)
+	$(MAKE) cuda-on-cpu-asan
+
+lint: $(VENV)/.train $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
 
-format: $(VENV)/.installed
+format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(shell find csrc -type f)
@@ -61,7 +74,7 @@ readme: $(VENV)/.installed
 # Addresses and undefined behaviour checked in every kernel, as the tests run it on the CPU. The libraries are preloaded
 # because it is Python that loads the instrumented one; leaks are the interpreter's. Under the shuffled
 # schedule alone, in which every block strides over the grid; and without the tests that call an op many times over.
-cuda-on-cpu-asan: $(VENV)/.installed
+cuda-on-cpu-asan: $(VENV)/.installed $(VENV)/.test
 	WAKESLEEP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) --capture=sys \
@@ -75,8 +88,10 @@ cuda-check: $(CUDA_VENV)/.installed
 sass-report: $(CUDA_VENV)/.installed
 	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/sass_report.py
 
-docs: $(VENV)/.installed
-	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --fresh-env docs build/docs
+docs: $(VENV)/.installed $(VENV)/.test $(VENV)/.docs
+	@echo "Building the reference pages into build/docs (half a minute)"
+	@$(VENV)/bin/sphinx-build --quiet --fail-on-warning --fresh-env docs build/docs
+	@$(VENV)/bin/python -m pytest -q tests/test_docs.py
 
 mnist: $(VENV)/.installed
 	$(VENV)/bin/python scripts/mnist_objectives.py --data $(DATA) --runs runs/mnist
@@ -89,22 +104,32 @@ clean:
 	rm -rf build dist *.egg-info wakesleep_ext/_C*.so wakesleep_ext/_build.py $(VENV)/.installed $(CUDA_VENV)/.installed
 
 $(VENV)/.environment: constraints.txt pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP) -c constraints.txt torch setuptools wheel ninja pybind11
-	touch $@
+	@echo "Installing torch into $(VENV) (1 GB or more, a minute)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python $(PIP) -c constraints.txt torch $(BUILD_TOOLS)
+	@touch $@
 
-$(VENV)/.installed: $(VENV)/.environment $(SOURCES)
-	$(VENV)/bin/python $(PIP) -c constraints.txt --no-build-isolation -e '.[train,dev,examples,docs]'
-	touch $@
+# An extra is its packages alone: installing one compiles nothing.
+$(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: $(VENV)/.environment
+	@echo "Installing the packages of the extra '$*' into $(VENV)"
+	@$(VENV)/bin/python $(PIP) -c constraints.txt $(call extra,$*)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.environment $(VENV)/.train $(SOURCES)
+	@echo "Compiling the kernels (4 minutes on two cores; later, only what changed)"
+	@$(VENV)/bin/python $(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
 
 # Everything as in the other environment, but for a torch that has CUDA in it.
 $(CUDA_VENV)/.environment: constraints.txt pyproject.toml
-	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python $(PIP) -c <(sed '/^torch==/d' constraints.txt) torch==2.14.1 setuptools wheel ninja pybind11 \
-		hypothesis matplotlib numpy pytest pytest-xdist safetensors scikit-learn scipy tqdm tyro
-	touch $@
+	@echo "Installing a torch with CUDA into $(CUDA_VENV) (several GB, minutes)"
+	@test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python $(PIP) -c <(sed '/^torch==/d' constraints.txt) torch==2.14.1 $(BUILD_TOOLS) \
+		$(call extra,train) $(call extra,test)
+	@touch $@
 
 $(CUDA_VENV)/.installed: $(CUDA_VENV)/.environment $(SOURCES)
-	WAKESLEEP_FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_VENV)/bin/python $(PIP) \
+	@echo "Compiling the kernels for CUDA $(CUDA_ARCHITECTURES) (minutes)"
+	@WAKESLEEP_FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_VENV)/bin/python $(PIP) \
 		--no-build-isolation --no-deps --force-reinstall .
-	touch $@
+	@touch $@
