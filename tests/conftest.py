@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the devices they run on, and a seed for each."""
+"""The two tiers, and fixtures for all tests: the devices they run on, and a seed for each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # which has a core to itself
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="also run the tests marked thorough")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the thorough tier to `make test-thorough`."""
+    if config.option.thorough:
+        return
+    thorough = [item for item in items if item.get_closest_marker("thorough")]
+    if thorough:
+        config.hook.pytest_deselected(items=thorough)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.option.thorough:
+        terminalreporter.write_line("Everyday tests only; --thorough or `make test-thorough` runs all.")
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

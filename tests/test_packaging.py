@@ -162,7 +162,7 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_source_distribution_installs_where_only_torch_is(tmp_path: Path) -> None:
     """As people type it: `pip install`, isolated, builds against the torch that is there, headers included."""
     sdist = "from build_support import backend; import sys; print(backend.build_sdist(sys.argv[1]))"
