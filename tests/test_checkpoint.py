@@ -1,8 +1,10 @@
 """A checkpoint is the old one or the new one, exactly as saved, or an error that names it."""
 
 import io
+import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -112,6 +114,44 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(path, monkeypatch, survive
             raise DiskFullError
 
     monkeypatch.setattr(Path, "open", lambda path, mode: Disk(path, mode))
+    with pytest.raises(DiskFullError):
+        checkpoint.save(path, {"weight": torch.zeros(50, 50)}, {})
+    monkeypatch.undo()
+    assert bits(checkpoint.load(path).tensors) == bits(TENSORS)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_disk_has_the_content_before_the_rename_and_the_rename_before_save_returns(path, monkeypatch):
+    """After a power failure the path holds the old checkpoint or the new one, and the new one once save has returned."""
+    fsync, replace = os.fsync, os.replace
+    events = []
+
+    def note_sync(descriptor):
+        found = os.fstat(descriptor)
+        is_file = stat.S_ISREG(found.st_mode)
+        events.append(("sync", found.st_ino, found.st_size if is_file else None))
+        fsync(descriptor)
+
+    def note_rename(source, target):
+        events.append(("rename", os.stat(source).st_ino, target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    checkpoint.save(path, {"weight": torch.ones(3)}, {})
+    file, folder = path.stat(), path.parent.stat()
+    assert events == [
+        ("sync", file.st_ino, file.st_size),
+        ("rename", file.st_ino, path),
+        ("sync", folder.st_ino, None),
+    ]
+
+
+def test_a_sync_that_fails_leaves_the_old_checkpoint(path, monkeypatch):
+    def fail(descriptor):
+        raise DiskFullError
+
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DiskFullError):
         checkpoint.save(path, {"weight": torch.zeros(50, 50)}, {})
     monkeypatch.undo()
