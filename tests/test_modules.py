@@ -88,6 +88,7 @@ def test_a_fused_model_is_the_same_model() -> None:
             self.heads = nn.ModuleList([nn.Sequential(nn.Linear(5, 4, bias=False), nn.Sigmoid()), nn.Linear(5, 3)])
             self.watched = nn.Sequential(nn.Linear(5, 2), nn.Tanh())
             self.watched[0].register_forward_hook(lambda *_: seen.append("layer"))
+            self.watched[1].register_forward_hook(lambda *_: seen.append("activation"))
 
         def forward(self, x: Tensor) -> list[Tensor]:
             h = self.trunk(x)
@@ -101,7 +102,7 @@ def test_a_fused_model_is_the_same_model() -> None:
     assert [type(module) for module in model.children()] == [Sequential, nn.ModuleList, Sequential]
     assert [type(module) for module in model.heads] == [Sequential, Linear]
     torch.testing.assert_close(model(x), expected)
-    assert seen == ["layer", "layer"]
+    assert seen == ["layer", "activation"] * 2
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == state
 

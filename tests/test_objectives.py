@@ -290,11 +290,13 @@ def test_the_sum_of_both_reweighted_losses_teaches_recognition_something(machine
 
 def test_weights_belong_to_each_image(machine):
     """Each image's bound is of its own samples: the loss of a batch is the mean of what the rows would have alone."""
-    draws = machine.recognition.sample_log_prob(SOME_IMAGES, 5, keys=[make_key(1)])
-    log_w = machine.generative.log_prob([draw.z for draw in draws], SOME_IMAGES) - draws[0].log_q
-    alone = [-(row.exp().mean().log()) for row in log_w.unbind(1)]
-    theta, _ = reweighted_wake_losses(machine.recognition, machine.generative, SOME_IMAGES, 5, keys=[make_key(1)])
-    torch.testing.assert_close(theta, torch.stack(alone).mean())
+    (draw,) = machine.recognition.sample_log_prob(SOME_IMAGES, 5, keys=[make_key(1)])
+    log_w = machine.generative.log_prob([draw.z], SOME_IMAGES) - draw.log_q
+    bounds = [row.exp().mean().log() for row in log_w.unbind(1)]
+    scores = [(row.exp() / row.exp().sum()) @ log_q for row, log_q in zip(log_w.T, draw.log_q.T, strict=True)]
+    theta, phi = reweighted_wake_losses(machine.recognition, machine.generative, SOME_IMAGES, 5, keys=[make_key(1)])
+    torch.testing.assert_close(theta, -torch.stack(bounds).mean())
+    torch.testing.assert_close(phi, -torch.stack(scores).mean())
 
 
 @pytest.mark.parametrize("loss", [elbo_loss, iwae_loss, dreg_loss])
