@@ -21,12 +21,13 @@ SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py 
 SHELL := /bin/bash
 
 .PHONY: help train test test-thorough lint format benchmark readme mnist docs cuda-check cuda-on-cpu-asan sass-report \
-	gpu-check clean
+	mutants gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make test-thorough  runs every test and the sanitizers, in hours"
+	@echo "make mutants     plants a fault at a time and checks that a test fails, in 90 minutes; ONLY names some of them"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      rewrites the sources as ruff and clang-format would have them"
 	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and README's tables"
@@ -51,6 +52,9 @@ test-thorough: $(VENV)/.examples docs
 	@echo "Running every test (an hour or two on two cores), then the sanitizers"
 	@$(VENV)/bin/python -m pytest --thorough $(ON_EVERY_CORE) $(TESTS)
 	$(MAKE) cuda-on-cpu-asan
+
+mutants: $(VENV)/.installed $(VENV)/.test
+	@$(VENV)/bin/python scripts/mutants.py --only '$(ONLY)'
 
 lint: $(VENV)/.train $(VENV)/.lint
 	$(VENV)/bin/ruff check .

@@ -122,7 +122,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(path, monkeypatch, survive
 
 
 def test_the_disk_has_the_content_before_the_rename_and_the_rename_before_save_returns(path, monkeypatch):
-    """After a power failure the path holds the old checkpoint or the new one, and the new one once save has returned."""
+    """After a power failure the path holds a whole checkpoint, and the new one once save has returned."""
     fsync, replace = os.fsync, os.replace
     events = []
 
