@@ -86,9 +86,9 @@ def test_a_fused_model_is_the_same_model() -> None:
             super().__init__()
             self.trunk = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.GELU(), Twice(5, 5), nn.Tanh())
             self.heads = nn.ModuleList([nn.Sequential(nn.Linear(5, 4, bias=False), nn.Sigmoid()), nn.Linear(5, 3)])
-            self.watched = nn.Sequential(nn.Linear(5, 2), nn.Tanh())
+            self.watched = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh())
             self.watched[0].register_forward_hook(lambda *_: seen.append("layer"))
-            self.watched[1].register_forward_hook(lambda *_: seen.append("activation"))
+            self.watched[3].register_forward_hook(lambda *_: seen.append("activation"))
 
         def forward(self, x: Tensor) -> list[Tensor]:
             h = self.trunk(x)
