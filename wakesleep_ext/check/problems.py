@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, product
 
 import torch
@@ -231,6 +232,7 @@ def _network(networks: Networks) -> nn.Linear:
     return network
 
 
+@cache
 def _quadrature(nodes: int = 80) -> tuple[Tensor, Tensor]:
     """Nodes `[A, 1, 1]` and logarithms of their weights `[A, 1]` for expectations under N(0, 1)."""
     import numpy as np
