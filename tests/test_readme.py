@@ -1,4 +1,7 @@
-"""Every command and every line of code of the README and of the guides, run."""
+"""Every command and every line of code of the README and of the guides, run.
+
+Python, and every command in brief, every day; the commands as they are written in the thorough tier.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+
+import _wakesleep_command
 
 pytestmark = pytest.mark.source_tree
 
@@ -42,17 +47,46 @@ def _run(command: str, folder: Path) -> str:
     return done.stdout
 
 
+# what makes a command brief, beside one epoch and ten samples for a bound
+BRIEFLY = {
+    "wakesleep train": "--bound-samples 10",
+    "wakesleep resume": "",
+    "wakesleep evaluate": "",
+    "wakesleep sample": "",
+    "wakesleep bench": "--candidates fused eager",
+    "wakesleep selftest": "",
+    "wakesleep info": "",
+}
+# commands that other tests run: `make train` below and by .ci/run, `make test` below, `pip install .` from the source
+# distribution in test_packaging.py, the check as it is in test_check.py
+ELSEWHERE = {"make train", "make test", "pip install .", "wakesleep check --quick"}
+
+
+def _name(command: str) -> str:
+    return " ".join(command.split()[:2])
+
+
+def _in_brief(commands: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the commands of `BRIEFLY` in this process, as the `wakesleep` script would."""
+    monkeypatch.chdir(folder)
+    for command in commands:
+        if command in ELSEWHERE:
+            continue
+        brief = re.sub(r"--epochs \d+", "--epochs 1", f"{command} {BRIEFLY[_name(command)]}")
+        brief = re.sub(r"--bound-samples \d+", "--bound-samples 10", brief)
+        monkeypatch.setattr(sys, "argv", shlex.split(brief))
+        assert _wakesleep_command.main() == 0, brief
+
+
 def test_every_block_is_run() -> None:
     assert {language for language, _ in BLOCKS} == {"sh", "python", "text"}
-    first_words = {tuple(command.split()[:2]) for command in COMMANDS}
-    assert first_words == {
-        *(("make", target) for target in ("train", "test")),
-        *(
-            ("wakesleep", name)
-            for name in ("train", "resume", "evaluate", "sample", "bench", "check", "selftest", "info")
-        ),
-        ("pip", "install"),
-    }
+    assert {command for command in COMMANDS if _name(command) not in BRIEFLY} == ELSEWHERE
+
+
+def test_commands_in_brief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _in_brief(COMMANDS, tmp_path, monkeypatch)
+    for picture in ("dreams.png", "speed.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
 
 
 def test_python() -> None:
@@ -70,16 +104,18 @@ def test_guides(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {language for language, _ in blocks} <= {"sh", "python"}
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(_lines(blocks, "python")), str(guide), "exec"), {})
-    for command in _lines(blocks, "sh"):
+    _in_brief(_lines(blocks, "sh"), tmp_path, monkeypatch)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_command_lines_of_guides(guide: Path, tmp_path: Path) -> None:
+    for command in _lines(_blocks(guide), "sh"):
         if command != "pip install .":
             _run(command, tmp_path)
 
 
-def test_the_example_has_ten_lines() -> None:
-    example = next(block for language, block in BLOCKS if language == "python")
-    assert len(example.splitlines()) <= 10
-
-
+@pytest.mark.thorough
 def test_command_line(tmp_path: Path) -> None:
     for command in COMMANDS:
         if command.startswith("wakesleep"):
@@ -89,15 +125,16 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def _make(arguments: str) -> str:
-    # the environment that runs this test, if `make` made one; it then has nothing to install
+    # the environment that runs this test, if `make` made it and has nothing to add: tests beside this one are using it
     environment = Path(sys.prefix)
-    if not (environment / ".installed").exists():
-        pytest.skip("this environment was not made by `make`")
+    stamps = [str(environment / name) for name in (".installed", ".test")]
+    if subprocess.run(["make", "--question", f"VENV={environment}", *stamps], cwd=ROOT, check=False).returncode != 0:
+        pytest.skip("`make` did not make this environment, or would change it")
     return _run(f"make VENV={environment} {arguments}", ROOT)
 
 
+@pytest.mark.thorough
 def test_make_train(tmp_path: Path) -> None:
-    assert "make train" in COMMANDS
     output = _make(f"train RUN={tmp_path / 'digits'}")
     stated = next(block for language, block in BLOCKS if language == "text")
     number = r"\d+(\.\d+)?"
@@ -107,13 +144,7 @@ def test_make_train(tmp_path: Path) -> None:
     assert (tmp_path / "digits" / "samples.png").exists()
 
 
+@pytest.mark.thorough
 def test_make_test() -> None:
     """`make test` itself, on one file; the suite is running it already."""
-    assert "make test" in COMMANDS
     assert "passed" in _make("test TESTS=tests/test_models.py")
-
-
-def test_pip_install_is_tested() -> None:
-    """`pip install` is run by test_packaging.py, from the source distribution."""
-    assert "pip install ." in COMMANDS
-    assert "'pip', 'install'" in (ROOT / "tests/test_packaging.py").read_text().replace('"', "'")
