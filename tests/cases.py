@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -124,6 +125,11 @@ class Case:
 
 def make_key(device: torch.device | str = "cpu") -> Tensor:
     return ws.random.make_key(KEY_SEED, 12, device)
+
+
+def thorough(value: Any) -> Any:
+    """A parameter of a test that only the thorough tier runs."""
+    return pytest.param(value, marks=pytest.mark.thorough)
 
 
 def as_tuple(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # which has a core to itself
+if "PYTEST_XDIST_WORKER" in os.environ:  # which has a core to itself, and so have the processes that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 

@@ -48,6 +48,7 @@ def test_the_entropy_of_the_joint_fixed_point():
     assert abs(annealed_entropy - 2.6138498) < 3 * error
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("latents", "latent"), [("gaussian", (2,)), ("bernoulli", (6,)), ("bernoulli", (4, 3))])
 def test_a_machine_that_has_learnt_bars(latents, latent):
     images = bar_images().grey

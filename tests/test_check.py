@@ -45,6 +45,7 @@ def test_a_log_variance_that_counts_twice_is_noticed(monkeypatch: pytest.MonkeyP
     assert any("variance" in quantity for quantity in failures(problems.one_pixel))
 
 
+@pytest.mark.thorough
 def test_the_opposite_divergence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ELBO's where the sleep phase's belongs."""
     image = torch.ones(1, 1, dtype=torch.float64)
@@ -52,6 +53,7 @@ def test_the_opposite_divergence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"sleep: logvar 1", "sleep: logvar 2", "sleep: ELBO"} <= set(failures(problems.two_modes))
 
 
+@pytest.mark.thorough
 def test_a_generative_network_that_does_not_learn_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problems, "wake_theta_loss", lambda r, g, x, **_: 0 * g.log_prob(r.sample(x), x).mean())
     assert any("pixel mean" in quantity for quantity in failures(problems.stationarity))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import thorough
 from checkout import ROOT
 
 CSRC = ROOT / "csrc"
@@ -70,12 +71,12 @@ def _ulps(got: Any, exact: Any) -> Any:
     return np.abs(got.astype(np.longdouble) - exact) / spacing
 
 
+@pytest.mark.parametrize("count", [100_000, thorough(2_000_000)])
 @pytest.mark.parametrize(
     ("dtype", "integer"), [(np.float32, np.int32), (np.float64, np.int64)], ids=["float32", "float64"]
 )
-def test_within_two_ulps(library: ctypes.CDLL, dtype: type, integer: type) -> None:
+def test_within_two_ulps(library: ctypes.CDLL, dtype: type, integer: type, count: int) -> None:
     generator = np.random.default_rng(1)
-    count = 2_000_000
     ends = (-87.3, 88.3) if dtype == np.float32 else (-708.3, 709.4)
     x = np.concatenate([
         generator.uniform(*ends, count), generator.normal(size=count), generator.uniform(0.5, 2, count),

@@ -91,6 +91,7 @@ def test_the_plan(tmp_path: Path) -> None:
     assert gpu_check.BUDGET == 9 * 60
 
 
+@pytest.mark.thorough
 def test_the_build_step_builds(tmp_path: Path) -> None:
     """As on a machine with a GPU, but for the GPU: an installation that imports, in a folder of its own."""
     step = gpu_check.steps(sys.executable, tmp_path / "site", tmp_path, "9.0")[0]

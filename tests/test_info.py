@@ -53,18 +53,19 @@ def test_a_broken_installation_is_described(tmp_path: Path, damage: Callable[[Pa
     (package / "_C.broken.so").write_bytes(b"\x7fELF, or so it says")
     damage(package)
 
-    def wakesleep(command: str) -> subprocess.CompletedProcess[str]:
-        # -m puts the working directory, and with it the damaged copy, before everything that is installed
-        arguments = [sys.executable, "-m", "_wakesleep_command", command]
-        return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    done = wakesleep("info")
-    assert (done.returncode, done.stderr) == (1, "")
-    assert message in done.stdout
-    done = wakesleep("train")
-    assert (done.returncode, done.stdout) == (1, "")
+    # -c puts the working directory, and with it the damaged copy, before everything that is installed
+    commands = (
+        "import sys, _wakesleep_command as command\n"
+        "for name in ('train', 'info'): sys.argv[1:] = [name]; print('status', command.main())"
+    )
+    arguments = [sys.executable, "-c", commands]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
+    of_train, *of_info, status = done.stdout.splitlines()
+    assert (of_train, status) == ("status 1", "status 1")
     assert done.stderr.startswith("wakesleep: ")
     assert message in done.stderr
+    assert message in "\n".join(of_info)
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def _binary_name() -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import checkout
 import pytest
 import torch
-from test_benchmark import record, result
+from cases import thorough
+from test_benchmark import compile_with, record, result
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,7 +84,9 @@ def test_candidates_train(candidate: str) -> None:
     check_training(losses_of(call_of(SMALL, candidate), 300))
 
 
-def test_compiled_code_trains() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", thorough("inductor")])
+def test_compiled_code_trains(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_with(backend, monkeypatch)
     torch.manual_seed(0)
     losses = losses_of(call_of(SMALL, "compile"), 300)
     check_training(losses)
@@ -170,6 +173,9 @@ def test_a_wrong_loss_has_a_large_error() -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_suite, "NET", (20, 8, 8, 3))
     monkeypatch.setattr(step_suite, "WIDE_NET", (20, 9, 9, 3))
+    monkeypatch.setattr(step_suite, "_BATCHES", (2, 3, 5))
+    monkeypatch.setattr(step_suite, "_NUM_SAMPLES", (1, 2, 3))
+    monkeypatch.setattr(StepCase, "block_seconds", 1e-3)
     monkeypatch.setattr(command, "_BLOCKS_PER_CASE", {"cpu": 0})
     monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
 

@@ -240,15 +240,15 @@ def test_gradients_that_others_leave_do_not_enter_and_frozen_weights_stay():
     assert all((parameter.grad == 1).all() for parameter in other.machine.parameters())
 
 
-def losses_of_200_steps(device, latent=(3,), **config):
+def losses_of_100_steps(device, latent=(3,), **config):
     """In float64, `[steps, losses]`, on images of many grey levels."""
     generator = torch.Generator().manual_seed(2)
     images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
     torch.manual_seed(0)
     machine = HelmholtzMachine(ModelConfig(12, latent, (9, 8), (8, 9), (7,)), images.mean()).double().to(device)
-    config = {"batch_size": 8, "epochs": 40, "num_samples": 2, "learning_rate_decay": 0.1, **config}
+    config = {"batch_size": 8, "epochs": 20, "num_samples": 2, "learning_rate_decay": 0.1, **config}
     trainer = Trainer(machine, images.to(device), TrainConfig(**config))
-    batches = (index for _ in range(40) for index in trainer._batches())
+    batches = (index for _ in range(20) for index in trainer._batches())
     return torch.stack([trainer.take_step(index) for index in batches])
 
 
@@ -262,13 +262,13 @@ def losses_of_200_steps(device, latent=(3,), **config):
     ids=lambda config: config.get("objective", "wake-sleep"),
 )
 def test_training_replayed_called_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
-    replayed = losses_of_200_steps(device, **config)
-    eager = losses_of_200_steps(device, replay=False, **config)
+    replayed = losses_of_100_steps(device, **config)
+    eager = losses_of_100_steps(device, replay=False, **config)
     for module in (conditionals, data, modules, objectives, training):
         monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
-    of_reference = losses_of_200_steps(device, replay=False, **config)
-    assert len(replayed) == 200
+    of_reference = losses_of_100_steps(device, replay=False, **config)
+    assert len(replayed) == 100
     torch.testing.assert_close(replayed, eager, rtol=1e-9, atol=0)
     torch.testing.assert_close(replayed, of_reference, rtol=1e-7 if config else 1e-9, atol=0)
     assert not torch.equal(replayed, of_reference)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-from cases import ARGUMENTS, SMALL, Case, as_tuple, make_key
+from cases import ARGUMENTS, SMALL, Case, as_tuple, make_key, thorough
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -214,15 +215,17 @@ class Noise(torch.utils.data.Dataset[Tensor]):
         return ws.gaussian_rsample(zeros, zeros)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", thorough("spawn")])
 def test_data_workers_draw_noise_of_their_own(context: str) -> None:
     loader = torch.utils.data.DataLoader(Noise(), batch_size=1, num_workers=2, multiprocessing_context=context)
     rows = torch.cat(list(loader))
     assert len(rows.unique(dim=0)) == len(Noise())
 
 
-def train_in_parallel(rank: int, store: str, results: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def train_in_parallel(rank: int, store: str) -> Tensor:
+    """The gradient of a head whose loss is averaged over two processes."""
+    method, patience = f"file://{store}", timedelta(minutes=2)
+    torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=2, timeout=patience)
     torch.manual_seed(0)
     head = ws.modules.BernoulliHead(3, 4)
 
@@ -237,18 +240,23 @@ def train_in_parallel(rank: int, store: str, results: Any) -> None:
     h, x = torch.randn(2, 5, 3)[rank], torch.randint(2, (2, 5, 4))[rank].float()
     parallel = nn.parallel.DistributedDataParallel(Loss())
     parallel(h, x).backward()
-    results[rank] = head.weight.grad
     torch.distributed.destroy_process_group()
+    assert head.weight.grad is not None
+    return head.weight.grad
+
+
+def train_as_other_rank(store: str, result: str) -> None:
+    torch.save(train_in_parallel(1, store), result)
 
 
 def test_gradients_are_averaged_over_processes(tmp_path: Any) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        arguments = (str(tmp_path / "store"), results)
-        torch.multiprocessing.spawn(train_in_parallel, arguments, nprocs=2)
-        first, second = results[0], results[1]
-    assert torch.equal(first, second)
+    store, result = str(tmp_path / "store"), str(tmp_path / "gradient")
+    other = torch.multiprocessing.get_context("spawn").Process(target=train_as_other_rank, args=(store, result))
+    other.start()
+    first = train_in_parallel(0, store)
+    other.join(timeout=60)
+    assert other.exitcode == 0
+    assert torch.equal(first, torch.load(result))
     torch.manual_seed(0)
     head = ws.modules.BernoulliHead(3, 4)
     h, x = torch.randn(2, 5, 3).flatten(0, 1), torch.randint(2, (2, 5, 4)).flatten(0, 1).float()
