@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutants"
 COPY, CLEAN, RESULTS = WORK / "copy", WORK / "clean", WORK / "results.json"
 TABLE = ROOT / "tests" / "mutants.md"
-TIMEOUT = 600  # seconds, of one run of the tests or one build
+TIMEOUT = 600  # seconds, of a fault's build or tests
+WHOLE_TIMEOUT = 3600  # of a build from nothing, or of the tests that also compile every CUDA kernel
 BINARIES = ("wakesleep_ext/_C*.so", "wakesleep_ext/_build.py")
 BUILT = ("build", *BINARIES)
 
@@ -73,7 +74,7 @@ def all_faults() -> list[Fault]:
     return [fault for faults in FAULTS.values() for fault in faults]
 
 
-def run(command: Sequence[str]) -> Finished:
+def run(command: Sequence[str], timeout: int = TIMEOUT) -> Finished:
     """Run a command on the copy, in a process group of its own that ends with the timeout.
 
     Raises:
@@ -90,25 +91,25 @@ def run(command: Sequence[str]) -> Finished:
         text=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=TIMEOUT)
+            output, _ = process.communicate(timeout=timeout)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise InvalidFaultError(f"{shlex.join(command)} took more than {TIMEOUT} s") from error
+                raise InvalidFaultError(f"{shlex.join(command)} took more than {timeout} s") from error
             raise
     return Finished(process.returncode, output)
 
 
-def build() -> None:
+def build(timeout: int = TIMEOUT) -> None:
     """Compile what changed in the copy."""
-    done = run([sys.executable, "setup.py", "build_ext", "--inplace"])
+    done = run([sys.executable, "setup.py", "build_ext", "--inplace"], timeout)
     if done.status != 0:
         raise InvalidFaultError(f"the copy does not build:\n{done.tail()}")
 
 
-def run_tests(tests: str) -> Finished:
+def run_tests(tests: str, timeout: int = TIMEOUT) -> Finished:
     options = ["-x", "-q", "-p", "no:cacheprovider"]
-    return run([sys.executable, "-m", "pytest", *options, *shlex.split(tests)])
+    return run([sys.executable, "-m", "pytest", *options, *shlex.split(tests)], timeout)
 
 
 def failed_test(done: Finished) -> str | None:
@@ -182,7 +183,7 @@ def prepare(is_built: bool) -> None:
     synchronise()
     if is_built:
         print("Building the copy (minutes, the first time)", flush=True)
-        build()
+        build(WHOLE_TIMEOUT)
     else:
         copy_binaries()
     done = run([sys.executable, "-c", "import wakesleep_ext; print(wakesleep_ext.__file__)"])
@@ -223,7 +224,7 @@ def check_baseline(faults: Sequence[Fault]) -> None:
     for file, of_file in expressions.items():
         print(f"Without a fault: {file}", flush=True)
         every = " or ".join(f"({expression})" for expression in dict.fromkeys(of_file))
-        if (name := failed_test(run_tests(shlex.join([file, "-k", every])))) is not None:
+        if (name := failed_test(run_tests(shlex.join([file, "-k", every]), WHOLE_TIMEOUT))) is not None:
             raise InvalidFaultError(f"{name} fails without a fault")
 
 
