@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
 import checkout
 import pytest
 from checkout import ROOT
+
+from wakesleep_ext import _C
 
 pytestmark = pytest.mark.source_tree
 
@@ -162,51 +166,108 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-@pytest.mark.thorough
-def test_the_source_distribution_installs_where_only_torch_is(tmp_path: Path) -> None:
-    """As people type it: `pip install`, isolated, builds against the torch that is there, headers included."""
+STUB = """#!/bin/sh
+# Compiles nothing: for each source an empty object. Links what it is given.
+previous= output= compiles=
+for argument; do
+  [ "$previous" = -o ] && output=$argument
+  [ "$argument" = -c ] && compiles=yes
+  previous=$argument
+done
+if [ "$compiles" ]; then exec c++ -x c++ -fPIC -c /dev/null -o "$output"; else exec c++ "$@"; fi
+"""
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """The source distribution."""
     sdist = "from build_support import backend; import sys; print(backend.build_sdist(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", sdist, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    archive = tmp_path / done.stdout.splitlines()[-1]
+    return tmp_path / done.stdout.splitlines()[-1]
 
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """A new one, which has torch and what torch needs."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-    python = environment / "bin/python"
-    site = next((environment / "lib").glob("python3*/site-packages"))
+    site = _site(environment)
     for name in _with_requirements("torch"):
         for file in {
             path.parts[0] for path in metadata.files(name) or () if path.parts[0] not in ("..", "__pycache__")
         }:
             if not (site / file).exists():
                 (site / file).symlink_to(Path(str(metadata.distribution(name).locate_file(file))))
+    return environment
 
-    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAX_JOBS")}
-    subprocess.run(
-        [python, "-m", "pip", "install", "--disable-pip-version-check", str(archive)],
-        env=variables | CPU, cwd=tmp_path, check=True,
+
+def _site(environment: Path) -> Path:
+    return next((environment / "lib").glob("python3*/site-packages"))
+
+
+VARIABLES = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAX_JOBS")} | CPU
+
+
+def _install(archive: Path, environment: Path, **variables: str) -> None:
+    """As people type it: `pip install`, isolated. A wheel of empty kernels must not stay in the cache."""
+    options = ["--disable-pip-version-check", "--no-cache-dir"]
+    command = [environment / "bin/python", "-m", "pip", "install", *options, str(archive)]
+    subprocess.run(command, env=VARIABLES | variables, cwd=archive.parent, check=True)
+
+
+def _run(environment: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [environment / "bin" / program, *arguments],
+        cwd=environment.parent, env=VARIABLES, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def _check_that_it_works(environment: Path) -> None:
+    """The ops run; torch is the one that was there, and numpy still is not; what the trainer needs is named."""
     example = (
         "import torch, wakesleep_ext as ws; mu=torch.zeros(4,8,requires_grad=True); lv=torch.zeros(4,8); "
         "z,lq=ws.gaussian_rsample_log_prob(mu,lv,(16,)); print(z.shape,lq.shape)"
     )
-    done = subprocess.run(
-        [python, "-c", example], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "torch.Size([16, 4, 8]) torch.Size([16, 4])\n"
-    installed = subprocess.run(
-        [python, "-m", "pip", "list", "--format=freeze"], env=variables, capture_output=True, text=True, check=True
-    ).stdout
+    assert _run(environment, "python", "-c", example).stdout == "torch.Size([16, 4, 8]) torch.Size([16, 4])\n"
+    installed = _run(environment, "python", "-m", "pip", "list", "--format=freeze").stdout
     assert f"torch=={metadata.version('torch')}" in installed
     assert "numpy" not in installed
-    command = subprocess.run(
-        [environment / "bin/wakesleep", "train"],
-        cwd=tmp_path,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = _run(environment, "wakesleep", "train")
     assert command.returncode == 1
     assert "missing; install with: pip install 'wakesleep_ext[train]'" in command.stderr
+
+
+def test_the_source_distribution_installs_where_only_torch_is(archive: Path, environment: Path) -> None:
+    """All but the compilation: its kernels are empty, and make way for those that run these tests."""
+    compiler = archive.parent / "c++"
+    compiler.write_text(STUB)
+    compiler.chmod(0o755)
+    _install(archive, environment, CXX=str(compiler))
+    package = _site(environment) / "wakesleep_ext"
+    assert {str(path.relative_to(package)) for path in package.rglob("*.py*") if path.suffix != ".pyc"} == {
+        str(path.relative_to(ROOT / "wakesleep_ext"))
+        for path in (ROOT / "wakesleep_ext").rglob("*.py*")
+        if path.suffix != ".pyc"
+    }
+    info = _run(environment, "wakesleep", "info")
+    assert (info.returncode, "Traceback" in info.stderr) == (1, False)
+    assert "do not load beside torch" in info.stdout
+
+    shutil.copy(_C.__file__, package)
+    _check_that_it_works(environment)
+
+
+def test_the_source_distribution_has_every_file_that_is_compiled(archive: Path) -> None:
+    with tarfile.open(archive) as files:
+        packed = {name.partition("/")[2] for name in files.getnames()}
+    needed = [path for folder in ("csrc", "build_support") for path in (ROOT / folder).rglob("*.*")]
+    assert {str(path.relative_to(ROOT)) for path in needed if path.suffix != ".pyc"} <= packed
+
+
+@pytest.mark.thorough
+def test_the_source_distribution_compiles_where_only_torch_is(archive: Path, environment: Path) -> None:
+    """Against the torch that is there, headers included."""
+    _install(archive, environment)
+    _check_that_it_works(environment)
