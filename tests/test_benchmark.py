@@ -58,7 +58,8 @@ def test_the_suite_has_every_op_at_every_size() -> None:
         assert any(case.dtype == torch.bfloat16 for case in of_op)
     assert any(case.shape == (50, 100, 784) and case.shape_of("x") == (100, 784) for case in every)
     assert {case.dtype_of("x") for case in every if "x" in case.op.inputs} == {torch.float32, torch.uint8}
-    assert len({(case.op.name, case.backward) for case in cases(quick=True)}) == len(cases(quick=True)) == 13
+    passes = {(case.op.name, case.backward) for case in every}
+    assert sorted((case.op.name, case.backward) for case in cases(quick=True)) == sorted(passes)
     assert max(case.bytes for case in cases("cuda")) >= 256e6
 
 

@@ -77,7 +77,7 @@ def test_nothing_follows_a_failed_build_or_a_spent_budget() -> None:
 
 
 def test_the_plan(tmp_path: Path) -> None:
-    """Its parts exist, it fits its nine minutes where all goes as expected, and it asks no network."""
+    """Its parts exist, and it asks no network."""
     plan = gpu_check.steps(sys.executable, tmp_path, tmp_path, "9.0")
     names = [step.name for step in plan]
     assert names[0] == "build"
@@ -88,7 +88,6 @@ def test_the_plan(tmp_path: Path) -> None:
         assert step.cwd.is_dir()
         for part in step.command:
             assert not part.startswith(str(ROOT)) or Path(part).exists(), part
-    assert gpu_check.BUDGET == 9 * 60
 
 
 @pytest.mark.thorough
