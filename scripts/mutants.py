@@ -8,6 +8,7 @@ error. Results are kept in `build/mutants`: a second run skips what was caught. 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import fnmatch
 import hashlib
 import json
@@ -278,8 +279,14 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
     parser.add_argument("--no-build", action="store_true", help="plant faults in Python only, beside a built extension")
     options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
     try:
-        return plant(options.only, is_fresh=options.fresh, is_built=not options.no_build)
+        with (WORK / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InvalidFaultError(f"another run uses {WORK}") from None
+            return plant(options.only, is_fresh=options.fresh, is_built=not options.no_build)
     except InvalidFaultError as error:
         print(error, file=sys.stderr)
         return 2
