@@ -196,7 +196,7 @@ def assert_same(sampled, exact, *networks, atol=0.02):
         torch.testing.assert_close(gradients(sampled, network), gradients(exact, network), rtol=0, atol=atol)
 
 
-COPIES = 100_000
+COPIES = 200_000
 MANY = SOME_IMAGES.repeat(COPIES // len(SOME_IMAGES), 1)
 
 
