@@ -22,13 +22,15 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 CXX_FLAGS = [
     *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fno-thread-jumps", "-fno-tree-pre"),
+    # torch's headers then include the headers of single functions rather than all of them, which halves their time.
+    "-DAT_PER_OPERATOR_HEADERS",
     # Vectors wider than the baseline's are passed between functions only where these are inlined.
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"),
 ]
 # at::parallel_for is a header and needs OpenMP to be compiled in. It is not linked: the runtime, and with it the pool
 # of threads, is then the one that torch has loaded.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform != "darwin" else ["-Xclang", "-fopenmp"]
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "--diag-suppress=20012"]
+NVCC_FLAGS = ["-O3", "-DAT_PER_OPERATOR_HEADERS", "--expt-relaxed-constexpr", "--diag-suppress=20012"]
 
 
 def extension_and_commands() -> dict[str, Any]:
@@ -78,7 +80,7 @@ def extension_and_commands() -> dict[str, Any]:
             path.write_text('"""How this copy was built; written by setup.py."""\n\n' + "\n".join(lines) + "\n")
 
     csrc = ROOT / "csrc"
-    patterns = ["*.cpp", "autograd/*.cpp", "cpu/*.cpp"]
+    patterns = ["*.cpp", "cpu/*.cpp"]  # autograd.cpp includes autograd/*.cpp
     cxx_flags = [*CXX_FLAGS, *OPENMP_FLAGS]
     nvcc_flags = [*NVCC_FLAGS]
     include_dirs: list[str] = []
@@ -96,7 +98,7 @@ def extension_and_commands() -> dict[str, Any]:
         sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in csrc.glob(pattern)),
         include_dirs=include_dirs,
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
-        depends=sorted(str(path.relative_to(ROOT)) for path in csrc.rglob("*") if path.suffix in {".h", ".cuh"}),
+        depends=sorted(str(path.relative_to(ROOT)) for path in csrc.rglob("*") if path.suffix != ".cu"),
     )
     return {"ext_modules": [extension], "cmdclass": {"build": Build, "build_ext": BuildKernels}}
 

@@ -9,9 +9,9 @@
 // All tensors are worked on at once, cut into pieces that are numbered through: most are too small to occupy anybody.
 #pragma once
 
-#include <ATen/ops/empty_like.h>
 #include <c10/util/SmallVector.h>
 
+#include "aten.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "elementary.h"
@@ -110,7 +110,7 @@ struct Adam {
     for (size_t i = 0; i < parameters.size(); ++i) {  // elements of all four in one order, whatever it is
       const at::Tensor& gradient = gradients_in[i];
       gradients.push_back(same_layout(gradient, parameters[i]) ? gradient
-                                                               : at::empty_like(parameters[i]).copy_(gradient));
+                                                               : aten::empty_like(parameters[i]).copy_(gradient));
     }
   }
 

@@ -1,7 +1,6 @@
 // What the Bernoulli ops work on, checked and laid out once for every backend.
 #pragma once
 
-#include <ATen/ops/empty.h>
 
 #include "dispatch.h"
 #include "geometry.h"
@@ -72,7 +71,7 @@ struct BernoulliLogProb : BernoulliOperands {
   RowMap<2> rows;       // of logits and x
 
   BernoulliLogProb(const at::Tensor& logits_in, const at::Tensor& x_in) : BernoulliOperands(op, logits_in, x_in) {
-    log_prob = at::empty(batch, logits.options().dtype(at::toOpMathType(logits.scalar_type())));
+    log_prob = aten::empty(batch, logits.options().dtype(at::toOpMathType(logits.scalar_type())));
     rows = map_rows<2>(batch, {row_strides(logits, batch), row_strides(x, batch)});
   }
 };
@@ -113,7 +112,7 @@ struct BernoulliSample {
     check_sample_shape(op, sample_shape);
     D = logits.size(-1);
     logits = with_contiguous_events(logits);
-    x = at::empty(concat(sample_shape, logits.sizes()),
+    x = aten::empty(concat(sample_shape, logits.sizes()),
                   logits.options().dtype(written_dtype(op, dtype, logits.scalar_type())));
     const auto batch = batch_sizes(logits);
     rows = map_rows<1>(batch, {row_strides(logits, batch)});
@@ -156,7 +155,7 @@ struct Binarize {
       index = index_in->contiguous();
       rows = index->size(0);
     }
-    x = at::empty({rows, D}, grey.options().dtype(written_dtype(op, dtype, at::kFloat)));
+    x = aten::empty({rows, D}, grey.options().dtype(written_dtype(op, dtype, at::kFloat)));
   }
 
   const int64_t* index_data() const { return index ? index->const_data_ptr<int64_t>() : nullptr; }

@@ -2,7 +2,6 @@
 // Values are never read: that would stop a GPU.
 #pragma once
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
@@ -71,8 +70,13 @@ inline at::Tensor check_row_gradient(const char* op, const char* name, const at:
 // A number for each row of the batch, or one that many rows share.
 inline void check_row_weights(const char* op, const Argument& argument, c10::SymIntArrayRef batch) {
   check_floating(op, argument);
-  TORCH_CHECK_VALUE(at::is_expandable_to(argument.tensor.sym_sizes(), batch), op, ": expected ", argument.name,
-                    " to broadcast to ", batch, ", the rows, got ", argument.tensor.sym_sizes());
+  const auto sizes = argument.tensor.sym_sizes();
+  bool broadcasts = sizes.size() <= batch.size();
+  for (size_t i = 1; broadcasts && i <= sizes.size(); ++i) {  // from the last dimension forwards
+    const c10::SymInt& size = sizes[sizes.size() - i];
+    broadcasts = size == 1 || size == batch[batch.size() - i];
+  }
+  TORCH_CHECK_VALUE(broadcasts, op, ": expected ", argument.name, " to broadcast to ", batch, ", the rows, got ", sizes);
 }
 
 inline void check_key(const char* op, const at::Tensor& key, const Argument& beside) {

@@ -51,9 +51,9 @@ struct GaussianRsample : GaussianParameters {
     check_key(op, key, {"mu", mu});
     check_sample_shape(op, sample_shape);
     const auto z_batch = concat(sample_shape, batch);
-    z = at::empty(concat(z_batch, {K}), mu.options());
+    z = aten::empty(concat(z_batch, {K}), mu.options());
     if (with_log_prob) {
-      log_prob = at::empty(z_batch, mu.options().dtype(compute_dtype()));
+      log_prob = aten::empty(z_batch, mu.options().dtype(compute_dtype()));
     }
     rows = map_rows<2>(batch, {row_strides(mu, batch), row_strides(logvar, batch)});
   }
@@ -112,7 +112,7 @@ struct GaussianLogProb : GaussianOperands {
 
   GaussianLogProb(const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& z_in)
       : GaussianOperands(op, mu_in, logvar_in, z_in) {
-    log_prob = at::empty(value_batch, mu.options().dtype(compute_dtype()));
+    log_prob = aten::empty(value_batch, mu.options().dtype(compute_dtype()));
     rows = map_rows<3>(value_batch,
                        {row_strides(mu, value_batch), row_strides(logvar, value_batch), row_strides(z, value_batch)});
   }
@@ -129,7 +129,7 @@ struct GaussianLogProbBackward : GaussianOperands {
                           const at::Tensor& z_in, bool with_grad_z)
       : GaussianOperands(op, mu_in, logvar_in, z_in),
         grad(check_row_gradient(op, "grad", grad_in, value_batch, {"mu", mu})),
-        grad_z(at::empty(concat(value_batch, {with_grad_z ? K : 0}), mu.options())),
+        grad_z(aten::empty(concat(value_batch, {with_grad_z ? K : 0}), mu.options())),
         rows(group_rows<5>(value_batch, batch,
                            {row_strides(mu, value_batch), row_strides(logvar, value_batch), row_strides(z, value_batch),
                             row_strides(grad, value_batch, 0), row_strides(grad_z, value_batch)})),
@@ -149,7 +149,7 @@ struct StandardGaussianLogProb {
     z = with_contiguous_events(z_in);
     K = z.size(-1);
     const auto batch = batch_sizes(z);
-    log_prob = at::empty(batch, z.options().dtype(at::toOpMathType(z.scalar_type())));
+    log_prob = aten::empty(batch, z.options().dtype(at::toOpMathType(z.scalar_type())));
     rows = map_rows<1>(batch, {row_strides(z, batch)});
   }
 };
@@ -169,7 +169,7 @@ struct StandardGaussianLogProbBackward {
     K = z.size(-1);
     const auto batch = batch_sizes(z);
     grad = check_row_gradient(op, "grad", grad_in, batch, {"z", z});
-    grad_z = at::empty(z.sizes(), z.options());
+    grad_z = aten::empty(z.sizes(), z.options());
     rows = map_rows<2>(batch, {row_strides(z, batch), row_strides(grad, batch, 0)});
   }
 };
@@ -180,7 +180,7 @@ struct GaussianKl : GaussianParameters {
   RowMap<2> rows;  // of mu and logvar
 
   GaussianKl(const at::Tensor& mu_in, const at::Tensor& logvar_in) : GaussianParameters(op, mu_in, logvar_in) {
-    kl = at::empty(batch, mu.options().dtype(compute_dtype()));
+    kl = aten::empty(batch, mu.options().dtype(compute_dtype()));
     rows = map_rows<2>(batch, {row_strides(mu, batch), row_strides(logvar, batch)});
   }
 };
@@ -193,7 +193,7 @@ struct GaussianKlBackward : GaussianParameters {
 
   GaussianKlBackward(const at::Tensor& grad_in, const at::Tensor& mu_in, const at::Tensor& logvar_in)
       : GaussianParameters(op, mu_in, logvar_in), grad(check_row_gradient(op, "grad", grad_in, batch, {"mu", mu})) {
-    grad_parameters = at::empty(packed_shape(), mu.options());
+    grad_parameters = aten::empty(packed_shape(), mu.options());
     rows = map_rows<3>(batch, {row_strides(mu, batch), row_strides(logvar, batch), row_strides(grad, batch, 0)});
   }
 };

@@ -7,11 +7,10 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 
 #include <array>
 
+#include "aten.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "elementary.h"
@@ -197,15 +196,15 @@ class GradientSum {
   GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)
       : summed(inner_rows != 1), dtype_(like.scalar_type()) {
     written = summed
-                  ? at::empty(concat({inner_pieces(inner_rows)}, shape), like.options().dtype(at::toOpMathType(dtype_)))
-                  : at::empty(shape, like.options());
+                  ? aten::empty(concat({inner_pieces(inner_rows)}, shape), like.options().dtype(at::toOpMathType(dtype_)))
+                  : aten::empty(shape, like.options());
   }
 
   at::Tensor total() const {
     if (!summed) {
       return written;
     }
-    return (written.size(0) == 1 ? written.squeeze(0) : at::sum(written, 0)).to(dtype_);
+    return (written.size(0) == 1 ? written.squeeze(0) : written.sum(0)).to(dtype_);
   }
 
   const bool summed;

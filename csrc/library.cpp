@@ -4,6 +4,8 @@
 // dimensions and S sample dimensions, of any number. An operator X is implemented in cpu/X.cpp and cuda/X.cu, its
 // gradient in autograd/X.cpp; X_backward stands beside X, and returns the gradients of mu and logvar packed. What they
 // compute and accept is documented in wakesleep_ext/ops.py, the functions people call.
+#include "registration.h"
+
 #include <torch/library.h>
 
 #include <string>
@@ -85,6 +87,17 @@ TORCH_LIBRARY(wakesleep_ext, m) {
     m.def(op.schema, op.kind == Kind::reads_generator ? reads_generator : pure);
   }
 }
+
+namespace wakesleep {
+
+Registration::Registration(c10::DispatchKey key, void (*implement)(Registrar&)) {
+  static std::vector<torch::Library> registered;  // for as long as this library is loaded
+  registered.emplace_back(torch::Library::IMPL, "wakesleep_ext", key, __FILE__, __LINE__);
+  Registrar registrar(registered.back());
+  implement(registrar);
+}
+
+}  // namespace wakesleep
 
 #ifndef WAKESLEEP_CUDA_VERSION
 namespace {

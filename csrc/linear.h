@@ -10,9 +10,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -51,7 +49,7 @@ struct PlatformProducts {
 
   // a b, in the type `type`: from half types float32, to half types from float32.
   static at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
-    return a.is_cuda() && type != a.scalar_type() ? at::mm(a, b, type) : in_type(at::mm(a, b), type);
+    return a.is_cuda() && type != a.scalar_type() ? aten::mm(a, b, type) : in_type(a.mm(b), type);
   }
 
   // sum += a b.
@@ -190,14 +188,14 @@ struct Rows {
   // Where rows first .. first + rows.size(0) go.
   at::Tensor place(int64_t first, const at::Tensor& rows) {
     if (!tensor.defined()) {
-      tensor = at::empty({N, rows.size(1)}, rows.options().dtype(dtype));
+      tensor = aten::empty({N, rows.size(1)}, rows.options().dtype(dtype));
     }
     return rows_of(tensor, first, rows.size(0));
   }
 
   // The tensor; without rows where none have come.
   at::Tensor all(int64_t D, const at::TensorOptions& options) const {
-    return tensor.defined() ? tensor : at::empty({0, D}, options.dtype(dtype));
+    return tensor.defined() ? tensor : aten::empty({0, D}, options.dtype(dtype));
   }
 };
 
@@ -210,9 +208,9 @@ struct LayerGradients {
       : piece_rows_(piece_rows), with_weight_(with_weight) {
     const auto wide = layer.bias.options();
     if (N == 0 || !with_weight) {
-      weight = at::zeros({with_weight ? layer.D : 0, layer.H}, wide);
+      weight = aten::zeros({with_weight ? layer.D : 0, layer.H}, wide);
     }
-    bias = N == 0 ? at::zeros({layer.D}, wide) : at::empty({layer.D}, wide);
+    bias = N == 0 ? aten::zeros({layer.D}, wide) : aten::empty({layer.D}, wide);
   }
 
   // Of the chunk that begins with row `first`, for which the layer gets h [rows, H]: write(sums [pieces, D]) puts the
@@ -221,10 +219,10 @@ struct LayerGradients {
   void add(int64_t first, const at::Tensor& h, const at::Tensor& grad, const Write& write) {
     const int64_t count = (grad.size(0) + piece_rows_ - 1) / piece_rows_;
     const bool whole = first == 0 && count == 1;
-    const at::Tensor sums = whole ? bias.unsqueeze(0) : at::empty({count, bias.size(0)}, bias.options());
+    const at::Tensor sums = whole ? bias.unsqueeze(0) : aten::empty({count, bias.size(0)}, bias.options());
     write(sums);
     if (!whole) {
-      first == 0 ? at::sum_out(bias, sums, 0) : bias.add_(at::sum(sums, 0));
+      first == 0 ? aten::sum_rows(sums, bias) : bias.add_(sums.sum(0));
     }
     if (with_weight_) {
       first == 0 ? void(weight = Kernels::product(grad.t(), h, bias.scalar_type()))

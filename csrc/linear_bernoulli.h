@@ -2,12 +2,11 @@
 // backend's kernels. No more logits are held than stay in cache.
 #pragma once
 
-#include <torch/library.h>
-
 #include <limits>
 
 #include "bernoulli.h"
 #include "linear.h"
+#include "registration.h"
 
 namespace wakesleep {
 
@@ -35,7 +34,7 @@ struct LinearBernoulliOperands : Linear {
     N = c10::multiply_integers(batch);
     h = batch_sizes(h_in) == at::IntArrayRef(batch) ? as_rows(h_in, N)
                                                     : h_in.expand(concat(batch, {H})).reshape({N, H});
-    log_prob = at::empty(batch, weight.options().dtype(compute));
+    log_prob = aten::empty(batch, weight.options().dtype(compute));
   }
 
   // body(Type<compute_t>{}, Type<x_t>{}).
@@ -59,7 +58,7 @@ struct LinearBernoulliLogProb : LinearBernoulliOperands {
                          const at::Tensor& x_in, int64_t kept_bytes)
       : LinearBernoulliOperands("linear_bernoulli_log_prob", h_in, weight_in, bias_in, x_in) {
     keeps = N * D * static_cast<int64_t>(c10::elementSize(compute)) <= kept_bytes;
-    logits = at::empty({0, D}, log_prob.options());
+    logits = aten::empty({0, D}, log_prob.options());
     rows = map_rows<1>(batch, {row_strides(x, batch)});
   }
 };
@@ -90,7 +89,7 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
       upstream_strides = row_strides(upstream, batch, 0);
     }
     rows = map_rows<2>(batch, {row_strides(x, batch), upstream_strides});
-    logits = logits_in ? logits_in->contiguous() : at::empty({0, D}, log_prob.options());
+    logits = logits_in ? logits_in->contiguous() : aten::empty({0, D}, log_prob.options());
     TORCH_CHECK_VALUE(logits.numel() == 0 || logits.sizes() == at::IntArrayRef({N, D}), op,
                       ": expected logits to have shape [", N, ", ", D, "], got ", logits.sizes());
     TORCH_CHECK_TYPE(logits.scalar_type() == compute, op, ": expected logits to be ", compute, ", got ",
@@ -106,18 +105,18 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
     if constexpr (Kernels::kOwnFewRows) {
       if (N <= Kernels::few_rows()) {
         const at::Tensor products = kept ? logits : Kernels::products(*this, h);
-        const at::Tensor grad_logits = !kept && dtype == compute ? products : at::empty({N, D}, options());
+        const at::Tensor grad_logits = !kept && dtype == compute ? products : aten::empty({N, D}, options());
         write_gradient(0, products, grad_logits, at::Tensor());
-        gradients.weight = at::empty({with_grad_weight ? D : 0, H}, options());
-        gradients.bias = at::empty({D}, options());
-        grad_h.tensor = at::empty({with_grad_h ? N : 0, H}, options());
+        gradients.weight = aten::empty({with_grad_weight ? D : 0, H}, options());
+        gradients.bias = aten::empty({D}, options());
+        grad_h.tensor = aten::empty({with_grad_h ? N : 0, H}, options());
         Kernels::gradients_of_few(*this, h, grad_logits, gradients.weight, gradients.bias, grad_h.tensor);
         return;
       }
     }
     const bool in_place = !kept && operand == compute;
     const at::Tensor buffer =
-        in_place ? at::Tensor() : at::empty({std::min(N, chunk_rows()), D}, weight.options().dtype(operand));
+        in_place ? at::Tensor() : aten::empty({std::min(N, chunk_rows()), D}, weight.options().dtype(operand));
     const auto add = [&](int64_t first, const at::Tensor& h_rows, const at::Tensor& products) {
       const at::Tensor grad_logits = in_place ? products : rows_of(buffer, 0, h_rows.size(0));
       gradients.template add<Kernels>(first, h_rows, grad_logits, [&](const at::Tensor& sums) {
@@ -160,7 +159,7 @@ struct LinearBernoulliSample : Linear {
         key(key_in),
         asked(dtype_in.value_or(dtype)) {
     check_key(op, key, {"h", h_in});
-    x = at::empty(concat(batch_sizes(h_in), {D}), weight.options().dtype(written_dtype(op, asked, dtype)));
+    x = aten::empty(concat(batch_sizes(h_in), {D}), weight.options().dtype(written_dtype(op, asked, dtype)));
   }
 };
 
@@ -213,7 +212,7 @@ struct LinearBernoulliOps {
     return std::tuple_cat(std::tuple(call.log_prob), call.result());
   }
 
-  static void implement(torch::Library& m) {
+  static void implement(Registrar& m) {
     m.impl("linear_bernoulli_log_prob", log_prob);
     m.impl("linear_bernoulli_log_prob_and_logits", log_prob_and_logits);
     m.impl("linear_bernoulli_log_prob_backward", backward);

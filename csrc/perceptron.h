@@ -5,11 +5,10 @@
 // other finds in cache.
 #pragma once
 
-#include <torch/library.h>
-
 #include "activations.h"
 #include "dispatch.h"
 #include "linear.h"
+#include "registration.h"
 
 namespace wakesleep {
 
@@ -115,7 +114,7 @@ struct PerceptronOps {
         const at::Tensor below = l == 0 ? h_rows : in_type(chunk_of(hidden[l - 1]), call.operand);
         const bool in_place = l < last && upstream.scalar_type() == call.operand;  // what came from a caller stays
         const at::Tensor written =
-            in_place ? upstream : at::empty(upstream.sizes(), upstream.options().dtype(call.operand));
+            in_place ? upstream : aten::empty(upstream.sizes(), upstream.options().dtype(call.operand));
         gradients[l].template add<Kernels>(first, below, written, [&](const at::Tensor& sums) {
           Kernels::write_gradient(call, l, upstream, y, written, sums);
         });
@@ -139,7 +138,7 @@ struct PerceptronOps {
     return {with_grad_h ? in_batch(of_h, call.batch) : of_h, of_weights, of_biases};
   }
 
-  static void implement(torch::Library& m) {
+  static void implement(Registrar& m) {
     m.impl("perceptron", perceptron);
     m.impl("perceptron_with_hidden", with_hidden);
     m.impl("perceptron_backward", backward);
@@ -162,7 +161,7 @@ struct PerceptronOps {
         const at::Tensor products = Kernels::product(below, call.layers[l].weight.t(), call.compute);
         Rows* whole = l == last ? &output : hidden == nullptr ? nullptr : &kept[l];
         const bool at_once = whole == nullptr || products.size(0) == call.N;
-        at::Tensor y = at_once ? (in_place ? products : at::empty(products.sizes(), call.h.options().dtype(call.dtype)))
+        at::Tensor y = at_once ? (in_place ? products : aten::empty(products.sizes(), call.h.options().dtype(call.dtype)))
                                : whole->place(first, products);
         Kernels::write_output(call, l, products, y);
         if (at_once && whole != nullptr) {
@@ -196,9 +195,9 @@ struct PerceptronOps {
     at::Tensor upstream = Kernels::gradient_of_few(call, as_rows(grad, call.N), as_rows(output, call.N));
     for (size_t l = call.last();; --l) {
       const Layer& layer = call.layers[l];
-      const at::Tensor of_h = at::empty({l > 0 || with_grad_h ? call.N : 0, layer.H}, options);
-      of_weights[l] = at::empty({with_grad_weights ? layer.D : 0, layer.H}, options);
-      of_biases[l] = at::empty({layer.D}, options);
+      const at::Tensor of_h = aten::empty({l > 0 || with_grad_h ? call.N : 0, layer.H}, options);
+      of_weights[l] = aten::empty({with_grad_weights ? layer.D : 0, layer.H}, options);
+      of_biases[l] = aten::empty({layer.D}, options);
       Kernels::gradients_of_few(call, l, l == 0 ? call.h : hidden[l - 1], upstream, of_weights[l], of_biases[l], of_h);
       upstream = of_h;
       if (l == 0) {

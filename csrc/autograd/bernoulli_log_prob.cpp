@@ -24,12 +24,12 @@ struct BernoulliLogProb : torch::autograd::Function<BernoulliLogProb> {
   }
 };
 
-Tensor log_prob(const Tensor& logits, const Tensor& x) {
+Tensor bernoulli_log_prob_of(const Tensor& logits, const Tensor& x) {
   return needs_gradient(logits, x) ? BernoulliLogProb::apply(logits, x) : below(bernoulli_log_prob(), logits, x);
 }
 
 // The backward itself differentiates through the formula.
-Tensor log_prob_backward(const Tensor& grad, const Tensor& logits, const Tensor& x) {
+Tensor bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& logits, const Tensor& x) {
   if (!needs_gradient(grad, logits, x)) {
     return below(bernoulli_log_prob_backward(), grad, logits, x);
   }
@@ -40,8 +40,8 @@ Tensor log_prob_backward(const Tensor& grad, const Tensor& logits, const Tensor&
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
-  m.impl("bernoulli_log_prob", log_prob);
-  m.impl("bernoulli_log_prob_backward", log_prob_backward);
+  m.impl("bernoulli_log_prob", bernoulli_log_prob_of);
+  m.impl("bernoulli_log_prob_backward", bernoulli_log_prob_backward_of);
 }
 
 }  // namespace wakesleep::autograd

@@ -17,12 +17,12 @@ struct GaussianKl : torch::autograd::Function<GaussianKl> {
   }
 };
 
-Tensor kl(const Tensor& mu, const Tensor& logvar) {
+Tensor gaussian_kl_of(const Tensor& mu, const Tensor& logvar) {
   return needs_gradient(mu, logvar) ? GaussianKl::apply(mu, logvar) : below(gaussian_kl(), mu, logvar);
 }
 
 // The backward itself differentiates through the formula.
-Tensor kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar) {
+Tensor gaussian_kl_backward_of(const Tensor& grad, const Tensor& mu, const Tensor& logvar) {
   if (!needs_gradient(grad, mu, logvar)) {
     return below(gaussian_kl_backward(), grad, mu, logvar);
   }
@@ -35,8 +35,8 @@ Tensor kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
-  m.impl("gaussian_kl", kl);
-  m.impl("gaussian_kl_backward", kl_backward);
+  m.impl("gaussian_kl", gaussian_kl_of);
+  m.impl("gaussian_kl_backward", gaussian_kl_backward_of);
 }
 
 }  // namespace wakesleep::autograd

@@ -22,13 +22,13 @@ struct GaussianLogProb : torch::autograd::Function<GaussianLogProb> {
   }
 };
 
-Tensor log_prob(const Tensor& mu, const Tensor& logvar, const Tensor& z) {
+Tensor gaussian_log_prob_of(const Tensor& mu, const Tensor& logvar, const Tensor& z) {
   return needs_gradient(mu, logvar, z) ? GaussianLogProb::apply(mu, logvar, z)
                                        : below(gaussian_log_prob(), mu, logvar, z);
 }
 
 // The backward itself differentiates through the formula.
-Pair log_prob_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const Tensor& z, bool with_grad_z) {
+Pair gaussian_log_prob_backward_of(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const Tensor& z, bool with_grad_z) {
   if (!needs_gradient(grad, mu, logvar, z)) {
     return below(gaussian_log_prob_backward(), grad, mu, logvar, z, with_grad_z);
   }
@@ -41,8 +41,8 @@ Pair log_prob_backward(const Tensor& grad, const Tensor& mu, const Tensor& logva
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
-  m.impl("gaussian_log_prob", log_prob);
-  m.impl("gaussian_log_prob_backward", log_prob_backward);
+  m.impl("gaussian_log_prob", gaussian_log_prob_of);
+  m.impl("gaussian_log_prob_backward", gaussian_log_prob_backward_of);
 }
 
 }  // namespace wakesleep::autograd

@@ -1,7 +1,5 @@
 // A packed [mu | logvar] as two views. The backward operators of the Gaussians write both gradients into one packed
 // tensor and hand out its halves; where these halves come back here, that tensor is the gradient as it stands.
-#include <ATen/ops/cat.h>
-
 #include "../checks.h"
 #include "operators.h"
 

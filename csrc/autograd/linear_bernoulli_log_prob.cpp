@@ -9,6 +9,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/graph_task.h>
 
@@ -60,14 +61,14 @@ struct LinearBernoulliLogProb : torch::autograd::Function<LinearBernoulliLogProb
   }
 };
 
-Tensor log_prob(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
+Tensor linear_bernoulli_log_prob_of(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
                 std::optional<bool> recompute) {
   return needs_gradient(h, weight, bias, x) ? LinearBernoulliLogProb::apply(h, weight, bias, x, recompute)
                                             : below(linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
 }
 
 // The backward itself differentiates through the formula.
-Triple log_prob_backward(const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
+Triple linear_bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
                          const OptionalTensor& logits, bool with_grad_h, bool with_grad_weight) {
   if (!needs_gradient(grad, h, weight, bias, x)) {
     return below(linear_bernoulli_log_prob_backward(), grad, h, weight, bias, x, logits, with_grad_h, with_grad_weight);
@@ -148,7 +149,7 @@ struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogP
   }
 };
 
-Tensor log_prob_sum(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
+Tensor linear_bernoulli_log_prob_sum_of(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
                     const OptionalTensor& importance) {
   return needs_gradient(h, weight, bias)
              ? LinearBernoulliLogProbSum::apply(h, weight, bias, x, importance)
@@ -158,12 +159,12 @@ Tensor log_prob_sum(const Tensor& h, const Tensor& weight, const Tensor& bias, c
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
-  m.impl("linear_bernoulli_log_prob", log_prob);
-  m.impl("linear_bernoulli_log_prob_backward", log_prob_backward);
+  m.impl("linear_bernoulli_log_prob", linear_bernoulli_log_prob_of);
+  m.impl("linear_bernoulli_log_prob_backward", linear_bernoulli_log_prob_backward_of);
 }
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, CompositeImplicitAutograd, m) {
-  m.impl("linear_bernoulli_log_prob_sum", log_prob_sum);
+  m.impl("linear_bernoulli_log_prob_sum", linear_bernoulli_log_prob_sum_of);
 }
 
 }  // namespace wakesleep::autograd

@@ -85,7 +85,7 @@ struct DifferentiableGradient {
 };
 
 // The backward itself differentiates through the formula.
-std::tuple<Tensor, Tensors, Tensors> backward_of(const Tensor& grad, const Tensor& output, at::TensorList hidden,
+std::tuple<Tensor, Tensors, Tensors> perceptron_backward_of(const Tensor& grad, const Tensor& output, at::TensorList hidden,
                                                  const Tensor& h, at::TensorList weights, at::TensorList biases,
                                                  OptionalName activation, OptionalName output_activation,
                                                  bool with_grad_h, bool with_grad_weights) {
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensors, Tensors> backward_of(const Tensor& grad, const Tenso
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
   m.impl("perceptron", perceptron_of);
-  m.impl("perceptron_backward", backward_of);
+  m.impl("perceptron_backward", perceptron_backward_of);
 }
 
 }  // namespace wakesleep::autograd

@@ -15,12 +15,12 @@ struct StandardGaussianLogProb : torch::autograd::Function<StandardGaussianLogPr
   }
 };
 
-Tensor log_prob(const Tensor& z) {
+Tensor standard_gaussian_log_prob_of(const Tensor& z) {
   return needs_gradient(z) ? StandardGaussianLogProb::apply(z) : below(standard_gaussian_log_prob(), z);
 }
 
 // The backward itself differentiates through the formula.
-Tensor log_prob_backward(const Tensor& grad, const Tensor& z) {
+Tensor standard_gaussian_log_prob_backward_of(const Tensor& grad, const Tensor& z) {
   return needs_gradient(grad, z) ? (-grad.unsqueeze(-1) * z).to(z.scalar_type())
                                  : below(standard_gaussian_log_prob_backward(), grad, z);
 }
@@ -28,8 +28,8 @@ Tensor log_prob_backward(const Tensor& grad, const Tensor& z) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
-  m.impl("standard_gaussian_log_prob", log_prob);
-  m.impl("standard_gaussian_log_prob_backward", log_prob_backward);
+  m.impl("standard_gaussian_log_prob", standard_gaussian_log_prob_of);
+  m.impl("standard_gaussian_log_prob_backward", standard_gaussian_log_prob_backward_of);
 }
 
 }  // namespace wakesleep::autograd

@@ -1,7 +1,6 @@
 // A step of Adam on the CPU: one parallel loop over the elements of all tensors.
 #include "../adam.h"
-
-#include <torch/library.h>
+#include "../registration.h"
 
 #include "vec.h"
 
@@ -58,6 +57,6 @@ void adam_(at::TensorList parameters,   // any shapes
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { m.impl("adam_", adam_); }
+WAKESLEEP_KERNELS(CPU, m) { m.impl("adam_", adam_); }
 
 }  // namespace wakesleep::cpu

@@ -1,7 +1,6 @@
 // log p(x; logits) = sum_d [x a - softplus(a)] and its gradient for the logits, x - s(a), on the CPU.
-#include <torch/library.h>
-
 #include "../bernoulli.h"
+#include "../registration.h"
 #include "bernoulli_rows.h"
 
 namespace wakesleep::cpu {
@@ -68,7 +67,7 @@ at::Tensor bernoulli_log_prob_backward(const at::Tensor& grad,    // [*S, *B]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) {
+WAKESLEEP_KERNELS(CPU, m) {
   m.impl("bernoulli_log_prob", bernoulli_log_prob);
   m.impl("bernoulli_log_prob_backward", bernoulli_log_prob_backward);
 }

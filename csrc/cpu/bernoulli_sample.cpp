@@ -1,7 +1,6 @@
 // x ~ Bernoulli(s(logits)): x = [u <= s(a)] for a uniform u in (0, 1], on the CPU.
-#include <torch/library.h>
-
 #include "../bernoulli.h"
+#include "../registration.h"
 #include "bernoulli_rows.h"
 
 namespace wakesleep::cpu {
@@ -27,6 +26,6 @@ at::Tensor bernoulli_sample(const at::Tensor& logits,  // [*B, D]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { m.impl("bernoulli_sample", bernoulli_sample); }
+WAKESLEEP_KERNELS(CPU, m) { m.impl("bernoulli_sample", bernoulli_sample); }
 
 }  // namespace wakesleep::cpu

@@ -1,7 +1,6 @@
 // x ~ Bernoulli(grey / white), for images found by their index, on the CPU.
-#include <torch/library.h>
-
 #include "../bernoulli.h"
+#include "../registration.h"
 #include "bernoulli_rows.h"
 
 namespace wakesleep::cpu {
@@ -32,6 +31,6 @@ at::Tensor binarize(const at::Tensor& grey,  // [N, D]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { m.impl("binarize", binarize); }
+WAKESLEEP_KERNELS(CPU, m) { m.impl("binarize", binarize); }
 
 }  // namespace wakesleep::cpu

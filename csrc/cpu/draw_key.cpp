@@ -1,16 +1,17 @@
 // A key from the CPU generator: one 64-bit draw under its lock.
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <mutex>
+
+#include "../aten.h"
+#include "../registration.h"
 
 namespace wakesleep::cpu {
 namespace {
 
 at::Tensor draw_key(const at::Tensor& like, std::optional<at::Generator> generator) {
   auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
-  at::Tensor key = at::empty({2}, at::TensorOptions().dtype(at::kLong));
+  at::Tensor key = aten::empty({2}, at::TensorOptions().dtype(at::kLong));
   auto* words = key.mutable_data_ptr<int64_t>();
   const std::lock_guard<std::mutex> lock(source->mutex_);
   words[0] = static_cast<int64_t>(source->random64());
@@ -20,6 +21,6 @@ at::Tensor draw_key(const at::Tensor& like, std::optional<at::Generator> generat
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { m.impl("draw_key", draw_key); }
+WAKESLEEP_KERNELS(CPU, m) { m.impl("draw_key", draw_key); }
 
 }  // namespace wakesleep::cpu

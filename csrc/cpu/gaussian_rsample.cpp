@@ -1,9 +1,8 @@
 // z = mu + sigma eps with sigma = e^(logvar/2), log q(z) = -1/2 sum_k [logvar + eps^2 + log 2 pi], and the gradients
 // of both, on the CPU. eps is a function of the key and the element's index in z, so the backward draws it again.
-#include <torch/library.h>
-
 #include "../densities.h"
 #include "../gaussian.h"
+#include "../registration.h"
 #include "draw.h"
 
 namespace wakesleep::cpu {
@@ -143,7 +142,7 @@ at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z,   
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) {
+WAKESLEEP_KERNELS(CPU, m) {
   m.impl("gaussian_rsample", gaussian_rsample);
   m.impl("gaussian_rsample_log_prob", gaussian_rsample_log_prob);
   m.impl("gaussian_rsample_backward", gaussian_rsample_backward);

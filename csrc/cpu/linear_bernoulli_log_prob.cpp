@@ -1,6 +1,4 @@
 // log p(x; h weight^T + bias) and its gradients, on the CPU, a chunk of rows at a time.
-#include <torch/library.h>
-
 #include "../linear_bernoulli.h"
 #include "bernoulli_rows.h"
 #include "products.h"
@@ -76,6 +74,6 @@ struct Kernels : Products {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { LinearBernoulliOps<Kernels>::implement(m); }
+WAKESLEEP_KERNELS(CPU, m) { LinearBernoulliOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cpu

@@ -70,6 +70,6 @@ struct Kernels : Products {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) { PerceptronOps<Kernels>::implement(m); }
+WAKESLEEP_KERNELS(CPU, m) { PerceptronOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cpu

@@ -398,14 +398,14 @@ bool is_for_onednn(const at::Tensor& a, const at::Tensor& b) {
 
 at::Tensor Products::product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
   if (is_ours(a, b)) {
-    const at::Tensor y = at::empty({a.size(0), b.size(1)}, a.options());
+    const at::Tensor y = aten::empty({a.size(0), b.size(1)}, a.options());
     multiply(a, b, y);
     return in_type(y, type);
   }
   if (is_for_onednn(a, b)) {
     return in_type(onednn_linear()->call(a, b.t(), {}, "none", c10::List<std::optional<at::Scalar>>(), {}), type);
   }
-  return in_type(at::mm(a, b), type);
+  return in_type(a.mm(b), type);
 }
 
 void Products::add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {

@@ -1,8 +1,7 @@
 // log N(z; 0, I) = -1/2 sum_k [z^2 + log 2 pi] and its gradient, -z, on the CPU.
-#include <torch/library.h>
-
 #include "../densities.h"
 #include "../gaussian.h"
+#include "../registration.h"
 #include "vec.h"
 
 namespace wakesleep::cpu {
@@ -56,7 +55,7 @@ at::Tensor standard_gaussian_log_prob_backward(const at::Tensor& grad,  // [*B]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CPU, m) {
+WAKESLEEP_KERNELS(CPU, m) {
   m.impl("standard_gaussian_log_prob", standard_gaussian_log_prob);
   m.impl("standard_gaussian_log_prob_backward", standard_gaussian_log_prob_backward);
 }

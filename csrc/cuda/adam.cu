@@ -1,7 +1,6 @@
 // A step of Adam on CUDA: a thread for every 16 bytes of a tensor, all tensors in one grid.
 #include "../adam.h"
-
-#include <torch/library.h>
+#include "../registration.h"
 
 #include "rowwise.cuh"
 
@@ -82,6 +81,6 @@ void adam_(at::TensorList parameters,   // any shapes
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { m.impl("adam_", adam_); }
+WAKESLEEP_KERNELS(CUDA, m) { m.impl("adam_", adam_); }
 
 }  // namespace wakesleep::cuda

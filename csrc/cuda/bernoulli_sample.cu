@@ -1,7 +1,6 @@
 // x ~ Bernoulli(s(logits)): x = [u <= s(a)] for a uniform u in (0, 1], on CUDA.
-#include <torch/library.h>
-
 #include "../bernoulli.h"
+#include "../registration.h"
 #include "bernoulli_rows.cuh"
 
 namespace wakesleep::cuda {
@@ -40,6 +39,6 @@ at::Tensor bernoulli_sample(const at::Tensor& logits,  // [*B, D]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { m.impl("bernoulli_sample", bernoulli_sample); }
+WAKESLEEP_KERNELS(CUDA, m) { m.impl("bernoulli_sample", bernoulli_sample); }
 
 }  // namespace wakesleep::cuda

@@ -1,7 +1,6 @@
 // x ~ Bernoulli(grey / white), for images found by their index, on CUDA.
-#include <torch/library.h>
-
 #include "../bernoulli.h"
+#include "../registration.h"
 #include "bernoulli_rows.cuh"
 
 namespace wakesleep::cuda {
@@ -46,6 +45,6 @@ at::Tensor binarize(const at::Tensor& grey,  // [N, D]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { m.impl("binarize", binarize); }
+WAKESLEEP_KERNELS(CUDA, m) { m.impl("binarize", binarize); }
 
 }  // namespace wakesleep::cuda

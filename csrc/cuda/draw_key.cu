@@ -1,11 +1,11 @@
 // A key from the CUDA generator, through its graph-safe state: a captured draw gives fresh noise at each replay.
 #include <ATen/cuda/CUDAGeneratorImpl.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 #include <ATen/cuda/PhiloxUtils.cuh>
 
 #include <mutex>
 
+#include "../aten.h"
+#include "../registration.h"
 #include "launch.cuh"
 
 namespace wakesleep::cuda {
@@ -29,13 +29,13 @@ at::Tensor draw_key(const at::Tensor& like, std::optional<at::Generator> generat
     const std::lock_guard<std::mutex> lock(source->mutex_);
     state = source->philox_cuda_state(kOffsetPerKey);
   }
-  at::Tensor key = at::empty({2}, like.options().dtype(at::kLong));
+  at::Tensor key = aten::empty({2}, like.options().dtype(at::kLong));
   launch(write_key, 1, 1, state, key.mutable_data_ptr<int64_t>());
   return key;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { m.impl("draw_key", draw_key); }
+WAKESLEEP_KERNELS(CUDA, m) { m.impl("draw_key", draw_key); }
 
 }  // namespace wakesleep::cuda

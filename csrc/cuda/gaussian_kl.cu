@@ -1,8 +1,7 @@
 // KL(N(mu, diag e^logvar) || N(0, I)) = 1/2 sum_k [mu^2 + e^logvar - 1 - logvar] and its gradients, on CUDA.
-#include <torch/library.h>
-
 #include "../densities.h"
 #include "../gaussian.h"
+#include "../registration.h"
 #include "rowwise.cuh"
 
 namespace wakesleep::cuda {
@@ -103,7 +102,7 @@ at::Tensor gaussian_kl_backward(const at::Tensor& grad,      // [*B]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) {
+WAKESLEEP_KERNELS(CUDA, m) {
   m.impl("gaussian_kl", gaussian_kl);
   m.impl("gaussian_kl_backward", gaussian_kl_backward);
 }

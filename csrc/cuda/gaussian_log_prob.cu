@@ -1,9 +1,8 @@
 // log N(z; mu, diag e^logvar) = -1/2 sum_k [logvar + t^2 + log 2 pi], t = (z - mu) e^(-logvar/2), and its gradients,
 // on CUDA.
-#include <torch/library.h>
-
 #include "../densities.h"
 #include "../gaussian.h"
+#include "../registration.h"
 #include "rowwise.cuh"
 
 namespace wakesleep::cuda {
@@ -128,7 +127,7 @@ std::tuple<at::Tensor, at::Tensor> gaussian_log_prob_backward(const at::Tensor& 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) {
+WAKESLEEP_KERNELS(CUDA, m) {
   m.impl("gaussian_log_prob", gaussian_log_prob);
   m.impl("gaussian_log_prob_backward", gaussian_log_prob_backward);
 }

@@ -1,6 +1,4 @@
 // log p(x; h weight^T + bias) and its gradients, on CUDA, a chunk of rows at a time.
-#include <torch/library.h>
-
 #include "../activations.h"
 #include "../linear_bernoulli.h"
 #include "bernoulli_rows.cuh"
@@ -199,7 +197,7 @@ struct Kernels : PlatformProducts {
 
   static at::Tensor products(const Linear& call, const at::Tensor& h) {  // [N, H]
     const FewRows operands(h, call.weight, call.dtype);
-    at::Tensor products = at::empty({h.size(0), call.D}, h.options().dtype(call.compute));
+    at::Tensor products = aten::empty({h.size(0), call.D}, h.options().dtype(call.compute));
     dispatch_floating(call.op, call.dtype, [&](auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
@@ -224,6 +222,6 @@ struct Kernels : PlatformProducts {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { LinearBernoulliOps<Kernels>::implement(m); }
+WAKESLEEP_KERNELS(CUDA, m) { LinearBernoulliOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cuda

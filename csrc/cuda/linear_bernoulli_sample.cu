@@ -1,7 +1,6 @@
 // x ~ Bernoulli(s(h weight^T + bias)), on CUDA, a chunk of rows at a time.
-#include <torch/library.h>
-
 #include "../linear_bernoulli.h"
+#include "../registration.h"
 #include "bernoulli_rows.cuh"
 #include "few_rows.cuh"
 
@@ -80,6 +79,6 @@ at::Tensor linear_bernoulli_sample(const at::Tensor& h,       // [*B, H]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { m.impl("linear_bernoulli_sample", linear_bernoulli_sample); }
+WAKESLEEP_KERNELS(CUDA, m) { m.impl("linear_bernoulli_sample", linear_bernoulli_sample); }
 
 }  // namespace wakesleep::cuda

@@ -145,7 +145,7 @@ struct Kernels : PlatformProducts {
   static at::Tensor output_of_few(const Perceptron& call, size_t l, const at::Tensor& h) {  // [N, H]
     const Layer& layer = call.layers[l];
     const FewRows operands(h, layer.weight, call.dtype);
-    at::Tensor output = at::empty({h.size(0), layer.D}, operands.h.options());
+    at::Tensor output = aten::empty({h.size(0), layer.D}, operands.h.options());
     call.dispatch(l, [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
@@ -163,7 +163,7 @@ struct Kernels : PlatformProducts {
     if (std::holds_alternative<Identity>(call.output_activation)) {
       return upstream;
     }
-    const at::Tensor written = at::empty_like(upstream);
+    const at::Tensor written = aten::empty_like(upstream);
     write_gradient(call, call.last(), upstream, output.contiguous(), written, at::Tensor());
     return written;
   }
@@ -188,6 +188,6 @@ struct Kernels : PlatformProducts {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) { PerceptronOps<Kernels>::implement(m); }
+WAKESLEEP_KERNELS(CUDA, m) { PerceptronOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cuda

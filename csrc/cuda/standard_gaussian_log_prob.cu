@@ -1,8 +1,7 @@
 // log N(z; 0, I) = -1/2 sum_k [z^2 + log 2 pi] and its gradient, -z, on CUDA.
-#include <torch/library.h>
-
 #include "../densities.h"
 #include "../gaussian.h"
+#include "../registration.h"
 #include "rowwise.cuh"
 
 namespace wakesleep::cuda {
@@ -92,7 +91,7 @@ at::Tensor standard_gaussian_log_prob_backward(const at::Tensor& grad,  // [*B]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CUDA, m) {
+WAKESLEEP_KERNELS(CUDA, m) {
   m.impl("standard_gaussian_log_prob", standard_gaussian_log_prob);
   m.impl("standard_gaussian_log_prob_backward", standard_gaussian_log_prob_backward);
 }

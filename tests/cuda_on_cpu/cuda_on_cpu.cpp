@@ -1,14 +1,18 @@
 #include "cuda_on_cpu.h"
 
 #include <sys/mman.h>
-#include <ucontext.h>
+#include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
-#include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#include "../../csrc/registration.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -24,101 +28,166 @@ std::atomic<int64_t> launch_count = 0;  // so far
 
 constexpr size_t kStackBytes = 256 << 10;
 
+// Goes on with another stack. What a call must preserve is on the stack that is left, and its pointer in `from`.
+// swapcontext() would do it with two system calls, and tests switch stacks a hundred million times.
+extern "C" void wakesleep_switch_stack(void** from, void* to);
+
+#if defined(__x86_64__)
+asm(R"(
+.pushsection .text
+.type wakesleep_switch_stack, @function
+wakesleep_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size wakesleep_switch_stack, . - wakesleep_switch_stack
+.popsection
+)");
+constexpr size_t kSavedWords = 8, kReturnWord = 6;  // after the return address, a word that ends a backtrace
+#elif defined(__aarch64__)
+asm(R"(
+.pushsection .text
+.type wakesleep_switch_stack, %function
+wakesleep_switch_stack:
+  sub sp, sp, #160
+  stp x19, x20, [sp]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+.size wakesleep_switch_stack, . - wakesleep_switch_stack
+.popsection
+)");
+constexpr size_t kSavedWords = 20, kReturnWord = 11;
+#else
+#error "cuda_on_cpu: expected x86-64 or aarch64"
+#endif
+
 // A stack to run on; the address sanitizer is told of every change.
 struct Context {
-  ucontext_t machine = {};
-  void* stack = nullptr;  // that of the host where it is null
+  void* pointer = nullptr;  // while another one runs
   const void* bottom = nullptr;
   size_t bytes = 0;
 
-  void switch_to(Context& next, bool for_good = false) {
+  void switch_to(Context& next) {
+    left = this;
 #ifdef __SANITIZE_ADDRESS__
     void* shadow = nullptr;
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &shadow, next.bottom, next.bytes);
-    swapcontext(&machine, &next.machine);
-    __sanitizer_finish_switch_fiber(shadow, nullptr, nullptr);
+    __sanitizer_start_switch_fiber(&shadow, next.bottom, next.bytes);
+    wakesleep_switch_stack(&pointer, next.pointer);
+    arrive(shadow);
 #else
-    (void)for_good;
-    swapcontext(&machine, &next.machine);
+    wakesleep_switch_stack(&pointer, next.pointer);
 #endif
   }
+
+  // On this stack, after a switch: the bounds of the one that was left become known, and so those of the host's.
+  static void arrive([[maybe_unused]] void* shadow) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(shadow, &left->bottom, &left->bytes);
+#endif
+  }
+
+  inline static Context* left = nullptr;
 };
 
-struct Exchange {
-  unsigned members, arrived = 0;
-  Shown shown = {};
-};
-
+// A thread of the GPU. It outlives the block: for the next one, it begins anew.
 struct Fiber : Context {
-  dim3 index;
+  unsigned index = 0;  // in the block
   const char* waits_at = nullptr;
   bool finished = false;
+
+  explicit Fiber(void (*enter)()) {
+    bytes = kStackBytes;
+    void* stack = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+    TORCH_CHECK(stack != MAP_FAILED, "no memory for the stacks of a block");
+    bottom = stack;
+    auto** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes) - kSavedWords;
+    top[kReturnWord] = reinterpret_cast<void*>(enter);
+    pointer = top;
+  }
+
+  ~Fiber() { munmap(const_cast<void*>(bottom), bytes); }
+
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+};
+
+// What lanes of a warp show each other. It is over when the last of them has looked.
+struct Exchange {
+  unsigned members = 0, arrived = 0, unread = 0;
+  Shown shown = {};
 };
 
 // The threads of a block, and what they wait for.
 class Block {
  public:
-  explicit Block(dim3 size) : size_(size) {
-    TORCH_CHECK(size.x >= 1 && size.x <= 1024 && size.y == 1 && size.z == 1, "blocks are of 1 to 1024 threads in x");
-    fibers_.resize(size.x);
-    for (unsigned t = 0; t < size.x; ++t) {
-      Fiber& fiber = fibers_[t];
-      fiber.index = {t, 0, 0};
-      fiber.bytes = kStackBytes;
-      fiber.stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-      TORCH_CHECK(fiber.stack != MAP_FAILED, "no memory for the stacks of a block");
-      fiber.bottom = fiber.stack;
-    }
-  }
-
-  ~Block() {
-    for (const Fiber& fiber : fibers_) {
-      munmap(fiber.stack, kStackBytes);
-    }
-  }
-
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-
-  void run(const std::function<void()>& thread) {
+  void run(unsigned threads, const std::function<void()>& thread) {
     body_ = &thread;
+    threads_ = threads;
     random_.seed(blockIdx.x);
     runnable_.clear();
-    exchanges_.assign((size_.x + 31) / 32, {});
-    warp_priority_.clear();
-    for (unsigned warp = 0; warp < (size_.x + 31) / 32; ++warp) {
-      warp_priority_.push_back(shuffled ? random_() >> 32 << 32 : uint64_t{warp} << 32);
+    at_barrier_ = 0;
+    warps_.resize((threads + 31) / 32);
+    for (unsigned warp = 0; warp < warps_.size(); ++warp) {
+      warps_[warp] = {shuffled ? random_() >> 32 << 32 : uint64_t{warp} << 32, {}};
     }
-    at_barrier_.clear();
-    for (Fiber& fiber : fibers_) {
-      fiber.finished = false;
-      getcontext(&fiber.machine);
-      fiber.machine.uc_stack = {fiber.stack, 0, kStackBytes};
-      makecontext(&fiber.machine, reinterpret_cast<void (*)()>(&Block::enter), 0);
-      wake(fiber);
+    while (fibers_.size() < threads) {
+      fibers_.push_back(std::make_unique<Fiber>(&Block::enter));
+      fibers_.back()->index = static_cast<unsigned>(fibers_.size() - 1);
     }
-    Block* const outer = std::exchange(current, this);
-    while (!runnable_.empty() && error_ == nullptr) {
-      running_ = runnable_.begin()->second;
-      runnable_.erase(runnable_.begin());
-      threadIdx = running_->index;
-      host_.switch_to(*running_);
+    for (unsigned t = 0; t < threads; ++t) {
+      fibers_[t]->finished = false;
+      wake(t);
     }
-    current = outer;
+    current = this;
+    next_of(host_);
     if (error_ != nullptr) {
       std::rethrow_exception(std::exchange(error_, nullptr));
     }
-    for (const Fiber& fiber : fibers_) {
-      TORCH_CHECK(fiber.finished, "deadlock in block ", blockIdx.x, ": thread ", fiber.index.x, " waits at ",
-                  fiber.waits_at, " for threads that have returned or wait elsewhere");
+    for (unsigned t = 0; t < threads; ++t) {
+      TORCH_CHECK(fibers_[t]->finished, "deadlock in block ", blockIdx.x, ": thread ", t, " waits at ",
+                  fibers_[t]->waits_at, " for threads that have returned or wait elsewhere");
     }
   }
 
   void barrier() {
-    at_barrier_.push_back(running_);
-    if (at_barrier_.size() == fibers_.size()) {
-      for (Fiber* fiber : std::exchange(at_barrier_, {})) {
-        wake(*fiber);
+    if (++at_barrier_ == threads_) {
+      at_barrier_ = 0;
+      for (unsigned t = 0; t < threads_; ++t) {
+        wake(t);
       }
     }
     wait("a barrier");
@@ -127,68 +196,96 @@ class Block {
   Shown exchange(unsigned members, uint64_t value) {
     const int lane = cuda_on_cpu::lane();
     TORCH_CHECK((members >> lane & 1) != 0, "lane ", lane, " takes part in a shuffle or vote of others");
-    auto& open = exchanges_[threadIdx.x / 32][members];
-    if (open == nullptr) {
-      open = std::make_shared<Exchange>(Exchange{members});
+    const unsigned warp = threadIdx.x / 32;
+    auto& exchanges = warps_[warp].exchanges;
+    size_t at = 0, over = exchanges.size();
+    while (at < exchanges.size() && (exchanges[at].members != members || exchanges[at].arrived == members)) {
+      over = exchanges[at].members == 0 ? at : over;
+      ++at;
     }
-    const auto mine = open;
-    mine->shown[lane] = value;
-    mine->arrived |= 1u << lane;
-    if (mine->arrived == members) {
-      open = nullptr;
+    if (at == exchanges.size()) {  // the first of the members
+      at = over;
+      exchanges.resize(std::max(exchanges.size(), at + 1));
+      exchanges[at] = {members, 0, members, {}};
+    }
+    exchanges[at].shown[lane] = value;
+    exchanges[at].arrived |= 1u << lane;
+    if (exchanges[at].arrived == members) {
       for (unsigned other = 0; other < 32; ++other) {
         if ((members >> other & 1) != 0) {
-          wake(fibers_.at(threadIdx.x / 32 * 32 + other));
+          wake(warp * 32 + other);
         }
       }
     }
     wait("a shuffle or vote");
-    return mine->shown;
+    Exchange& over_now = exchanges[at];
+    over_now.unread &= ~(1u << lane);
+    if (over_now.unread == 0) {
+      over_now.members = 0;
+    }
+    return over_now.shown;
   }
 
-  static thread_local Block* current;
+  inline static Block* current = nullptr;
 
  private:
+  struct Warp {
+    uint64_t priority;  // a warp is ahead of another for as long as the block runs, lest a race of the two go unseen
+    std::vector<Exchange> exchanges;
+  };
+
   static void enter() {
     Block& block = *current;
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(nullptr, &block.host_.bottom, &block.host_.bytes);
-#endif
-    try {
-      (*block.body_)();
-    } catch (...) {
-      block.error_ = std::current_exception();
+    Context::arrive(nullptr);
+    for (;;) {
+      Fiber& self = *block.running_;
+      try {
+        (*block.body_)();
+      } catch (...) {
+        block.error_ = std::current_exception();
+      }
+      self.finished = true;
+      block.next_of(self);
     }
-    block.running_->finished = true;
-    block.running_->switch_to(block.host_, true);
   }
 
-  // A warp is ahead of another for as long as the block runs, lest a race between the two go unseen.
-  void wake(Fiber& fiber) {
-    const uint64_t priority = warp_priority_[fiber.index.x / 32];
-    runnable_.emplace(priority | (shuffled ? random_() >> 32 : fiber.index.x), &fiber);
+  void wake(unsigned thread) {
+    const uint64_t among_warp = shuffled ? random_() >> 32 : thread;
+    runnable_.push_back({warps_[thread / 32].priority | among_warp, thread});
+    std::push_heap(runnable_.begin(), runnable_.end(), std::greater<>());
   }
 
   void wait(const char* where) {
     Fiber& self = *running_;
     self.waits_at = where;
-    self.switch_to(host_);
+    next_of(self);
   }
 
-  const dim3 size_;
-  std::vector<Fiber> fibers_;
+  // From this stack to the runnable thread that comes first, or, where there is none or one has failed, to the host.
+  void next_of(Context& self) {
+    Context* next = &host_;
+    if (!runnable_.empty() && error_ == nullptr) {
+      std::pop_heap(runnable_.begin(), runnable_.end(), std::greater<>());
+      running_ = fibers_[runnable_.back().second].get();
+      runnable_.pop_back();
+      threadIdx = {running_->index, 0, 0};
+      next = running_;
+    }
+    if (next != &self) {
+      self.switch_to(*next);
+    }
+  }
+
+  unsigned threads_ = 0, at_barrier_ = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
   Context host_;
   Fiber* running_ = nullptr;
-  std::multimap<uint64_t, Fiber*> runnable_;  // by priority
-  std::vector<Fiber*> at_barrier_;
-  std::vector<std::map<unsigned, std::shared_ptr<Exchange>>> exchanges_;  // of each warp, by members
+  std::vector<std::pair<uint64_t, unsigned>> runnable_;  // a heap of priorities and threads
+  std::vector<Warp> warps_;
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr error_;
-  std::vector<uint64_t> warp_priority_;
   std::mt19937_64 random_;
 };
-
-thread_local Block* Block::current = nullptr;
 
 }  // namespace
 
@@ -198,24 +295,32 @@ Shown exchange(unsigned members, uint64_t value) { return Block::current->exchan
 
 void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
   TORCH_CHECK(grid.x >= 1 && grid.y == 1 && grid.z == 1, "grids are of 1 block or more, in x");
+  TORCH_CHECK(block.x >= 1 && block.x <= 1024 && block.y == 1 && block.z == 1,
+              "blocks are of 1 to 1024 threads in x");
   ++launch_count;
   if (max_blocks > 0) {
     grid.x = std::min<int64_t>(grid.x, max_blocks);
   }
-  Block threads(block);
-  std::exception_ptr error;
-  for (unsigned b = 0; b < grid.x && error == nullptr; ++b) {
-    std::thread([&] {
-      blockIdx = {b, 0, 0};
-      blockDim = block;
-      gridDim = grid;
-      try {
-        threads.run(thread);
-      } catch (...) {
-        error = std::current_exception();
-      }
-    }).join();
+  static std::mutex one_launch;
+  static std::unique_ptr<Block> threads;
+  const std::lock_guard<std::mutex> lock(one_launch);
+  if (threads == nullptr) {
+    threads = std::make_unique<Block>();
   }
+  blockDim = block;
+  gridDim = grid;
+  std::exception_ptr error;
+  std::thread([&] {
+    try {
+      for (unsigned b = 0; b < grid.x; ++b) {
+        blockIdx = {b, 0, 0};
+        threads->run(block.x, thread);
+      }
+    } catch (...) {
+      error = std::current_exception();
+      threads = nullptr;  // those that have not returned are of no more use
+    }
+  }).join();
   if (error != nullptr) {
     std::rethrow_exception(error);
   }
@@ -230,3 +335,11 @@ TORCH_LIBRARY(cuda_on_cpu, m) {
 }
 
 }  // namespace cuda_on_cpu
+
+// The ops register on CPU tensors, under a name of their own.
+wakesleep::Registration::Registration(c10::DispatchKey, void (*implement)(Registrar&)) {
+  static std::vector<torch::Library> registered;
+  registered.emplace_back(torch::Library::IMPL, "wakesleep_cuda_on_cpu", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  Registrar registrar(registered.back());
+  implement(registrar);
+}

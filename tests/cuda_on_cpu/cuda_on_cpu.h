@@ -7,23 +7,19 @@
 // others, and addresses that a GPU would fault on are errors.
 #pragma once
 
-#include <torch/library.h>
+#include <c10/util/Exception.h>
 
 #include <array>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 
-// The ops register on CPU tensors, under a name of their own.
-#undef TORCH_LIBRARY_IMPL
-#define TORCH_LIBRARY_IMPL(library, key, m) _TORCH_LIBRARY_IMPL(wakesleep_cuda_on_cpu, CPU, m, C10_UID)
-
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static thread_local  // a block runs on a thread of the host, new to it
+#define __shared__ static thread_local  // a launch runs on a thread of the host, new to it
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -35,7 +31,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 

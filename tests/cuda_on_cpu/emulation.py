@@ -39,7 +39,7 @@ def load() -> None:
     """Builds the library, if need be, and registers ``wakesleep_cuda_on_cpu``, the kernels on CPU tensors."""
     build = ROOT / "build" / ("cuda_on_cpu-sanitized" if SANITIZE else "cuda_on_cpu")
     build.mkdir(parents=True, exist_ok=True)
-    sources = [HERE / "cuda_on_cpu.cpp"]
+    sources = [HERE / "cuda_on_cpu.cpp", *(ROOT / "csrc" / name for name in ("aten.cpp", "registration.cpp"))]
     with FileLock(build / "sources.lock"):  # several workers may be at it
         for kernels in (*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "emulator_cases.cu"):
             source = build / f"{kernels.stem}.cpp"  # under a name that is compiled as C++
@@ -48,7 +48,7 @@ def load() -> None:
                 source.write_text(text)
             sources.append(source)
     # As on a GPU, multiplications and additions are contracted: what is said of errors holds either way.
-    flags = ["-O1", "-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
+    flags = ["-O1", "-DAT_PER_OPERATOR_HEADERS", "-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
     linked = []
     if SANITIZE:
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]

@@ -1,5 +1,6 @@
 // Kernels that are right, and kernels that are wrong in the ways the emulation is to notice.
 #include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
 
 #include <map>
 #include <string>

@@ -3,7 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "autograd/operators.h"
+#include "operators.h"
 
 namespace wakesleep {
 namespace {

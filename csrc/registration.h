@@ -1,0 +1,37 @@
+// Registers kernels with torch. It does what TORCH_LIBRARY_IMPL does, but files that use it need not include
+// <torch/library.h>, which takes 7 s to compile.
+//
+//   WAKESLEEP_KERNELS(CPU, m) { m.impl("gaussian_kl", gaussian_kl); }
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace torch {
+class Library;
+}
+
+namespace wakesleep {
+
+// Takes the kernels of one dispatch key.
+class Registrar {
+ public:
+  explicit Registrar(torch::Library& library) : library_(library) {}
+
+  // Signatures must be in the list of registration.cpp: with a missing one the extension does not load.
+  template <typename Signature>
+  void impl(const char* name, Signature* kernel);
+
+ private:
+  torch::Library& library_;
+};
+
+struct Registration {
+  Registration(c10::DispatchKey key, void (*implement)(Registrar&));
+};
+
+}  // namespace wakesleep
+
+#define WAKESLEEP_KERNELS(key, m)                                                                         \
+  static void implement_kernels(::wakesleep::Registrar&);                                                 \
+  static const ::wakesleep::Registration kRegistration(::c10::DispatchKey::key, &implement_kernels);      \
+  static void implement_kernels(::wakesleep::Registrar& m)
