@@ -20,8 +20,8 @@ extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 SHELL := /bin/bash
 
-.PHONY: help train test test-thorough lint format benchmark readme mnist docs cuda-check cuda-on-cpu-asan sass-report \
-	mutants gpu-check clean
+.PHONY: help train test test-thorough lint format benchmark readme mnist docs cuda-check cuda-test \
+	cuda-on-cpu-asan cuda-on-cpu-asan-subset sass-report mutants gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,8 +34,10 @@ help:
 	@echo "make readme      makes the README's speed tables and pictures anew from the results that they name"
 	@echo "make mnist       trains every objective on the MNIST in the folder DATA, in hours; writes benchmarks/results/mnist"
 	@echo "make docs        builds the reference pages, build/docs/index.html; a warning is an error"
-	@echo "make cuda-check  compiles the CUDA kernels for CUDA_ARCHITECTURES against a CUDA build of torch; needs nvcc, no GPU"
+	@echo "make cuda-check  compiles the CUDA kernels for CUDA_ARCHITECTURES and checks their machine code; needs nvcc, no GPU"
+	@echo "make cuda-test   also runs the everyday tests with the CUDA build, on a GPU where there is one"
 	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
+	@echo "make cuda-on-cpu-asan-subset  the same for a few of the tests, as every change must pass"
 	@echo "make sass-report prints registers, spills and loads of every kernel; needs nvcc, no GPU"
 	@echo "make gpu-check   builds, tests, sanitizes and measures on a GPU; OUT names the folder for the results"
 	@echo "make clean       removes what was built, not the environments"
@@ -45,13 +47,16 @@ train: $(VENV)/.installed
 	@$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
 
 test: $(VENV)/.installed $(VENV)/.test
+	@echo "Compiling the CUDA kernels to run on the CPU (2 minutes on two cores; later, only what changed)"
+	@PYTHONPATH=tests $(VENV)/bin/python tests/cuda_on_cpu/emulation.py
 	@echo "Running the everyday tests (6 minutes on two cores)"
 	@$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) $(TESTS)
 
 test-thorough: $(VENV)/.examples docs
 	@echo "Running every test (an hour or two on two cores), then the sanitizers"
 	@$(VENV)/bin/python -m pytest --thorough $(ON_EVERY_CORE) $(TESTS)
-	$(MAKE) cuda-on-cpu-asan
+	@$(MAKE) cuda-on-cpu-asan
+	@if command -v nvcc; then $(MAKE) cuda-test; else echo "No nvcc: the CUDA build is left out"; fi
 
 mutants: $(VENV)/.installed $(VENV)/.test
 	@$(VENV)/bin/python scripts/mutants.py --only '$(ONLY)'
@@ -75,19 +80,25 @@ benchmark: $(VENV)/.installed
 readme: $(VENV)/.installed
 	$(VENV)/bin/python scripts/update_readme.py
 
-# Addresses and undefined behaviour checked in every kernel, as the tests run it on the CPU. The libraries are preloaded
-# because it is Python that loads the instrumented one; leaks are the interpreter's. Under the shuffled
-# schedule alone, in which every block strides over the grid; and without the tests that call an op many times over.
-cuda-on-cpu-asan: $(VENV)/.installed $(VENV)/.test
-	WAKESLEEP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+# Checks addresses and undefined behaviour in every kernel, as the tests run it on the CPU. Python loads the instrumented
+# library, so the sanitizers' own are preloaded; leaks would be Python's. The subset runs each kernel once at every
+# shape in one dtype. The whole leaves out the tests that call an op many times over.
+SANITIZED_SUBSET := values_and_gradients and shuffled and float32 or emulator or past_the_end
+SANITIZED := not gradcheck and not opcheck and not every_way
+cuda-on-cpu-asan-subset: SANITIZED := $(SANITIZED_SUBSET)
+cuda-on-cpu-asan cuda-on-cpu-asan-subset: $(VENV)/.installed $(VENV)/.test
+	@echo "Compiling the CUDA kernels with sanitizers, and running them on the CPU"
+	@WAKESLEEP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) --capture=sys \
-		-k "not order and not gradcheck and not opcheck and not every_way" tests/cuda_on_cpu
+		$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) --capture=sys -k "$(SANITIZED)" tests/cuda_on_cpu
 
-# The tests run against the installed wheel: from their own folder, so that the source tree is not on the path.
+# The checks run from the tests' folder, so that they find the installed wheel rather than the source tree.
 cuda-check: $(CUDA_VENV)/.installed
-	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/cuda_check.py
-	cd tests && ../$(CUDA_VENV)/bin/pytest -c ../pyproject.toml --rootdir . $(ON_EVERY_CORE) -m "not source_tree" .
+	@cd tests && ../$(CUDA_VENV)/bin/python ../scripts/cuda_check.py
+	@cd tests && ../$(CUDA_VENV)/bin/pytest -q -c ../pyproject.toml --rootdir . test_machine_code.py
+
+cuda-test: cuda-check
+	@cd tests && ../$(CUDA_VENV)/bin/pytest -c ../pyproject.toml --rootdir . $(ON_EVERY_CORE) -m "not source_tree" .
 
 sass-report: $(CUDA_VENV)/.installed
 	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/sass_report.py

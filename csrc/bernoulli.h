@@ -1,7 +1,6 @@
 // What the Bernoulli ops work on, checked and laid out once for every backend.
 #pragma once
 
-
 #include "dispatch.h"
 #include "geometry.h"
 
@@ -113,7 +112,7 @@ struct BernoulliSample {
     D = logits.size(-1);
     logits = with_contiguous_events(logits);
     x = aten::empty(concat(sample_shape, logits.sizes()),
-                  logits.options().dtype(written_dtype(op, dtype, logits.scalar_type())));
+                    logits.options().dtype(written_dtype(op, dtype, logits.scalar_type())));
     const auto batch = batch_sizes(logits);
     rows = map_rows<1>(batch, {row_strides(logits, batch)});
   }

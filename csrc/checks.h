@@ -76,7 +76,8 @@ inline void check_row_weights(const char* op, const Argument& argument, c10::Sym
     const c10::SymInt& size = sizes[sizes.size() - i];
     broadcasts = size == 1 || size == batch[batch.size() - i];
   }
-  TORCH_CHECK_VALUE(broadcasts, op, ": expected ", argument.name, " to broadcast to ", batch, ", the rows, got ", sizes);
+  TORCH_CHECK_VALUE(broadcasts, op, ": expected ", argument.name, " to broadcast to ", batch, ", the rows, got ",
+                    sizes);
 }
 
 inline void check_key(const char* op, const at::Tensor& key, const Argument& beside) {

@@ -195,9 +195,9 @@ class GradientSum {
  public:
   GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)
       : summed(inner_rows != 1), dtype_(like.scalar_type()) {
-    written = summed
-                  ? aten::empty(concat({inner_pieces(inner_rows)}, shape), like.options().dtype(at::toOpMathType(dtype_)))
-                  : aten::empty(shape, like.options());
+    written =
+        summed ? aten::empty(concat({inner_pieces(inner_rows)}, shape), like.options().dtype(at::toOpMathType(dtype_)))
+               : aten::empty(shape, like.options());
   }
 
   at::Tensor total() const {

@@ -161,8 +161,9 @@ struct PerceptronOps {
         const at::Tensor products = Kernels::product(below, call.layers[l].weight.t(), call.compute);
         Rows* whole = l == last ? &output : hidden == nullptr ? nullptr : &kept[l];
         const bool at_once = whole == nullptr || products.size(0) == call.N;
-        at::Tensor y = at_once ? (in_place ? products : aten::empty(products.sizes(), call.h.options().dtype(call.dtype)))
-                               : whole->place(first, products);
+        at::Tensor y = at_once
+                           ? (in_place ? products : aten::empty(products.sizes(), call.h.options().dtype(call.dtype)))
+                           : whole->place(first, products);
         Kernels::write_output(call, l, products, y);
         if (at_once && whole != nullptr) {
           whole->tensor = y;

@@ -31,23 +31,23 @@ using Outs = std::vector<at::Tensor>;
 WAKESLEEP_SIGNATURE(Out(In));
 WAKESLEEP_SIGNATURE(Out(In, In));
 WAKESLEEP_SIGNATURE(Out(In, In, In));
-WAKESLEEP_SIGNATURE(Out(In, std::optional<at::Generator>));                                    // draw_key
-WAKESLEEP_SIGNATURE(Out(In, In, In, at::IntArrayRef));                                         // gaussian_rsample
-WAKESLEEP_SIGNATURE(std::tuple<Out, Out>(In, In, In, at::IntArrayRef));                        // ..._log_prob
-WAKESLEEP_SIGNATURE(Out(OptionalIn, OptionalIn, In, In, In, at::IntArrayRef));                 // ..._backward
-WAKESLEEP_SIGNATURE(std::tuple<Out, Out>(In, In, In, In, bool));                               // gaussian_log_prob_backward
-WAKESLEEP_SIGNATURE(Out(In, In, at::IntArrayRef, Dtype));                                      // bernoulli_sample
-WAKESLEEP_SIGNATURE(Out(In, In, int64_t, OptionalIn, Dtype));                                  // binarize
-WAKESLEEP_SIGNATURE(Out(In, at::TensorList, at::TensorList, Name, Name));                      // perceptron
-WAKESLEEP_SIGNATURE(std::tuple<Out, Outs>(In, at::TensorList, at::TensorList, Name, Name));    // ..._with_hidden
-WAKESLEEP_SIGNATURE(std::tuple<Out, Outs, Outs>(In, In, at::TensorList, In, at::TensorList,   // ..._backward
-                    at::TensorList, Name, Name, bool, bool));
-WAKESLEEP_SIGNATURE(Out(In, In, In, In, Dtype));                                               // linear_bernoulli_sample
-WAKESLEEP_SIGNATURE(Out(In, In, In, In, std::optional<bool>));                                 // linear_bernoulli_log_prob
-WAKESLEEP_SIGNATURE(std::tuple<Out, Out>(In, In, In, In, int64_t));                            // ..._and_logits
-WAKESLEEP_SIGNATURE(std::tuple<Out, Out, Out>(In, In, In, In, In, OptionalIn, bool, bool));    // ..._backward
-WAKESLEEP_SIGNATURE(std::tuple<Out, Out, Out, Out>(In, In, In, In, OptionalIn, bool, bool));   // ..._and_gradients
+WAKESLEEP_SIGNATURE(Out(In, std::optional<at::Generator>));                     // draw_key
+WAKESLEEP_SIGNATURE(Out(In, In, In, at::IntArrayRef));                          // gaussian_rsample
+WAKESLEEP_SIGNATURE(std::tuple<Out, Out>(In, In, In, at::IntArrayRef));         // ..._log_prob
+WAKESLEEP_SIGNATURE(Out(OptionalIn, OptionalIn, In, In, In, at::IntArrayRef));  // ..._backward
+WAKESLEEP_SIGNATURE(std::tuple<Out, Out>(In, In, In, In, bool));                // gaussian_log_prob_backward
+WAKESLEEP_SIGNATURE(Out(In, In, at::IntArrayRef, Dtype));                       // bernoulli_sample
+WAKESLEEP_SIGNATURE(Out(In, In, int64_t, OptionalIn, Dtype));                   // binarize
+WAKESLEEP_SIGNATURE(Out(In, at::TensorList, at::TensorList, Name, Name));       // perceptron
+WAKESLEEP_SIGNATURE(std::tuple<Out, Outs>(In, at::TensorList, at::TensorList, Name, Name));  // ..._with_hidden
+WAKESLEEP_SIGNATURE(std::tuple<Out, Outs, Outs>(In, In, at::TensorList, In, at::TensorList,  // ..._backward
+                                                at::TensorList, Name, Name, bool, bool));
+WAKESLEEP_SIGNATURE(Out(In, In, In, In, Dtype));                     // linear_bernoulli_sample
+WAKESLEEP_SIGNATURE(Out(In, In, In, In, std::optional<bool>));       // linear_bernoulli_log_prob
+WAKESLEEP_SIGNATURE(std::tuple<Out, Out>(In, In, In, In, int64_t));  // ..._and_logits
+WAKESLEEP_SIGNATURE(std::tuple<Out, Out, Out>(In, In, In, In, In, OptionalIn, bool, bool));   // ..._backward
+WAKESLEEP_SIGNATURE(std::tuple<Out, Out, Out, Out>(In, In, In, In, OptionalIn, bool, bool));  // ..._and_gradients
 WAKESLEEP_SIGNATURE(void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, In, In, double, double,
-                    double));                                                                   // adam_
+                         double));  // adam_
 
 }  // namespace wakesleep

@@ -31,7 +31,7 @@ struct Registration {
 
 }  // namespace wakesleep
 
-#define WAKESLEEP_KERNELS(key, m)                                                                         \
-  static void implement_kernels(::wakesleep::Registrar&);                                                 \
-  static const ::wakesleep::Registration kRegistration(::c10::DispatchKey::key, &implement_kernels);      \
+#define WAKESLEEP_KERNELS(key, m)                                                                    \
+  static void implement_kernels(::wakesleep::Registrar&);                                            \
+  static const ::wakesleep::Registration kRegistration(::c10::DispatchKey::key, &implement_kernels); \
   static void implement_kernels(::wakesleep::Registrar& m)

@@ -59,7 +59,7 @@ def steps(python: str, site: Path, out: Path, capability: str) -> list[Step]:
     """What is done, in this order; the package is installed into `site`."""
     installed = {"PYTHONPATH": str(site)}
     tests = ROOT / "tests"
-    pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-c", str(ROOT / "pyproject.toml"))
+    pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--thorough", "-c", str(ROOT / "pyproject.toml"))
     # the allocator of CUDA itself, so that every tensor has bounds that a sanitizer knows
     sanitized = {**installed, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     small_pass = (python, str(ROOT / "scripts" / "gpu_small_pass.py"))

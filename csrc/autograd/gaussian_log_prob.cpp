@@ -28,7 +28,8 @@ Tensor gaussian_log_prob_of(const Tensor& mu, const Tensor& logvar, const Tensor
 }
 
 // The backward itself differentiates through the formula.
-Pair gaussian_log_prob_backward_of(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const Tensor& z, bool with_grad_z) {
+Pair gaussian_log_prob_backward_of(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const Tensor& z,
+                                   bool with_grad_z) {
   if (!needs_gradient(grad, mu, logvar, z)) {
     return below(gaussian_log_prob_backward(), grad, mu, logvar, z, with_grad_z);
   }

@@ -30,12 +30,14 @@ struct Rsample : torch::autograd::Function<Rsample> {
   }
 };
 
-Tensor gaussian_rsample_of(const Tensor& mu, const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
+Tensor gaussian_rsample_of(const Tensor& mu, const Tensor& logvar, const Tensor& key,
+                           c10::SymIntArrayRef sample_shape) {
   return needs_gradient(mu, logvar) ? Rsample::apply(mu, logvar, key, sample_shape, false)[0]
                                     : below(gaussian_rsample(), mu, logvar, key, sample_shape);
 }
 
-Pair gaussian_rsample_log_prob_of(const Tensor& mu, const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
+Pair gaussian_rsample_log_prob_of(const Tensor& mu, const Tensor& logvar, const Tensor& key,
+                                  c10::SymIntArrayRef sample_shape) {
   if (!needs_gradient(mu, logvar)) {
     return below(gaussian_rsample_log_prob(), mu, logvar, key, sample_shape);
   }
@@ -45,7 +47,7 @@ Pair gaussian_rsample_log_prob_of(const Tensor& mu, const Tensor& logvar, const 
 
 // The backward itself differentiates through the formula, with eps drawn as the sample of N(0, I) with that key.
 Tensor gaussian_rsample_backward_of(const OptionalTensor& grad_z, const OptionalTensor& grad_log_prob, const Tensor& mu,
-                        const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
+                                    const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
   const bool has_z = grad_z && grad_z->defined(), has_log_prob = grad_log_prob && grad_log_prob->defined();
   if (!needs_gradient(mu, logvar) && !(has_z && needs_gradient(*grad_z)) &&
       !(has_log_prob && needs_gradient(*grad_log_prob))) {

@@ -62,14 +62,15 @@ struct LinearBernoulliLogProb : torch::autograd::Function<LinearBernoulliLogProb
 };
 
 Tensor linear_bernoulli_log_prob_of(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
-                std::optional<bool> recompute) {
+                                    std::optional<bool> recompute) {
   return needs_gradient(h, weight, bias, x) ? LinearBernoulliLogProb::apply(h, weight, bias, x, recompute)
                                             : below(linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
 }
 
 // The backward itself differentiates through the formula.
-Triple linear_bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
-                         const OptionalTensor& logits, bool with_grad_h, bool with_grad_weight) {
+Triple linear_bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& h, const Tensor& weight,
+                                             const Tensor& bias, const Tensor& x, const OptionalTensor& logits,
+                                             bool with_grad_h, bool with_grad_weight) {
   if (!needs_gradient(grad, h, weight, bias, x)) {
     return below(linear_bernoulli_log_prob_backward(), grad, h, weight, bias, x, logits, with_grad_h, with_grad_weight);
   }
@@ -150,7 +151,7 @@ struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogP
 };
 
 Tensor linear_bernoulli_log_prob_sum_of(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
-                    const OptionalTensor& importance) {
+                                        const OptionalTensor& importance) {
   return needs_gradient(h, weight, bias)
              ? LinearBernoulliLogProbSum::apply(h, weight, bias, x, importance)
              : weighted_sum(linear_bernoulli_log_prob().call(h, weight, bias, x, std::nullopt), importance);

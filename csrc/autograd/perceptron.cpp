@@ -85,10 +85,11 @@ struct DifferentiableGradient {
 };
 
 // The backward itself differentiates through the formula.
-std::tuple<Tensor, Tensors, Tensors> perceptron_backward_of(const Tensor& grad, const Tensor& output, at::TensorList hidden,
-                                                 const Tensor& h, at::TensorList weights, at::TensorList biases,
-                                                 OptionalName activation, OptionalName output_activation,
-                                                 bool with_grad_h, bool with_grad_weights) {
+std::tuple<Tensor, Tensors, Tensors> perceptron_backward_of(const Tensor& grad, const Tensor& output,
+                                                            at::TensorList hidden, const Tensor& h,
+                                                            at::TensorList weights, at::TensorList biases,
+                                                            OptionalName activation, OptionalName output_activation,
+                                                            bool with_grad_h, bool with_grad_weights) {
   if (!needs_gradient(grad, output, h) && !needs_gradients(hidden) && !needs_gradients(weights) &&
       !needs_gradients(biases)) {
     return below(perceptron_backward(), grad, output, hidden, h, weights, biases, activation, output_activation,

@@ -295,8 +295,7 @@ Shown exchange(unsigned members, uint64_t value) { return Block::current->exchan
 
 void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
   TORCH_CHECK(grid.x >= 1 && grid.y == 1 && grid.z == 1, "grids are of 1 block or more, in x");
-  TORCH_CHECK(block.x >= 1 && block.x <= 1024 && block.y == 1 && block.z == 1,
-              "blocks are of 1 to 1024 threads in x");
+  TORCH_CHECK(block.x >= 1 && block.x <= 1024 && block.y == 1 && block.z == 1, "blocks are of 1 to 1024 threads in x");
   ++launch_count;
   if (max_blocks > 0) {
     grid.x = std::min<int64_t>(grid.x, max_blocks);

@@ -48,7 +48,8 @@ def load() -> None:
                 source.write_text(text)
             sources.append(source)
     # As on a GPU, multiplications and additions are contracted: what is said of errors holds either way.
-    flags = ["-O1", "-DAT_PER_OPERATOR_HEADERS", "-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
+    flags = ["-O1", "-DAT_PER_OPERATOR_HEADERS", "-ffp-contract=fast"]
+    flags += ["-mfma"] if platform.machine() == "x86_64" else []
     linked = []
     if SANITIZE:
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
@@ -119,3 +120,7 @@ def schedule(*, shuffled: bool = False, max_blocks: int = 0) -> None:
 def launches() -> int:
     """How many kernels were launched so far."""
     return int(torch.ops.cuda_on_cpu.launches())
+
+
+if __name__ == "__main__":
+    load()
