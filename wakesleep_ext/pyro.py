@@ -10,9 +10,9 @@ from wakesleep_ext import distributions
 __all__ = ["BernoulliVector", "DiagonalGaussian"]
 
 
-class DiagonalGaussian(distributions.DiagonalGaussian, TorchDistributionMixin):  # type: ignore[misc]
+class DiagonalGaussian(distributions.DiagonalGaussian, TorchDistributionMixin):  # type: ignore[misc, unused-ignore]
     __doc__ = distributions.DiagonalGaussian.__doc__
 
 
-class BernoulliVector(distributions.BernoulliVector, TorchDistributionMixin):  # type: ignore[misc]
+class BernoulliVector(distributions.BernoulliVector, TorchDistributionMixin):  # type: ignore[misc, unused-ignore]
     __doc__ = distributions.BernoulliVector.__doc__
