@@ -98,7 +98,9 @@ def extension_and_commands() -> dict[str, Any]:
         sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in csrc.glob(pattern)),
         include_dirs=include_dirs,
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
-        depends=sorted(str(path.relative_to(ROOT)) for path in csrc.rglob("*") if path.suffix != ".cu"),
+        depends=sorted(
+            str(path.relative_to(ROOT)) for path in csrc.rglob("*") if path.suffix in {".h", ".cuh", ".cpp"}
+        ),
     )
     return {"ext_modules": [extension], "cmdclass": {"build": Build, "build_ext": BuildKernels}}
 

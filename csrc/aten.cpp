@@ -1,3 +1,4 @@
+// Calls the functions of torch that aten.h declares.
 #include "aten.h"
 
 #include <ATen/ops/empty.h>

@@ -74,7 +74,7 @@ inline void check_row_weights(const char* op, const Argument& argument, c10::Sym
   bool broadcasts = sizes.size() <= batch.size();
   for (size_t i = 1; broadcasts && i <= sizes.size(); ++i) {  // from the last dimension forwards
     const c10::SymInt& size = sizes[sizes.size() - i];
-    broadcasts = size == 1 || size == batch[batch.size() - i];
+    broadcasts = size == batch[batch.size() - i] || size == 1;
   }
   TORCH_CHECK_VALUE(broadcasts, op, ": expected ", argument.name, " to broadcast to ", batch, ", the rows, got ",
                     sizes);

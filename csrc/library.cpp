@@ -90,9 +90,9 @@ TORCH_LIBRARY(wakesleep_ext, m) {
 
 namespace wakesleep {
 
-Registration::Registration(c10::DispatchKey key, void (*implement)(Registrar&)) {
+Registration::Registration(c10::DispatchKey key, void (*implement)(Registrar&), const char* file, uint32_t line) {
   static std::vector<torch::Library> registered;  // for as long as this library is loaded
-  registered.emplace_back(torch::Library::IMPL, "wakesleep_ext", key, __FILE__, __LINE__);
+  registered.emplace_back(torch::Library::IMPL, "wakesleep_ext", key, file, line);
   Registrar registrar(registered.back());
   implement(registrar);
 }

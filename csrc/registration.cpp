@@ -1,3 +1,4 @@
+// Instantiates Registrar::impl for the signature of every kernel.
 #include "registration.h"
 
 #include <torch/library.h>
@@ -28,9 +29,9 @@ using Outs = std::vector<at::Tensor>;
   template void Registrar::impl<__VA_ARGS__>(const char*, std::add_pointer_t<__VA_ARGS__>)
 
 // Lists each signature once; the comment names an operator that has it.
-WAKESLEEP_SIGNATURE(Out(In));
-WAKESLEEP_SIGNATURE(Out(In, In));
-WAKESLEEP_SIGNATURE(Out(In, In, In));
+WAKESLEEP_SIGNATURE(Out(In));                                                   // standard_gaussian_log_prob
+WAKESLEEP_SIGNATURE(Out(In, In));                                               // gaussian_kl
+WAKESLEEP_SIGNATURE(Out(In, In, In));                                           // gaussian_log_prob
 WAKESLEEP_SIGNATURE(Out(In, std::optional<at::Generator>));                     // draw_key
 WAKESLEEP_SIGNATURE(Out(In, In, In, at::IntArrayRef));                          // gaussian_rsample
 WAKESLEEP_SIGNATURE(std::tuple<Out, Out>(In, In, In, at::IntArrayRef));         // ..._log_prob

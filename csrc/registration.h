@@ -26,12 +26,13 @@ class Registrar {
 };
 
 struct Registration {
-  Registration(c10::DispatchKey key, void (*implement)(Registrar&));
+  Registration(c10::DispatchKey key, void (*implement)(Registrar&), const char* file, uint32_t line);
 };
 
 }  // namespace wakesleep
 
-#define WAKESLEEP_KERNELS(key, m)                                                                    \
-  static void implement_kernels(::wakesleep::Registrar&);                                            \
-  static const ::wakesleep::Registration kRegistration(::c10::DispatchKey::key, &implement_kernels); \
+#define WAKESLEEP_KERNELS(key, m)                                                                             \
+  static void implement_kernels(::wakesleep::Registrar&);                                                     \
+  static const ::wakesleep::Registration kRegistration(::c10::DispatchKey::key, &implement_kernels, __FILE__, \
+                                                       __LINE__);                                             \
   static void implement_kernels(::wakesleep::Registrar& m)

@@ -1,4 +1,4 @@
-"""The faults that `make mutants` plants, by area. Each changes one line, and with it a result.
+"""Lists the faults that `make mutants` plants, by area. Each changes one line, and with it a result.
 
 `before` occurs once in its file. `tests` are the arguments of pytest: the everyday tests that should notice.
 """
@@ -25,7 +25,7 @@ class Fault:
 
     @property
     def changes_extension(self) -> bool:
-        """The extension must be built again; the tests themselves compile CUDA kernels and `elementary.h`."""
+        """Whether to build the extension again. Tests compile CUDA kernels and `elementary.h` themselves."""
         return self.is_compiled and not self.file.startswith("csrc/cuda/") and self.file != "csrc/elementary.h"
 
 

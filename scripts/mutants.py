@@ -81,7 +81,7 @@ def run(command: Sequence[str], timeout: int = TIMEOUT) -> Finished:
     Raises:
         InvalidFaultError: the command takes longer than the timeout.
     """
-    environment = {**os.environ, "PYTHONPATH": str(COPY), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(COPY), "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}
     with subprocess.Popen(
         command,
         cwd=COPY,
@@ -180,8 +180,10 @@ def copy_built(source: Path, target: Path) -> None:
 
 
 def prepare(is_built: bool) -> None:
-    """Make the copy, and check that it is what Python imports there."""
+    """Make the copy, and check that Python imports the package from it."""
     synchronise()
+    for lock in (COPY / "build").glob("*/lock"):  # of a build that was killed, for which the next would wait
+        lock.unlink()
     if is_built:
         print("Building the copy (minutes, the first time)", flush=True)
         build(WHOLE_TIMEOUT)
@@ -230,8 +232,10 @@ def check_baseline(faults: Sequence[Fault]) -> None:
 
 
 def key_of(fault: Fault) -> str:
-    """What a result is valid for."""
-    return hashlib.sha256(repr(fault).encode()).hexdigest()
+    """The key of a result: it changes with the fault, its file and its tests."""
+    files = (fault.file, shlex.split(fault.tests)[0], "tests/cases.py", "tests/conftest.py")
+    content = b"".join((ROOT / file).read_bytes() for file in files)
+    return hashlib.sha256(repr(fault).encode() + content).hexdigest()
 
 
 def read_results() -> dict[str, dict[str, str | float]]:
@@ -277,7 +281,7 @@ def main() -> int:
         "--only", default="", help="part of the name or area of the faults to plant; may have wildcards"
     )
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
-    parser.add_argument("--no-build", action="store_true", help="plant faults in Python only, beside a built extension")
+    parser.add_argument("--no-build", action="store_true", help="plant faults in Python only; build nothing")
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     try:

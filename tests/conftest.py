@@ -1,4 +1,4 @@
-"""The two tiers, and fixtures for all tests: the devices they run on, and a seed for each."""
+"""Defines the two tiers, the device fixture, and a seed for each test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # which has a core to itself, and so have the processes that it starts
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker, and each process that it starts, has one core
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 

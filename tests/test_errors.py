@@ -166,7 +166,7 @@ def test_a_broken_binary_is_named(not_imported: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
-    """By the ops, by the command line and by the benchmark, which each begin without it."""
+    """The ops, the command line and the benchmark load it only when they need it."""
     program = (
         "import sys, torch; before = set(sys.modules); import wakesleep_ext;"
         "assert 'wakesleep_ext.cli' not in sys.modules; import wakesleep_ext.cli, wakesleep_ext.benchmark;"

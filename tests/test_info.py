@@ -56,13 +56,14 @@ def test_a_broken_installation_is_described(tmp_path: Path, damage: Callable[[Pa
     # -c puts the working directory, and with it the damaged copy, before everything that is installed
     commands = (
         "import sys, _wakesleep_command as command\n"
-        "for name in ('train', 'info'): sys.argv[1:] = [name]; print('status', command.main())"
+        "for name in ('info', 'train'):\n"
+        "    sys.argv[1:] = [name]; print('status', command.main()); print('-- end of', name, file=sys.stderr)"
     )
     arguments = [sys.executable, "-c", commands]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
-    of_train, *of_info, status = done.stdout.splitlines()
-    assert (of_train, status) == ("status 1", "status 1")
-    assert done.stderr.startswith("wakesleep: ")
+    *of_info, status, of_train = done.stdout.splitlines()
+    assert (status, of_train) == ("status 1", "status 1")
+    assert done.stderr.startswith("-- end of info\nwakesleep: ")
     assert message in done.stderr
     assert message in "\n".join(of_info)
     assert "Traceback" not in done.stdout + done.stderr

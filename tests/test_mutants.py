@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -10,29 +11,26 @@ from checkout import ROOT, load
 pytestmark = pytest.mark.source_tree
 
 mutants = load("mutants", "scripts")
-AREAS = {
-    *("scalar maths and Philox", "host code", "CPU kernels", "CUDA kernels", "autograd", "recording"),
-    *("ops", "distributions", "modules", "random", "objectives", "training", "replay"),
-    *("evaluation", "importance", "annealing", "data", "checkpoint"),
-}
 
 
 def test_every_fault_changes_a_line_that_there_is() -> None:
     mutants.check_table()
 
 
-def test_there_are_faults_of_every_area() -> None:
+def test_there_are_enough_faults() -> None:
     faults = mutants.all_faults()
-    assert set(mutants.FAULTS) == AREAS
     assert len(faults) >= 60
     assert sum(fault.is_compiled for fault in faults) >= 20
 
 
 def test_every_fault_names_tests_that_there_are() -> None:
+    every_test = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for fault in mutants.all_faults():
         file, *options = shlex.split(fault.tests)
         assert (ROOT / file).is_file(), fault.name
         assert options[:1] in ([], ["-k"]), fault.name
+        for name in re.findall(r"test_\w+", "".join(options)):
+            assert f"def {name}" in every_test, fault.name
 
 
 def test_a_fault_whose_text_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,7 @@ def archive(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """A new one, which has torch and what torch needs."""
+    """A new environment that has torch and its requirements."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     site = _site(environment)
@@ -211,7 +211,7 @@ VARIABLES = {name: value for name, value in os.environ.items() if name not in ("
 
 
 def _install(archive: Path, environment: Path, **variables: str) -> None:
-    """As people type it: `pip install`, isolated. A wheel of empty kernels must not stay in the cache."""
+    """Installs as people type it, isolated. No cache: it would keep a wheel of empty kernels."""
     options = ["--disable-pip-version-check", "--no-cache-dir"]
     command = [environment / "bin/python", "-m", "pip", "install", *options, str(archive)]
     subprocess.run(command, env=VARIABLES | variables, cwd=archive.parent, check=True)
@@ -225,7 +225,7 @@ def _run(environment: Path, program: str, *arguments: str) -> subprocess.Complet
 
 
 def _check_that_it_works(environment: Path) -> None:
-    """The ops run; torch is the one that was there, and numpy still is not; what the trainer needs is named."""
+    """The ops run. The environment keeps its torch and gets no numpy. The trainer names its missing extra."""
     example = (
         "import torch, wakesleep_ext as ws; mu=torch.zeros(4,8,requires_grad=True); lv=torch.zeros(4,8); "
         "z,lq=ws.gaussian_rsample_log_prob(mu,lv,(16,)); print(z.shape,lq.shape)"
@@ -239,18 +239,23 @@ def _check_that_it_works(environment: Path) -> None:
     assert "missing; install with: pip install 'wakesleep_ext[train]'" in command.stderr
 
 
+def _python_files(package: Path) -> set[str]:
+    return {str(path.relative_to(package)) for path in package.rglob("*.py*") if path.suffix != ".pyc"}
+
+
+# setuptools collects the files of a source distribution in the checkout, in a folder of one name
+in_one_worker = pytest.mark.xdist_group("source distribution")
+
+
+@in_one_worker
 def test_the_source_distribution_installs_where_only_torch_is(archive: Path, environment: Path) -> None:
-    """All but the compilation: its kernels are empty, and make way for those that run these tests."""
+    """A stub compiler makes empty kernels. Those that run this test then replace them."""
     compiler = archive.parent / "c++"
     compiler.write_text(STUB)
     compiler.chmod(0o755)
     _install(archive, environment, CXX=str(compiler))
     package = _site(environment) / "wakesleep_ext"
-    assert {str(path.relative_to(package)) for path in package.rglob("*.py*") if path.suffix != ".pyc"} == {
-        str(path.relative_to(ROOT / "wakesleep_ext"))
-        for path in (ROOT / "wakesleep_ext").rglob("*.py*")
-        if path.suffix != ".pyc"
-    }
+    assert _python_files(package) == _python_files(ROOT / "wakesleep_ext")
     info = _run(environment, "wakesleep", "info")
     assert (info.returncode, "Traceback" in info.stderr) == (1, False)
     assert "do not load beside torch" in info.stdout
@@ -259,6 +264,7 @@ def test_the_source_distribution_installs_where_only_torch_is(archive: Path, env
     _check_that_it_works(environment)
 
 
+@in_one_worker
 def test_the_source_distribution_has_every_file_that_is_compiled(archive: Path) -> None:
     with tarfile.open(archive) as files:
         packed = {name.partition("/")[2] for name in files.getnames()}
@@ -266,8 +272,9 @@ def test_the_source_distribution_has_every_file_that_is_compiled(archive: Path) 
     assert {str(path.relative_to(ROOT)) for path in needed if path.suffix != ".pyc"} <= packed
 
 
+@in_one_worker
 @pytest.mark.thorough
 def test_the_source_distribution_compiles_where_only_torch_is(archive: Path, environment: Path) -> None:
-    """Against the torch that is there, headers included."""
+    """It compiles against the torch that is there, headers included."""
     _install(archive, environment)
     _check_that_it_works(environment)

@@ -1,6 +1,6 @@
-"""Every command and every line of code of the README and of the guides, run.
+"""Runs every command and every line of code of the README and the guides.
 
-Python, and every command in brief, every day; the commands as they are written in the thorough tier.
+The everyday tier runs Python and shortened commands. The thorough tier runs the commands as written.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ COMMANDS = _lines(BLOCKS, "sh")
 BIN = Path(sys.executable).parent
 
 
+# not those that an outer `make` gives to its children
+VARIABLES = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+VARIABLES["PATH"] = f"{BIN}:{os.environ['PATH']}"
+
+
 def _run(command: str, folder: Path) -> str:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    variables["PATH"] = f"{BIN}:{os.environ['PATH']}"
     done = subprocess.run(
-        shlex.split(command), cwd=folder, env=variables, capture_output=True, text=True, timeout=900, check=False
+        shlex.split(command), cwd=folder, env=VARIABLES, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-# what makes a command brief, beside one epoch and ten samples for a bound
+# Options that shorten a command, in addition to one epoch and ten samples for a bound.
 BRIEFLY = {
     "wakesleep train": "--bound-samples 10",
     "wakesleep resume": "",
@@ -57,7 +60,7 @@ BRIEFLY = {
     "wakesleep selftest": "",
     "wakesleep info": "",
 }
-# commands that other tests run: `make train` below and by .ci/run, `make test` below, `pip install .` from the source
+# Other tests run these commands: `make train` below and by .ci/run, `make test` below, `pip install .` from the source
 # distribution in test_packaging.py, the check as it is in test_check.py
 ELSEWHERE = {"make train", "make test", "pip install .", "wakesleep check --quick"}
 
@@ -69,6 +72,7 @@ def _name(command: str) -> str:
 def _in_brief(commands: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the commands of `BRIEFLY` in this process, as the `wakesleep` script would."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("wakesleep_ext.benchmark.command.keep_freed_memory", lambda: None)  # it would outlast the test
     for command in commands:
         if command in ELSEWHERE:
             continue
@@ -125,10 +129,11 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def _make(arguments: str) -> str:
-    # the environment that runs this test, if `make` made it and has nothing to add: tests beside this one are using it
+    # Other tests are using this environment, so `make` must have made it and have nothing to add.
     environment = Path(sys.prefix)
     stamps = [str(environment / name) for name in (".installed", ".test")]
-    if subprocess.run(["make", "--question", f"VENV={environment}", *stamps], cwd=ROOT, check=False).returncode != 0:
+    question = ["make", "--question", f"VENV={environment}", *stamps]
+    if subprocess.run(question, cwd=ROOT, env=VARIABLES, check=False).returncode != 0:
         pytest.skip("`make` did not make this environment, or would change it")
     return _run(f"make VENV={environment} {arguments}", ROOT)
 

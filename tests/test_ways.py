@@ -238,9 +238,11 @@ def train_in_parallel(rank: int, store: str) -> Tensor:
             return -self.head.log_prob(h, x).mean()
 
     h, x = torch.randn(2, 5, 3)[rank], torch.randint(2, (2, 5, 4))[rank].float()
-    parallel = nn.parallel.DistributedDataParallel(Loss())
-    parallel(h, x).backward()
-    torch.distributed.destroy_process_group()
+    try:
+        parallel = nn.parallel.DistributedDataParallel(Loss())
+        parallel(h, x).backward()
+    finally:
+        torch.distributed.destroy_process_group()
     assert head.weight.grad is not None
     return head.weight.grad
 
@@ -251,7 +253,8 @@ def train_as_other_rank(store: str, result: str) -> None:
 
 def test_gradients_are_averaged_over_processes(tmp_path: Any) -> None:
     store, result = str(tmp_path / "store"), str(tmp_path / "gradient")
-    other = torch.multiprocessing.get_context("spawn").Process(target=train_as_other_rank, args=(store, result))
+    spawn = torch.multiprocessing.get_context("spawn")
+    other = spawn.Process(target=train_as_other_rank, args=(store, result), daemon=True)
     other.start()
     first = train_in_parallel(0, store)
     other.join(timeout=60)

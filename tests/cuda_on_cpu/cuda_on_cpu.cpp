@@ -15,8 +15,13 @@
 #include "../../csrc/registration.h"
 
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+
+// Switches to another stack. It saves the callee-saved registers on the old stack, and that stack's pointer in `from`.
+// swapcontext() makes two system calls for this, and tests switch stacks a hundred million times.
+extern "C" void wakesleep_switch_stack(void** from, void* to);
 
 namespace cuda_on_cpu {
 namespace {
@@ -27,10 +32,6 @@ std::atomic<int64_t> max_blocks = 0;    // the grid is cut to this many, if posi
 std::atomic<int64_t> launch_count = 0;  // so far
 
 constexpr size_t kStackBytes = 256 << 10;
-
-// Goes on with another stack. What a call must preserve is on the stack that is left, and its pointer in `from`.
-// swapcontext() would do it with two system calls, and tests switch stacks a hundred million times.
-extern "C" void wakesleep_switch_stack(void** from, void* to);
 
 #if defined(__x86_64__)
 asm(R"(
@@ -55,7 +56,12 @@ wakesleep_switch_stack:
 .size wakesleep_switch_stack, . - wakesleep_switch_stack
 .popsection
 )");
-constexpr size_t kSavedWords = 8, kReturnWord = 6;  // after the return address, a word that ends a backtrace
+
+// What a new stack holds: zeros for registers, the function to begin with, and a zero that ends backtraces.
+void** prepare_stack(void** top, void (*enter)()) {
+  top[-2] = reinterpret_cast<void*>(enter);
+  return top - 8;
+}
 #elif defined(__aarch64__)
 asm(R"(
 .pushsection .text
@@ -88,9 +94,21 @@ wakesleep_switch_stack:
   add sp, sp, #160
   ret
 .size wakesleep_switch_stack, . - wakesleep_switch_stack
+
+wakesleep_start_fiber:
+  mov x30, xzr
+  br x19
 .popsection
 )");
-constexpr size_t kSavedWords = 20, kReturnWord = 11;
+extern "C" void wakesleep_start_fiber();
+
+// What a new stack holds: in x19 the function to begin with, which returns nowhere, so that backtraces end there.
+void** prepare_stack(void** top, void (*enter)()) {
+  top -= 20;
+  top[0] = reinterpret_cast<void*>(enter);
+  top[11] = reinterpret_cast<void*>(&wakesleep_start_fiber);
+  return top;
+}
 #else
 #error "cuda_on_cpu: expected x86-64 or aarch64"
 #endif
@@ -113,7 +131,7 @@ struct Context {
 #endif
   }
 
-  // On this stack, after a switch: the bounds of the one that was left become known, and so those of the host's.
+  // Runs on the new stack after a switch, and records the bounds of the stack that was left.
   static void arrive([[maybe_unused]] void* shadow) {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(shadow, &left->bottom, &left->bytes);
@@ -123,7 +141,7 @@ struct Context {
   inline static Context* left = nullptr;
 };
 
-// A thread of the GPU. It outlives the block: for the next one, it begins anew.
+// A GPU thread. The next block reuses its stack.
 struct Fiber : Context {
   unsigned index = 0;  // in the block
   const char* waits_at = nullptr;
@@ -134,18 +152,21 @@ struct Fiber : Context {
     void* stack = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
     TORCH_CHECK(stack != MAP_FAILED, "no memory for the stacks of a block");
     bottom = stack;
-    auto** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes) - kSavedWords;
-    top[kReturnWord] = reinterpret_cast<void*>(enter);
-    pointer = top;
+    pointer = prepare_stack(reinterpret_cast<void**>(static_cast<char*>(stack) + bytes), enter);
   }
 
-  ~Fiber() { munmap(const_cast<void*>(bottom), bytes); }
+  ~Fiber() {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(bottom, bytes);  // of frames that have not returned
+#endif
+    munmap(const_cast<void*>(bottom), bytes);
+  }
 
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 };
 
-// What lanes of a warp show each other. It is over when the last of them has looked.
+// Values that the lanes of a warp exchange. The slot is free once every member has read them.
 struct Exchange {
   unsigned members = 0, arrived = 0, unread = 0;
   Shown shown = {};
@@ -230,7 +251,7 @@ class Block {
 
  private:
   struct Warp {
-    uint64_t priority;  // a warp is ahead of another for as long as the block runs, lest a race of the two go unseen
+    uint64_t priority;  // fixed for the block, so that a race between two warps shows
     std::vector<Exchange> exchanges;
   };
 
@@ -261,7 +282,7 @@ class Block {
     next_of(self);
   }
 
-  // From this stack to the runnable thread that comes first, or, where there is none or one has failed, to the host.
+  // Switches to the first runnable thread, or to the host if there is none or a thread has failed.
   void next_of(Context& self) {
     Context* next = &host_;
     if (!runnable_.empty() && error_ == nullptr) {
@@ -317,7 +338,7 @@ void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
       }
     } catch (...) {
       error = std::current_exception();
-      threads = nullptr;  // those that have not returned are of no more use
+      threads = nullptr;  // drops the fibers that have not returned
     }
   }).join();
   if (error != nullptr) {
@@ -336,9 +357,10 @@ TORCH_LIBRARY(cuda_on_cpu, m) {
 }  // namespace cuda_on_cpu
 
 // The ops register on CPU tensors, under a name of their own.
-wakesleep::Registration::Registration(c10::DispatchKey, void (*implement)(Registrar&)) {
+wakesleep::Registration::Registration(c10::DispatchKey, void (*implement)(Registrar&), const char* file,
+                                      uint32_t line) {
   static std::vector<torch::Library> registered;
-  registered.emplace_back(torch::Library::IMPL, "wakesleep_cuda_on_cpu", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  registered.emplace_back(torch::Library::IMPL, "wakesleep_cuda_on_cpu", c10::DispatchKey::CPU, file, line);
   Registrar registrar(registered.back());
   implement(registrar);
 }

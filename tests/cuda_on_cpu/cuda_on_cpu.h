@@ -1,11 +1,10 @@
 // As much of CUDA as the kernels of csrc/cuda use, in C++: they compile unchanged, and run on the CPU.
 //
-// A launch runs its blocks one after the other. Shared memory begins as zeros; later blocks find in it what the block
-// before has left. Every thread of a block is a fiber, which runs until it has to wait for others: at a barrier, a
-// shuffle or a vote. Which of the runnable fibers goes on is up to the schedule: the first, so that each runs as far
-// ahead of the later ones as the barriers allow; or, shuffled, any of the foremost warp, the warps being in any order.
-// Threads that wait for what never comes, lanes that speak for others, and addresses that a GPU would fault on are
-// errors.
+// A launch runs its blocks one after the other. Shared memory begins as zeros, and a block sees the values that the
+// previous block left. Every thread of a block is a fiber, which runs until it waits for others: at a barrier, a
+// shuffle or a vote. The schedule picks the next fiber. In order, it picks the first that can run, so each runs as far
+// ahead as barriers allow. Shuffled, it picks any fiber of the foremost warp, with warps in random order. Errors are: a
+// wait that never ends, a lane that speaks for others, and an address that a GPU would fault on.
 #pragma once
 
 #include <c10/util/Exception.h>

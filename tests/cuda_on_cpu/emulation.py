@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import checkout
 import ninja
 import torch
 from cases import Case, as_tuple, make_key
@@ -24,6 +25,7 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+toolchain = checkout.load("build_support.toolchain")
 _library = torch.library.Library("wakesleep_cuda_on_cpu", "FRAGMENT")
 SANITIZE = os.environ.get("WAKESLEEP_SANITIZE") == "1"
 
@@ -55,6 +57,7 @@ def load() -> None:
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         flags += [*sanitizers, "-g1", "-fno-omit-frame-pointer"]
         linked += sanitizers
+    os.environ["MAX_JOBS"] = str(toolchain.parallel_jobs(os.environ))
     os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{os.environ['PATH']}"
     cpp_extension.load(
         name="wakesleep_cuda_on_cpu",
