@@ -22,6 +22,7 @@
 // Switches to another stack. It saves the callee-saved registers on the old stack, and that stack's pointer in `from`.
 // swapcontext() makes two system calls for this, and tests switch stacks a hundred million times.
 extern "C" void wakesleep_switch_stack(void** from, void* to);
+extern "C" void wakesleep_start_fiber();  // where that needs it
 
 namespace cuda_on_cpu {
 namespace {
@@ -36,6 +37,8 @@ constexpr size_t kStackBytes = 256 << 10;
 #if defined(__x86_64__)
 asm(R"(
 .pushsection .text
+.globl wakesleep_switch_stack
+.hidden wakesleep_switch_stack
 .type wakesleep_switch_stack, @function
 wakesleep_switch_stack:
   pushq %rbp
@@ -65,6 +68,8 @@ void** prepare_stack(void** top, void (*enter)()) {
 #elif defined(__aarch64__)
 asm(R"(
 .pushsection .text
+.globl wakesleep_switch_stack
+.hidden wakesleep_switch_stack
 .type wakesleep_switch_stack, %function
 wakesleep_switch_stack:
   sub sp, sp, #160
@@ -95,12 +100,14 @@ wakesleep_switch_stack:
   ret
 .size wakesleep_switch_stack, . - wakesleep_switch_stack
 
+.globl wakesleep_start_fiber
+.hidden wakesleep_start_fiber
+.type wakesleep_start_fiber, %function
 wakesleep_start_fiber:
   mov x30, xzr
   br x19
 .popsection
 )");
-extern "C" void wakesleep_start_fiber();
 
 // What a new stack holds: in x19 the function to begin with, which returns nowhere, so that backtraces end there.
 void** prepare_stack(void** top, void (*enter)()) {
