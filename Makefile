@@ -84,7 +84,7 @@ readme: $(VENV)/.installed
 # Checks addresses and undefined behaviour in every kernel, as the tests run it on the CPU. Python loads the instrumented
 # library, so the sanitizers' own are preloaded; leaks would be Python's. The subset runs every kernel in float32 under
 # the shuffled schedule. The whole leaves out the tests that call an op many times over.
-SANITIZED_SUBSET := shuffled and (values_and_gradients and float32 or a_step_is_that or rows_apart or of_each_row_of_a_layer) \
+SANITIZED_SUBSET := shuffled and (values_and_gradients and float32 or a_step_is_that or rows_apart or layer_in_several_chunks) \
 	or emulator
 SANITIZED := not gradcheck and not opcheck and not every_way
 cuda-on-cpu-asan-subset: SANITIZED := $(SANITIZED_SUBSET)
