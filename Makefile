@@ -27,7 +27,7 @@ SHELL := /bin/bash
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make test-thorough  runs every test and the sanitizers, in hours"
+	@echo "make test-thorough  runs every test, the sanitizers and the CUDA build, in an hour or two"
 	@echo "make mutants     plants one fault at a time and checks that a test fails, in 90 minutes; ONLY selects faults"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      rewrites the sources as ruff and clang-format would have them"
@@ -54,7 +54,7 @@ test: $(VENV)/.installed $(VENV)/.test
 	@$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) $(TESTS)
 
 test-thorough: $(VENV)/.examples docs
-	@echo "Running every test (an hour or two on two cores), then the sanitizers"
+	@echo "Running every test (half an hour on two cores), then the sanitizers and the CUDA build"
 	@$(VENV)/bin/python -m pytest --thorough $(ON_EVERY_CORE) $(TESTS)
 	@$(MAKE) cuda-on-cpu-asan
 	@if command -v nvcc >/dev/null; then $(MAKE) cuda-test; else echo "No nvcc: the CUDA build is left out"; fi
