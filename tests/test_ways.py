@@ -238,10 +238,11 @@ def train_in_parallel(rank: int, store: str) -> Tensor:
             return -self.head.log_prob(h, x).mean()
 
     h, x = torch.randn(2, 5, 3)[rank], torch.randint(2, (2, 5, 4))[rank].float()
+    parallel = nn.parallel.DistributedDataParallel(Loss())
     try:
-        parallel = nn.parallel.DistributedDataParallel(Loss())
         parallel(h, x).backward()
     finally:
+        del parallel  # before its group: a group that it destroys can wait for the GIL for good
         torch.distributed.destroy_process_group()
     assert head.weight.grad is not None
     return head.weight.grad
