@@ -22,7 +22,7 @@
 // Switches to another stack. It saves the callee-saved registers on the old stack, and that stack's pointer in `from`.
 // swapcontext() makes two system calls for this, and tests switch stacks a hundred million times.
 extern "C" void wakesleep_switch_stack(void** from, void* to);
-extern "C" void wakesleep_start_fiber();  // where that needs it
+extern "C" void wakesleep_start_fiber();  // on aarch64 only
 
 namespace cuda_on_cpu {
 namespace {
@@ -226,19 +226,18 @@ class Block {
     TORCH_CHECK((members >> lane & 1) != 0, "lane ", lane, " takes part in a shuffle or vote of others");
     const unsigned warp = threadIdx.x / 32;
     auto& exchanges = warps_[warp].exchanges;
-    size_t at = 0, over = exchanges.size();
-    while (at < exchanges.size() && (exchanges[at].members != members || exchanges[at].arrived == members)) {
-      over = exchanges[at].members == 0 ? at : over;
-      ++at;
+    const auto is_open = [&](const Exchange& slot) { return slot.members == members && slot.arrived != members; };
+    const auto is_free = [](const Exchange& slot) { return slot.members == 0; };
+    auto slot = std::find_if(exchanges.begin(), exchanges.end(), is_open);
+    if (slot == exchanges.end()) {  // this lane is the first of the members
+      slot = std::find_if(exchanges.begin(), exchanges.end(), is_free);
+      slot = slot == exchanges.end() ? exchanges.insert(slot, Exchange()) : slot;
+      *slot = {members, 0, members, {}};
     }
-    if (at == exchanges.size()) {  // the first of the members
-      at = over;
-      exchanges.resize(std::max(exchanges.size(), at + 1));
-      exchanges[at] = {members, 0, members, {}};
-    }
-    exchanges[at].shown[lane] = value;
-    exchanges[at].arrived |= 1u << lane;
-    if (exchanges[at].arrived == members) {
+    const auto index = slot - exchanges.begin();  // while this lane waits, others may add slots
+    slot->shown[lane] = value;
+    slot->arrived |= 1u << lane;
+    if (slot->arrived == members) {
       for (unsigned other = 0; other < 32; ++other) {
         if ((members >> other & 1) != 0) {
           wake(warp * 32 + other);
@@ -246,12 +245,12 @@ class Block {
       }
     }
     wait("a shuffle or vote");
-    Exchange& over_now = exchanges[at];
-    over_now.unread &= ~(1u << lane);
-    if (over_now.unread == 0) {
-      over_now.members = 0;
+    Exchange& complete = exchanges[index];
+    complete.unread &= ~(1u << lane);
+    if (complete.unread == 0) {
+      complete.members = 0;
     }
-    return over_now.shown;
+    return complete.shown;
   }
 
   inline static Block* current = nullptr;
