@@ -178,13 +178,19 @@ if [ "$compiles" ]; then exec c++ -x c++ -fPIC -c /dev/null -o "$output"; else e
 """
 
 
+# What a checkout has besides its sources. The tests that run meanwhile may be writing to it.
+NOT_SOURCES = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info", "*.so", "_build.py")
+
+
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """The source distribution."""
+    """The source distribution of a copy of the checkout."""
+    checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(*NOT_SOURCES))
     sdist = "from build_support import backend; import sys; print(backend.build_sdist(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-c", sdist, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", sdist, str(tmp_path)],
+        cwd=checkout, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
     return tmp_path / done.stdout.splitlines()[-1]
 
 
@@ -243,11 +249,6 @@ def _python_files(package: Path) -> set[str]:
     return {str(path.relative_to(package)) for path in package.rglob("*.py*") if path.suffix != ".pyc"}
 
 
-# setuptools collects the files of a source distribution in the checkout, in a folder of one name
-in_one_worker = pytest.mark.xdist_group("source distribution")
-
-
-@in_one_worker
 def test_the_source_distribution_installs_where_only_torch_is(archive: Path, environment: Path) -> None:
     """A stub compiler makes empty kernels. Those that run this test then replace them."""
     compiler = archive.parent / "c++"
@@ -264,7 +265,6 @@ def test_the_source_distribution_installs_where_only_torch_is(archive: Path, env
     _check_that_it_works(environment)
 
 
-@in_one_worker
 def test_the_source_distribution_has_every_file_that_is_compiled(archive: Path) -> None:
     with tarfile.open(archive) as files:
         packed = {name.partition("/")[2] for name in files.getnames()}
@@ -272,7 +272,6 @@ def test_the_source_distribution_has_every_file_that_is_compiled(archive: Path) 
     assert {str(path.relative_to(ROOT)) for path in needed if path.suffix != ".pyc"} <= packed
 
 
-@in_one_worker
 @pytest.mark.thorough
 def test_the_source_distribution_compiles_where_only_torch_is(archive: Path, environment: Path) -> None:
     """It compiles against the torch that is there, headers included."""
