@@ -1,14 +1,17 @@
-// The Python module `_C`. Importing it registers the operators of library.cpp; it also says how it was built, and
-// records calls of operators.
+// The Python module `_C`. Importing it registers the operators of library.cpp; it also says how it was built, records
+// calls of operators, and watches what a recording depends on.
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include "recording.h"
+#include "watch.h"
 
 namespace {
 
 using wakesleep::Recording;
+using wakesleep::Watch;
+using no_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 pybind11::dict build_config() {
   pybind11::dict config;
@@ -42,13 +45,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");
   pybind11::class_<Recording>(m, "Recording", "Calls of operators, to be made again.")
       .def(pybind11::init<std::vector<at::Tensor>>())
-      .def("start", &Recording::start, "Begin; to be followed by `stop`.")
-      .def("stop", &Recording::stop)
       .def("call", call, "Call the operator of this name and overload, and note it.")
-      .def("returns", &Recording::returns, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "Have this returned by a replay.")
-      .def("replay", &Recording::replay, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "Make the calls once more, on other arguments.")
-      .def_property_readonly("is_repeatable", &Recording::is_repeatable,
-                             "Whether no call told what it found in a tensor.");
+      .def("returns", &Recording::returns, no_gil(), "Have these tensors returned by a replay.")
+      .def("stop", &Recording::stop, "End the recording.")
+      .def("replay", &Recording::replay, no_gil(), "Make the calls once more, on other arguments.")
+      .def("undo", &Recording::undo, no_gil(), "Give what was written to the values from before.")
+      .def_property_readonly("unrepeatable", &Recording::unrepeatable,
+                             "The operator that tells what it found in a tensor; empty if none does.")
+      .def_property_readonly("outside", &Recording::outside, "Tensors that the calls got and did not make.")
+      .def_property_readonly("written", &Recording::written, "Aliases of what was written to.")
+      .def_property_readonly("left_behind", &Recording::left_behind, "Tensors that the calls made and others hold.");
+  pybind11::class_<Watch>(m, "Watch", "What a recording depends on.")
+      .def(pybind11::init<std::vector<at::Tensor>>())
+      .def(
+          "holds", [](const Watch& watch, const pybind11::tuple& places) { return watch.holds(places.ptr()); },
+          "Whether it is unchanged.");
 }

@@ -4,21 +4,18 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace wakesleep {
-namespace {
-
-thread_local const Recording* current_recording = nullptr;
-
-}  // namespace
-
-const Recording* Recording::current() { return current_recording; }
-
-void Recording::start() { current_recording = this; }
 
 void Recording::stop() {
-  current_recording = nullptr;
+  for (size_t value = 0; value < values_; ++value) {
+    if (auto held = addresses_[value].lock()) {
+      left_behind_.emplace_back(at::Tensor(std::move(held)), value);
+    }
+  }
   keep_needed_calls();
   value_of_.clear();
   addresses_.clear();
+  seen_outside_.clear();
+  own_storages_.clear();
   ones_.clear();
   own_.clear();
 }
@@ -26,7 +23,10 @@ void Recording::stop() {
 // Keeps the calls that do something, and those whose results a later one gets. They are gone through from the last
 // to the first, so that where a value is met first is where it is used last.
 void Recording::keep_needed_calls() {
-  std::unordered_set<size_t> needed = {result_};
+  std::unordered_set<size_t> needed(results_.begin(), results_.end());
+  for (const auto& left : left_behind_) {
+    needed.insert(left.second);
+  }
   std::vector<Call> kept;
   for (auto call = calls_.rbegin(); call != calls_.rend(); ++call) {
     const auto& schema = call->op.schema();
@@ -83,9 +83,16 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
       made.uses.push_back({place, found->second});
     }
   });
+  if (multiplies_by_one(made)) {
+    stack.clear();  // it returns nothing
+    return;
+  }
   const bool is_mutable = op.schema().is_mutable();
-  repeatable_ &=
-      !op.hasTag(at::Tag::dynamic_output_shape) && (!op.hasTag(at::Tag::data_dependent_output) || may_be_read(made));
+  if (op.hasTag(at::Tag::dynamic_output_shape) || op.hasTag(at::Tag::data_dependent_output)) {
+    unrepeatable_ = c10::toString(op.operator_name());
+  }
+  note_outside(made);
+  save_what_is_written(made);
   op.callBoxed(stack);
   note_results(made, stack);
   for (const Link& use : made.uses) {
@@ -97,14 +104,62 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
   calls_.push_back(std::move(made));
 }
 
-// Whether the tensors that it looks at hold the same at every replay.
-bool Recording::may_be_read(const Call& made) const {
-  bool is_known = true;
+// A loss that is itself the end of a backward pass has 1 for its gradient: what is multiplied by it in place stays what
+// it is, however large.
+bool Recording::multiplies_by_one(const Call& made) const {
+  static const c10::OperatorName in_place("aten::_foreach_mul_", "Tensor");
+  return made.op.operator_name() == in_place && !made.uses.empty() && made.uses.back().place.argument == 1 &&
+         ones_.count(made.uses.back().value) > 0;
+}
+
+void Recording::note_outside(const Call& made) {
+  static const c10::OperatorName of_a_constant("aten::lift_fresh", "");
+  if (made.op.operator_name() == of_a_constant) {
+    return;
+  }
   for_tensors(made.arguments, [&](const Place&, const at::Tensor& tensor) {
-    const auto found = value_of_.find(tensor.unsafeGetTensorImpl());
-    is_known &= found != value_of_.end() && ones_.count(found->second) > 0;
+    const auto* address = tensor.unsafeGetTensorImpl();
+    const auto is_it = [&](const at::Tensor& argument) { return argument.unsafeGetTensorImpl() == address; };
+    if (value_of_.count(address) == 0 && !address->is_wrapped_number() &&
+        std::none_of(arguments_.begin(), arguments_.end(), is_it) && seen_outside_.insert(address).second) {
+      outside_.push_back(tensor);
+    }
   });
-  return is_known;
+}
+
+// Unless its memory was made by a call of this recording.
+void Recording::save_what_is_written(const Call& made) {
+  const auto& schema = made.op.schema();
+  for_tensors(made.arguments, [&](const Place& place, const at::Tensor& tensor) {
+    const auto* alias = schema.arguments()[place.argument].alias_info();
+    const bool is_written = alias != nullptr && alias->isWrite();
+    if (is_written && tensor.has_storage() && own_storages_.count(tensor.storage().unsafeGetStorageImpl()) == 0) {
+      saved_.emplace_back(tensor.alias(), tensor.clone());
+    }
+  });
+}
+
+std::vector<at::Tensor> Recording::written() const {
+  std::vector<at::Tensor> tensors;
+  for (const auto& saved : saved_) {
+    tensors.push_back(saved.first);
+  }
+  return tensors;
+}
+
+std::vector<at::Tensor> Recording::left_behind() const {
+  std::vector<at::Tensor> tensors;
+  for (const auto& left : left_behind_) {
+    tensors.push_back(left.first);
+  }
+  return tensors;
+}
+
+void Recording::undo() const {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  for (auto saved = saved_.rbegin(); saved != saved_.rend(); ++saved) {
+    saved->first.copy_(saved->second);
+  }
 }
 
 // The tensors that it has made; not those that it has written to, which it returns as well.
@@ -127,23 +182,30 @@ void Recording::note_results(Call& made, const torch::jit::Stack& results) {
     }
     if (made.op.schema().returns()[place.argument].alias_info() == nullptr) {
       own_.insert(values_);
+      if (tensor.has_storage()) {
+        own_storages_.insert(tensor.storage().unsafeGetStorageImpl());
+      }
     }
     ++values_;
   });
 }
 
-void Recording::returns(const at::Tensor& result) {
-  const auto found = value_of_.find(result.unsafeGetTensorImpl());
-  if (found != value_of_.end() && own_.count(found->second) > 0) {
-    result_ = found->second;
-    return;
+void Recording::returns(const std::vector<at::Tensor>& results) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  std::unordered_set<size_t> returned;
+  for (const at::Tensor& result : results) {
+    const auto found = value_of_.find(result.unsafeGetTensorImpl());
+    if (found != value_of_.end() && own_.count(found->second) > 0 && returned.insert(found->second).second) {
+      results_.push_back(found->second);
+      continue;
+    }
+    torch::jit::Stack stack = {result, c10::IValue()};
+    call(c10::Dispatcher::singleton().findSchemaOrThrow("aten::clone", ""), stack);
+    results_.push_back(values_ - 1);
   }
-  torch::jit::Stack stack = {result, c10::IValue()};
-  call(c10::Dispatcher::singleton().findSchemaOrThrow("aten::clone", ""), stack);
-  result_ = values_ - 1;
 }
 
-at::Tensor Recording::replay(const std::vector<at::Tensor>& arguments) {
+std::vector<at::Tensor> Recording::replay(const std::vector<at::Tensor>& arguments) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   for (size_t argument = 0; argument < arguments.size(); ++argument) {
@@ -168,7 +230,14 @@ at::Tensor Recording::replay(const std::vector<at::Tensor>& arguments) {
       values[value] = at::Tensor();
     }
   }
-  return values[result_];
+  for (const auto& [tensor, value] : left_behind_) {
+    tensor.unsafeGetTensorImpl()->shallow_copy_from(values[value].getIntrusivePtr());
+  }
+  std::vector<at::Tensor> results;
+  for (const size_t result : results_) {
+    results.push_back(values[result]);
+  }
+  return results;
 }
 
 }  // namespace wakesleep

@@ -3,8 +3,8 @@
 Every random draw of a run is a function of the seed and of the step it belongs to, so a run is
 repeated by its seed, and continued from nothing more than weights, optimizers and step number.
 
-A step takes nothing from the host: keys and learning rates lie on the device. So it is recorded once and replayed, as
-a CUDA graph on a GPU, and without Python on a CPU, where a step of few images would take twice as long with it.
+A step takes nothing from the host: keys and learning rates lie on the device. So it is recorded and replayed, as a CUDA
+graph on a GPU, and without Python on a CPU, where a step of few images would take twice as long with it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from wakesleep_ext import objectives, ops, random
 from wakesleep_ext.data import Images
 from wakesleep_ext.models import HelmholtzMachine
-from wakesleep_ext.modules import hooks_of
 from wakesleep_ext.objectives import WakeLosses
-from wakesleep_ext.replay import Replay
+from wakesleep_ext.replay import Replay, call
 
 Objective = Literal["wake-sleep", "reweighted-wake-sleep", "elbo", "iwae", "dreg"]
 Schedule = Literal["exponential", "staged"]
@@ -81,9 +80,9 @@ class TrainConfig:
     adam_epsilon: float = 1e-4
     """Adam's epsilon."""
     replay: bool = True
-    """Record the first step and replay it: on a GPU as one CUDA graph, on a CPU as a list of calls of operators. The
-    numbers are the same without, but a replay runs no Python: what networks are to do differently later on, they must
-    find in tensors. Networks that have hooks are called at every step; on a CPU, those that look at values are, too."""
+    """Record a step and replay it: on a GPU as one CUDA graph, on a CPU as a list of calls of operators. Numbers are
+    the same without, but a replay runs no Python: what networks are to do differently later on, they must find in
+    tensors. After another change the step is recorded anew; networks that have hooks or look at values are called."""
 
     def __post_init__(self) -> None:
         within = {
@@ -185,7 +184,6 @@ class Trainer:
         }
         device = images.grey.device
         self._dtype = next(machine.parameters()).dtype
-        self._hooks = [hooks for module in machine.modules() for hooks in hooks_of(module)]
         self._steps: dict[Network, Tensor] = {}
         self._one = torch.ones((), device=device)  # to be added; the number 1 would be made into a tensor at every step
         self.optimizers = {name: self._optimizer(name) for name in self.networks}
@@ -197,8 +195,9 @@ class Trainer:
         self._keys = torch.empty(sum(map(len, self._draws.values())), 2, dtype=torch.int64, device=device)
         self._key = self._keys.unbind()
         self._offsets = self._keys[:, 1]
+        self._step = torch.zeros((), dtype=torch.int64)  # in a tensor, since no step goes by it
         self.step = 0
-        self._run = {awake: Replay(partial(self._train, awake=awake), self._changing) for awake in (False, True)}
+        self._run = {awake: Replay(partial(self._train, awake=awake)) for awake in (False, True)}
 
     def _objective(self) -> Callable[[Tensor, Sequence[Tensor]], WakeLosses]:
         """The losses of the wake phase, of images and the keys of its draws."""
@@ -264,18 +263,18 @@ class Trainer:
     @property
     def step(self) -> int:
         """Steps completed; setting it sets the keys of the draws, too."""
-        return self._step
+        return int(self._step)
 
     @step.setter
     def step(self, step: int) -> None:
         keys = [random.make_key(self.config.seed, step * len(self._keys) + draw) for draw in range(len(self._keys))]
         self._keys.copy_(torch.stack(keys))
-        self._step = step
+        self._step.fill_(step)
 
     @property
     def awake(self) -> bool:
         """Whether the next step has a wake phase; the first epochs may have none."""
-        return self._step >= self.config.sleep_warm_up * self.steps_per_epoch
+        return self.step >= self.config.sleep_warm_up * self.steps_per_epoch
 
     @property
     def _names(self) -> list[str]:
@@ -328,8 +327,8 @@ class Trainer:
             a GPU; :meth:`epochs` does.
         """
         awake = self.awake
-        is_replayed = self.config.replay and not any(self._hooks)
-        losses = self._run[awake](index) if is_replayed else self._train(index, awake=awake)
+        run = self._run[awake] if self.config.replay else partial(call, partial(self._train, awake=awake))
+        losses: Tensor = run(index)
         self._step += 1
         return losses
 
@@ -392,15 +391,27 @@ class Trainer:
             group["lr"].copy_(getattr(config, f"{name}_learning_rate") * config.learning_rate_decay**part)
 
     def _trained(self, network: Network) -> list[Tensor]:
-        (group,) = self.optimizers[network].param_groups
-        return [parameter for parameter in group["params"] if parameter.requires_grad]
+        """The parameters of a network that are not frozen.
+
+        Where others have taken their places, as `load_state_dict(assign=True)` has it, the optimizer's state is theirs.
+        """
+        optimizer, parameters = self.optimizers[network], list(self.networks[network].parameters())
+        (group,) = optimizer.param_groups
+        for number, (old, new) in enumerate(zip(group["params"], parameters, strict=True)):
+            if old is not new:
+                group["params"][number] = new
+                optimizer.state[new] = optimizer.state.pop(old)
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def _gradients(self, loss: Tensor, *networks: Network) -> tuple[Tensor, ...]:
         """Those that others may have left in .grad do not enter."""
-        return torch.autograd.grad(loss, [parameter for name in networks for parameter in self._trained(name)])
+        parameters = [parameter for name in networks for parameter in self._trained(name)]
+        return torch.autograd.grad(loss, parameters) if parameters else ()
 
     def _descend(self, network: Network, gradients: Sequence[Tensor]) -> None:
         optimizer, trained = self.optimizers[network], self._trained(network)
+        if not trained:
+            return
         (group,) = optimizer.param_groups
         states = [optimizer.state[parameter] for parameter in trained]
         exp_avgs, exp_avg_sqs = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
@@ -409,11 +420,6 @@ class Trainer:
             self._steps[network].add_(self._one)
             step = states[0]["step"]  # the same for all
             ops.adam_(trained, gradients, exp_avgs, exp_avg_sqs, step, group["lr"], beta1, beta2, group["eps"])
-
-    def _changing(self) -> list[Tensor]:
-        """Every tensor that a step changes."""
-        rates = [group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-        return [*self.state_dict().values(), self._keys, *rates]
 
     def _check_finite(self, names: Sequence[str], losses: Tensor) -> None:
         """Losses `[steps, names]` of the epoch; read once an epoch, for each look stops a GPU."""

@@ -13,7 +13,6 @@
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include "../recording.h"
 #include "operators.h"
 
 namespace wakesleep::autograd {
@@ -96,10 +95,9 @@ Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& importance) {
   return (log_prob * importance->to(log_prob.scalar_type())).sum();
 }
 
-// Where that can be told without waiting for a GPU or breaking a trace. A recording sees to it that it stays true.
+// Where that can be told without waiting for a GPU or breaking a trace.
 bool is_one(const Tensor& scalar) {
-  const bool is_traced = at::isTensorSubclassLike(scalar) && Recording::current() == nullptr;
-  return scalar.is_cpu() && !is_traced && scalar.item<double>() == 1;
+  return scalar.is_cpu() && !at::isTensorSubclassLike(scalar) && scalar.item<double>() == 1;
 }
 
 // What the forward pass has formed, times a scalar; in place where no other backward pass will want it. A loss that is
