@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Distribution,
+    Independent,
+    Laplace,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    Poisson,
+    StudentT,
+    constraints,
+    kl_divergence,
+)
 
 import wakesleep_ext as ws
 from wakesleep_ext.distributions import BernoulliVector, DiagonalGaussian
@@ -36,6 +48,21 @@ def bernoulli(*batch: int, **options: Any) -> tuple[BernoulliVector, Independent
 def _validated(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by default, whatever other code of the process has chosen for all distributions."""
     monkeypatch.setattr(Distribution, "_validate_args", True)
+
+
+def assert_same(ours: Tensor, theirs: Tensor, *parameters: Tensor) -> None:
+    """In value and in the gradients of the parameters."""
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn_like(theirs)
+    options: dict[str, bool] = {"allow_unused": True, "retain_graph": True}
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters, weights, **options),
+        torch.autograd.grad(theirs, parameters, weights, **options),
+        strict=True,
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
 
 
 KINDS = pytest.mark.parametrize("make", [gaussian, bernoulli])
@@ -148,6 +175,207 @@ def test_parameters_broadcast_without_being_expanded() -> None:
     torch.testing.assert_close(ours.mean, theirs.mean)
 
 
+@pytest.mark.parametrize(
+    ("mu_shape", "logvar_shape"),
+    [((6, 4), (1,)), ((6, 4), (6, 1)), ((1,), (6, 4)), ((2, 1, 1), (3, 4)), ((4,), (5, 1)), ((1,), (1,))],
+)
+def test_one_parameter_for_all_dimensions(mu_shape: tuple[int, ...], logvar_shape: tuple[int, ...]) -> None:
+    """Every value and gradient is that of torch, whichever parameter is short."""
+    mu = torch.randn(mu_shape, dtype=torch.float64, requires_grad=True)
+    logvar = torch.randn(logvar_shape, dtype=torch.float64, requires_grad=True)
+    ours, theirs = DiagonalGaussian(mu, logvar), Independent(Normal(mu, (logvar / 2).exp()), 1)
+    assert (ours.batch_shape, ours.event_shape) == (theirs.batch_shape, theirs.event_shape)
+    assert ours.mu.shape[-1:] == ours.logvar.shape[-1:] == ours.event_shape
+    value = torch.randn(2, *theirs.batch_shape, *theirs.event_shape, dtype=torch.float64)
+    other = Independent(Normal(torch.ones(()).double(), 2.0).expand(theirs.event_shape), 1)
+    for a, b in (
+        (ours.log_prob(value), theirs.log_prob(value)),
+        (ours.entropy(), theirs.entropy()),
+        (ours.mean + ours.stddev, theirs.mean + theirs.stddev),
+        (kl_divergence(ours, other), kl_divergence(theirs, other.expand(theirs.batch_shape))),
+    ):
+        assert_same(a, b, mu, logvar)
+    z, log_prob = ours.rsample_log_prob((7,), key=make_key(3))
+    assert z.shape == (7, *theirs.batch_shape, *theirs.event_shape)
+    torch.testing.assert_close(log_prob, theirs.log_prob(z))
+    wide = ours.expand((3, *theirs.batch_shape))
+    torch.testing.assert_close(wide.entropy(), theirs.entropy().expand(wide.batch_shape))
+
+
+def test_an_event_is_expanded_as_a_view() -> None:
+    mu, logvar = torch.randn(6, 4), torch.randn(1)
+    ours = DiagonalGaussian(mu, logvar)
+    assert ours.mu is mu
+    assert ours.logvar.data_ptr() == logvar.data_ptr()
+
+
+def test_a_scale_in_place_of_a_logvar() -> None:
+    mu, scale = torch.randn(2, 3, 5, dtype=torch.float64), torch.rand(3, 1, dtype=torch.float64) + 0.1
+    for parameter in (mu, scale):
+        parameter.requires_grad_()
+    ours, theirs = DiagonalGaussian(mu, scale=scale), Independent(Normal(mu, scale), 1)
+    value = torch.randn(4, 2, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(ours.scale, theirs.stddev)
+    torch.testing.assert_close(ours.logvar, 2 * scale.log().expand(3, 5))
+    assert_same(ours.log_prob(value), theirs.log_prob(value), mu, scale)
+    assert_same(ours.entropy(), theirs.entropy(), mu, scale)
+    for other in (copy.deepcopy(DiagonalGaussian(mu.detach(), scale=scale.detach())), ours.expand((4, 2, 3))):
+        torch.testing.assert_close(other.log_prob(value), theirs.log_prob(value))
+
+
+def test_probabilities_in_place_of_logits() -> None:
+    probs = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
+    ours, theirs = BernoulliVector(probs=probs), Independent(Bernoulli(probs=probs), 1)
+    value = torch.randint(2, (4, 3, 5)).double()
+    torch.testing.assert_close(ours.probs, probs)
+    assert_same(ours.log_prob(value), theirs.log_prob(value), probs)
+    assert_same(ours.entropy(), theirs.entropy(), probs)
+    for other in (pickle.loads(pickle.dumps(BernoulliVector(probs=probs.detach()))), ours.expand((4, 3))):
+        torch.testing.assert_close(other.log_prob(value), theirs.log_prob(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_certain_probabilities_score_as_those_of_torch(dtype: torch.dtype) -> None:
+    """Finite, with finite gradients, whatever the outcome."""
+    probs = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.5]], dtype=dtype, requires_grad=True)
+    value = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]], dtype=dtype)
+    ours, theirs = BernoulliVector(probs=probs), Independent(Bernoulli(probs=probs), 1)
+    assert_same(ours.log_prob(value), theirs.log_prob(value), probs)
+    (gradient,) = torch.autograd.grad(ours.log_prob(value).sum(), probs)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    assert torch.equal(ours.sample((50,), key=make_key(1))[:, :2], probs[:2].detach().expand(50, 2, 2))
+
+
+KL_SHAPES = [((), ()), ((3,), ()), ((), (3,)), ((4, 1), (3,)), ((2, 3), (2, 3))]
+
+
+@pytest.mark.parametrize(("ours_batch", "theirs_batch"), KL_SHAPES)
+def test_divergences_from_a_gaussian_of_torch(ours_batch: tuple[int, ...], theirs_batch: tuple[int, ...]) -> None:
+    mu, logvar = (torch.randn(*ours_batch, K, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loc = torch.randn(*theirs_batch, K, dtype=torch.float64, requires_grad=True)
+    scale = (torch.rand(*theirs_batch, K, dtype=torch.float64) + 0.2).requires_grad_()
+    batch = torch.broadcast_shapes(ours_batch, theirs_batch)
+    ours, theirs = DiagonalGaussian(mu, logvar), Independent(Normal(loc, scale), 1)
+    twin, other = Independent(Normal(mu, (logvar / 2).exp()), 1).expand(batch), theirs.expand(batch)
+    parameters = (mu, logvar, loc, scale)
+    for p in (theirs, other, Independent(theirs, 0)):
+        assert_same(kl_divergence(ours, p), kl_divergence(twin, other), *parameters)
+        assert_same(kl_divergence(p, ours), kl_divergence(other, twin), *parameters)
+
+
+@pytest.mark.parametrize(("ours_batch", "theirs_batch"), KL_SHAPES)
+@pytest.mark.parametrize("name", ["logits", "probs"])
+def test_divergences_from_bernoullis_of_torch(
+    ours_batch: tuple[int, ...], theirs_batch: tuple[int, ...], name: str
+) -> None:
+    logits = torch.randn(*ours_batch, K, dtype=torch.float64, requires_grad=True)
+    parameter = torch.rand(*theirs_batch, K, dtype=torch.float64, requires_grad=True)
+    batch = torch.broadcast_shapes(ours_batch, theirs_batch)
+    ours, theirs = BernoulliVector(logits), Independent(Bernoulli(**{name: parameter}), 1)
+    twin, other = Independent(Bernoulli(logits=logits), 1).expand(batch), theirs.expand(batch)
+    for p in (theirs, other, Independent(theirs, 0)):
+        assert_same(kl_divergence(ours, p), kl_divergence(twin, other), logits, parameter)
+        assert_same(kl_divergence(p, ours), kl_divergence(other, twin), logits, parameter)
+
+
+def test_divergences_from_certain_bernoullis_of_torch() -> None:
+    certain = Independent(Bernoulli(probs=torch.tensor([0.0, 1.0])), 1)
+    fair, same = BernoulliVector(torch.zeros(2)), BernoulliVector(probs=torch.tensor([0.0, 1.0]))
+    opposite = BernoulliVector(probs=torch.tensor([1.0, 0.0]))
+    for _ in range(2):
+        assert kl_divergence(fair, certain) == kl_divergence(opposite, certain) == torch.inf
+        assert kl_divergence(same, certain) == kl_divergence(certain, same) == 0
+        assert kl_divergence(certain, fair).item() == pytest.approx(2 * torch.tensor(2.0).log().item(), abs=1e-5)
+        certain.log_prob(torch.zeros(2))  # caches the logits, which torch clamps
+    # not certain, although the probability of this logit rounds to 0
+    nearly = Bernoulli(logits=torch.tensor([-200.0, 200.0]))
+    assert nearly.probs.tolist() == [0, 1]
+    assert kl_divergence(fair, Independent(nearly, 1)).item() == pytest.approx(200 - 2 * torch.tensor(2.0).log().item())
+
+
+@pytest.mark.parametrize(("ours_batch", "theirs_batch"), KL_SHAPES)
+@pytest.mark.parametrize("kind", [MultivariateNormal, LowRankMultivariateNormal])
+def test_divergences_from_a_gaussian_with_covariance(
+    ours_batch: tuple[int, ...], theirs_batch: tuple[int, ...], kind: type[Distribution]
+) -> None:
+    mu, logvar = (torch.randn(*ours_batch, K, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    factor = torch.randn(*theirs_batch, K, 2, dtype=torch.float64, requires_grad=True)
+    loc, diagonal = torch.randn(K, dtype=torch.float64), torch.full((K,), 0.3, dtype=torch.float64)
+    covariance = factor @ factor.mT + diagonal.diag()
+    theirs: Distribution = LowRankMultivariateNormal(loc, factor, diagonal)
+    if kind is MultivariateNormal:
+        theirs = MultivariateNormal(loc, covariance)
+    batch = torch.broadcast_shapes(ours_batch, theirs_batch)
+    ours = DiagonalGaussian(mu, logvar)
+    twin = MultivariateNormal(mu, logvar.exp().diag_embed()).expand(batch)
+    full = MultivariateNormal(loc, covariance).expand(batch)
+    parameters = (logvar, factor)
+    assert_same(kl_divergence(ours, theirs), kl_divergence(twin, full), *parameters)
+    assert_same(kl_divergence(theirs, ours), kl_divergence(full, twin), *parameters)
+
+
+def test_divergences_that_torch_has_for_the_base_of_a_vector() -> None:
+    (gaussian_ours, gaussian_theirs), (bernoulli_ours, bernoulli_theirs) = gaussian(3), bernoulli(3)
+    laplace = Independent(Laplace(torch.randn(3, K).double(), torch.rand(3, K).double() + 0.5), 1)
+    poisson = Independent(Poisson(torch.rand(3, K).double() + 0.5), 1)
+    torch.testing.assert_close(kl_divergence(gaussian_ours, laplace), kl_divergence(gaussian_theirs, laplace))
+    torch.testing.assert_close(kl_divergence(laplace, gaussian_ours), kl_divergence(laplace, gaussian_theirs))
+    torch.testing.assert_close(kl_divergence(bernoulli_ours, poisson), kl_divergence(bernoulli_theirs, poisson))
+
+
+def test_divergences_from_half_types_of_torch_are_float32() -> None:
+    a, b = torch.randn(2, 3, 7, dtype=torch.bfloat16)
+    ours, theirs = DiagonalGaussian(a, b), Independent(Normal(b, torch.ones_like(b)), 1)
+    twin, precise = DiagonalGaussian(a.double(), b.double()), Independent(Normal(b.double(), 1.0), 1)
+    for p, q, p_precise, q_precise in ((ours, theirs, twin, precise), (theirs, ours, precise, twin)):
+        torch.testing.assert_close(kl_divergence(p, q), kl_divergence(p_precise, q_precise).float())
+    bits, other = BernoulliVector(a), Independent(Bernoulli(logits=b), 1)
+    assert kl_divergence(bits, other).dtype == kl_divergence(other, bits).dtype == torch.float32
+
+
+NUMBERS = [
+    (lambda: DiagonalGaussian(torch.zeros(K), torch.zeros(K)), lambda: Normal(torch.zeros(K), 1.0)),
+    (lambda: DiagonalGaussian(torch.zeros(K), torch.zeros(K)), lambda: Normal(0.0, 1.0)),
+    (lambda: DiagonalGaussian(torch.zeros(K), torch.zeros(K)), lambda: Independent(Normal(torch.zeros(K), 1.0), 0)),
+    (lambda: DiagonalGaussian(torch.zeros(K), torch.zeros(K)), lambda: Independent(Normal(torch.zeros(2, K), 1.0), 2)),
+    (lambda: BernoulliVector(torch.zeros(K)), lambda: Bernoulli(torch.full((K,), 0.5))),
+    (lambda: BernoulliVector(torch.zeros(K)), lambda: Independent(Bernoulli(torch.full((2, K), 0.5)), 2)),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), NUMBERS)
+def test_divergences_between_unlike_events_say_what_to_write(
+    ours: Callable[[], Distribution], theirs: Callable[[], Distribution]
+) -> None:
+    message = r"expected distributions of one event shape, got .*Independent\(distribution, 1\)"
+    for p, q in ((ours(), theirs()), (theirs(), ours())):
+        with pytest.raises(NotImplementedError, match=message):
+            kl_divergence(p, q)
+
+
+@pytest.mark.parametrize("size", [1, K + 1])
+def test_divergences_between_events_of_other_sizes_are_refused(size: int) -> None:
+    """An event of size 1 broadcasts, and would give a number."""
+    zeros, wide = torch.zeros(K), torch.zeros(size)
+    gaussians = [Independent(Normal(wide, 1.0), 1), MultivariateNormal(wide, torch.eye(size))]
+    for ours, theirs in (
+        *((DiagonalGaussian(zeros, zeros), other) for other in (DiagonalGaussian(wide, wide), *gaussians)),
+        *((BernoulliVector(zeros), o) for o in (BernoulliVector(wide), Independent(Bernoulli(logits=wide), 1))),
+    ):
+        for p, q in ((ours, theirs), (theirs, ours)):
+            with pytest.raises(ValueError, match=r"kl_divergence: expected distributions of one event shape, got"):
+                kl_divergence(p, q)
+
+
+def test_divergences_that_nobody_has_are_not_implemented() -> None:
+    """So that Pyro samples them."""
+    student = Independent(StudentT(torch.full((K,), 3.0)), 1)
+    for p, q in ((gaussian()[0], student), (student, gaussian()[0]), (bernoulli()[0], student)):
+        with pytest.raises(NotImplementedError, match="No KL"):
+            kl_divergence(p, q)
+
+
 def test_what_torch_asks_of_a_class() -> None:
     assert DiagonalGaussian.has_rsample
     assert not BernoulliVector.has_rsample
@@ -177,6 +405,19 @@ def test_copies_and_pickles_are_the_same(make: Make) -> None:
         (lambda: DiagonalGaussian(torch.zeros(3), torch.tensor(0.0)), "expected logvar to have one dimension at least"),
         (lambda: DiagonalGaussian(torch.zeros(3), torch.zeros(4)), r"to broadcast, got \[\[3\], \[4\]\]"),
         (lambda: BernoulliVector(torch.tensor(0.0)), "one dimension at least, got"),
+        (lambda: DiagonalGaussian(torch.zeros(3)), "DiagonalGaussian: expected either logvar or scale, got neither"),
+        (lambda: DiagonalGaussian(*torch.zeros(2, 3), scale=torch.ones(3)), "either logvar or scale, got both"),
+        (lambda: DiagonalGaussian(torch.zeros(3), scale=torch.tensor([1.0, 0.0, 1.0])), "parameter scale to satisfy"),
+        (lambda: DiagonalGaussian(torch.zeros(3), scale=torch.tensor([-1.0])), "parameter scale to satisfy"),
+        (lambda: DiagonalGaussian(torch.zeros(3), scale=torch.tensor([torch.nan])), "parameter scale to satisfy"),
+        (
+            lambda: DiagonalGaussian(torch.zeros(3), scale=torch.ones(4)),
+            r"mu and scale to broadcast, got \[\[3\], \[4\]\]",
+        ),
+        (lambda: BernoulliVector(), "BernoulliVector: expected either logits or probs, got neither"),
+        (lambda: BernoulliVector(torch.zeros(3), probs=torch.zeros(3)), "either logits or probs, got both"),
+        (lambda: BernoulliVector(probs=torch.tensor([0.5, 1.5])), "parameter probs to satisfy"),
+        (lambda: BernoulliVector(probs=torch.tensor([0.5, torch.nan])), "parameter probs to satisfy"),
         (lambda: gaussian(3)[0].log_prob(torch.full((K,), torch.nan)), "within the support"),
         (lambda: bernoulli(3)[0].log_prob(torch.full((K,), 0.5)), "within the support"),
         (lambda: bernoulli(3)[0].log_prob(torch.zeros(K + 1)), "event_shape"),
@@ -192,6 +433,7 @@ def test_wrong_arguments_and_values_are_refused(make: Callable[[], object], mess
     [
         (lambda: DiagonalGaussian(torch.zeros(3), 0.0), "expected logvar to be a tensor, got float"),  # type: ignore[arg-type]
         (lambda: BernoulliVector([0.0]), "expected logits to be a tensor, got list"),  # type: ignore[arg-type]
+        (lambda: DiagonalGaussian(torch.zeros(3), scale=1.0), "expected scale to be a tensor, got float"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_tensor_is_refused(make: Callable[[], object], message: str) -> None:
@@ -204,6 +446,7 @@ def test_validation_can_be_turned_off() -> None:
     ours, _ = bernoulli(3, validate_args=False)
     assert ours.log_prob(grey).shape == (3,)
     assert ours.expand((2, 3)).log_prob(grey).shape == (2, 3)
+    assert DiagonalGaussian(torch.zeros(2), scale=-torch.ones(2), validate_args=False).logvar.isnan().all()
     with pytest.raises(ValueError, match="within the support"):
         bernoulli(3, validate_args=True)[0].expand((2, 3)).log_prob(grey)
 
@@ -250,3 +493,17 @@ def test_a_loss_of_distributions_compiles() -> None:
     torch.compiler.reset()
     arguments = (*torch.randn(3, 4, K).unbind(), torch.ones(4, K), make_key(2))
     torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(*arguments), loss(*arguments))
+
+
+def test_a_divergence_from_a_distribution_of_torch_compiles() -> None:
+    def divergence(mu: Tensor, scale: Tensor, logits: Tensor, probs: Tensor) -> Tensor:
+        q = DiagonalGaussian(mu, scale=scale, validate_args=False)
+        p = Independent(Normal(-mu, 2 * scale, validate_args=False), 1, validate_args=False)
+        x = BernoulliVector(logits, validate_args=False)
+        y = Independent(Bernoulli(probs=probs, validate_args=False), 1, validate_args=False)
+        return kl_divergence(q, p) + kl_divergence(p, q) + kl_divergence(x, y) + kl_divergence(y, x)
+
+    torch.compiler.reset()
+    arguments = (torch.randn(4, K), torch.rand(4, K) + 0.5, torch.randn(4, K), torch.rand(4, K))
+    compiled = torch.compile(divergence, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), divergence(*arguments))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 pyro = pytest.importorskip("pyro")
 
 import pyro.distributions as dist  # noqa: E402
-from pyro.infer import SVI, ReweightedWakeSleep, Trace_ELBO  # noqa: E402
+from pyro.infer import SVI, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO  # noqa: E402
 
 from wakesleep_ext.pyro import BernoulliVector, DiagonalGaussian  # noqa: E402
 
@@ -99,3 +99,55 @@ def test_ours_are_pyros_too() -> None:
     assert type(q.expand((2, 4))) is DiagonalGaussian
     assert q.to_event(1).event_shape == (4, 3)
     assert q.mask(torch.zeros(4, dtype=torch.bool)).log_prob(q()).abs().sum() == 0
+
+
+KINDS = {"ours": DiagonalGaussian, "Pyro's": theirs_gaussian}
+
+
+@pytest.mark.parametrize(("guide_kind", "model_kind"), [("ours", "Pyro's"), ("Pyro's", "ours"), ("ours", "ours")])
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_a_mean_field_elbo_is_exact(guide_kind: str, model_kind: str, num_particles: int) -> None:
+    """Without data the loss is the divergence, which no draw changes: it is never sampled."""
+    mu, logvar = torch.randn(2, 6, LATENT).unbind()
+    logvar_of_prior = torch.tensor([0.5])
+
+    def model() -> None:
+        with pyro.plate("data", 6):
+            pyro.sample("z", KINDS[model_kind](torch.full((LATENT,), 0.3), logvar_of_prior.expand(LATENT)))
+
+    def guide() -> None:
+        with pyro.plate("data", 6):
+            pyro.sample("z", KINDS[guide_kind](pyro.param("mu", mu), pyro.param("logvar", logvar)))
+
+    elbo = TraceMeanField_ELBO(num_particles=num_particles, vectorize_particles=num_particles > 1)
+    q, p = theirs_gaussian(mu, logvar), theirs_gaussian(torch.full((6, LATENT), 0.3), logvar_of_prior)
+    expected = torch.distributions.kl_divergence(q, p).sum().item()
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        assert elbo.loss(model, guide) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("guide_is_ours", [True, False])
+def test_a_divergence_from_bernoullis_of_pyro_is_exact(guide_is_ours: bool) -> None:
+    logits, other = torch.randn(2, 6, OBSERVED, dtype=torch.float64).unbind()
+    kinds = [BernoulliVector, theirs_bernoulli] if guide_is_ours else [theirs_bernoulli, BernoulliVector]
+    divergence = torch.distributions.kl_divergence(kinds[0](logits), kinds[1](other))
+    expected = torch.distributions.kl_divergence(theirs_bernoulli(logits), theirs_bernoulli(other))
+    torch.testing.assert_close(divergence, expected)
+
+
+def test_a_divergence_between_events_of_more_dimensions_is_exact() -> None:
+    mu, logvar = torch.randn(2, 6, LATENT).unbind()
+    ours, theirs = DiagonalGaussian(mu, logvar).to_event(1), dist.Normal(torch.zeros(6, LATENT), 1.0).to_event(2)
+    expected = torch.distributions.kl_divergence(theirs_gaussian(mu, logvar).to_event(1), theirs)
+    torch.testing.assert_close(torch.distributions.kl_divergence(ours, theirs), expected)
+
+
+def test_ours_take_the_names_of_torch() -> None:
+    scale, probs = torch.full((4, 3), 0.5), torch.full((4, 3), 0.2)
+    q, p = DiagonalGaussian(torch.zeros(4, 3), scale=scale), BernoulliVector(probs=probs)
+    torch.testing.assert_close(q.expand((2, 4)).stddev, scale.expand(2, 4, 3))
+    torch.testing.assert_close(p.expand((2, 4)).probs, probs.expand(2, 4, 3))
+    z, x = q(), p()
+    torch.testing.assert_close(q.log_prob(z), dist.Normal(0.0, scale).to_event(1).log_prob(z))
+    torch.testing.assert_close(p.log_prob(x), dist.Bernoulli(probs).to_event(1).log_prob(x))

@@ -2,6 +2,11 @@
 
 Arguments are validated as torch does, unless told otherwise: `validate_args=False` spares a pass over them. For Pyro
 there are the same classes in :mod:`wakesleep_ext.pyro`.
+
+`torch.distributions.kl_divergence` is exact between two of these, and between one of these and a distribution of torch
+over vectors: `Independent(Normal(...), 1)`, `Independent(Bernoulli(...), 1)`, `MultivariateNormal`, and every other
+`Independent` whose base torch can compare with a `Normal` or a `Bernoulli`. Event shapes must agree. A plain `Normal`
+or `Bernoulli` is a batch of numbers, for which `kl_divergence` raises `NotImplementedError`: wrap it in `Independent`.
 """
 
 from __future__ import annotations
@@ -12,7 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints, register_kl
+from torch.distributions import (
+    Bernoulli,
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    constraints,
+    kl_divergence,
+    register_kl,
+)
+from torch.distributions.utils import probs_to_logits
 from torch.nn.functional import logsigmoid
 
 from wakesleep_ext import ops
@@ -27,19 +43,36 @@ class DiagonalGaussian(Distribution):
         mu: means `[*, K]`.
         logvar: logarithms of the variances `[*, K]`; broadcasts with mu.
         validate_args: whether arguments and values are checked, as in `torch.distributions`.
+        scale: standard deviations `[*, K]` instead of logvar, by keyword; broadcasts with mu.
 
     Raises:
-        TypeError: mu or logvar is no tensor.
-        ValueError: mu and logvar are no vectors, do not broadcast, or hold NaN.
+        TypeError: mu, logvar or scale is no tensor.
+        ValueError: logvar and scale are both given or both missing; the parameters are no vectors, do not broadcast, or
+            hold NaN; a scale is not positive.
+
+    The parameters have the event shape: a last dimension of 1 is expanded to K, as a view. Leading dimensions are left
+    as they came, since the ops broadcast them.
     """
 
     arg_constraints = {"mu": constraints.real_vector, "logvar": constraints.real_vector}  # noqa: RUF012
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, mu: Tensor, logvar: Tensor, validate_args: bool | None = None) -> None:
-        self.mu, self.logvar = mu, logvar
-        super().__init__(*_shapes(type(self), mu=mu, logvar=logvar), validate_args=validate_args)
+    def __init__(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        validate_args: bool | None = None,
+        *,
+        scale: Tensor | None = None,
+    ) -> None:
+        name, spread = _only_one(type(self), logvar=logvar, scale=scale)
+        batch_shape, event_shape = _shapes(type(self), **{"mu": mu, name: spread})
+        if name == "scale":
+            _check(self, "scale", spread, constraints.positive, validate_args)
+            spread = 2 * spread.log()
+        self.mu, self.logvar = _with_event(mu, event_shape), _with_event(spread, event_shape)
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiagonalGaussian:
         new = self._get_checked_instance(DiagonalGaussian, _instance)
@@ -62,6 +95,11 @@ class DiagonalGaussian(Distribution):
     @property
     def stddev(self) -> Tensor:
         return (self.logvar / 2).exp().expand(self._extended_shape())
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviations, by the name that the constructor takes."""
+        return self.stddev
 
     def rsample(
         self,
@@ -110,20 +148,30 @@ class BernoulliVector(Distribution):
     """Independent zeros and ones, as `Independent(Bernoulli(logits=logits), 1)`.
 
     Args:
-        logits: log-odds `[*, D]`.
+        logits: log-odds `[*, D]`, finite: at infinity the ops return NaN.
         validate_args: whether arguments and values are checked, as in `torch.distributions`.
+        probs: probabilities of ones `[*, D]` instead of logits, by keyword. As in torch's `Bernoulli` they are clamped
+            to `[eps, 1 - eps]` of their dtype, so 0 and 1 give finite log-probabilities and gradients.
 
     Raises:
-        TypeError: the logits are no tensor.
-        ValueError: the logits are no vectors, or hold NaN.
+        TypeError: logits or probs are no tensor.
+        ValueError: logits and probs are both given or both missing; they are no vectors, or hold NaN; a probability is
+            outside of `[0, 1]`.
     """
 
     arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
     support = constraints.independent(constraints.boolean, 1)
 
-    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
-        self.logits = logits
-        super().__init__(*_shapes(type(self), logits=logits), validate_args=validate_args)
+    def __init__(
+        self, logits: Tensor | None = None, validate_args: bool | None = None, *, probs: Tensor | None = None
+    ) -> None:
+        name, chances = _only_one(type(self), logits=logits, probs=probs)
+        shapes = _shapes(type(self), **{name: chances})
+        if name == "probs":
+            _check(self, "probs", chances, constraints.unit_interval, validate_args)
+            chances = probs_to_logits(chances, is_binary=True)
+        self.logits = chances
+        super().__init__(*shapes, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> BernoulliVector:
         new = self._get_checked_instance(BernoulliVector, _instance)
@@ -171,6 +219,7 @@ class BernoulliVector(Distribution):
 @register_kl(DiagonalGaussian, DiagonalGaussian)
 def _kl_gaussian_gaussian(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
     """Measured in units of q, the divergence is that from N(0, I)."""
+    _check_events(p, q)
     logvar = _widened(q.logvar)
     return ops.gaussian_kl((_widened(p.mu) - q.mu) * (-logvar / 2).exp(), p.logvar - logvar)
 
@@ -178,9 +227,150 @@ def _kl_gaussian_gaussian(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
 @register_kl(BernoulliVector, BernoulliVector)
 def _kl_bernoulli_bernoulli(p: BernoulliVector, q: BernoulliVector) -> Tensor:
     """Sums over both outcomes, each of which keeps its precision where the other is nearly certain."""
+    _check_events(p, q)
     a, b = _widened(p.logits), _widened(q.logits)
     one, zero = logsigmoid(a) - logsigmoid(b), logsigmoid(-a) - logsigmoid(-b)
     return (a.sigmoid() * one + (-a).sigmoid() * zero).sum(-1)
+
+
+@register_kl(DiagonalGaussian, Independent)
+def _kl_gaussian_independent(p: DiagonalGaussian, q: Independent[Any]) -> Tensor:
+    """By the fused op where q is Gaussian, otherwise by torch's own rule for a Normal and the base of q."""
+    if q.reinterpreted_batch_ndims == 0:
+        return kl_divergence(p, q.base_dist)
+    _check_events(p, q)
+    if isinstance(q.base_dist, Normal):
+        return _kl_gaussian_gaussian(p, _as_gaussian(q.base_dist))
+    return kl_divergence(_independent_normal(p), q)
+
+
+@register_kl(Independent, DiagonalGaussian)
+def _kl_independent_gaussian(p: Independent[Any], q: DiagonalGaussian) -> Tensor:
+    if p.reinterpreted_batch_ndims == 0:
+        return kl_divergence(p.base_dist, q)
+    _check_events(p, q)
+    if isinstance(p.base_dist, Normal):
+        return _kl_gaussian_gaussian(_as_gaussian(p.base_dist), q)
+    return kl_divergence(p, _independent_normal(q))
+
+
+@register_kl(DiagonalGaussian, LowRankMultivariateNormal)
+@register_kl(DiagonalGaussian, MultivariateNormal)
+def _kl_gaussian_multivariate(p: DiagonalGaussian, q: Distribution) -> Tensor:
+    _check_events(p, q)
+    return kl_divergence(_multivariate_normal(p, q), q)
+
+
+@register_kl(LowRankMultivariateNormal, DiagonalGaussian)
+@register_kl(MultivariateNormal, DiagonalGaussian)
+def _kl_multivariate_gaussian(p: Distribution, q: DiagonalGaussian) -> Tensor:
+    _check_events(p, q)
+    return kl_divergence(p, _multivariate_normal(q, p))
+
+
+@register_kl(BernoulliVector, Independent)
+def _kl_bernoulli_independent(p: BernoulliVector, q: Independent[Any]) -> Tensor:
+    """Infinite where torch's Bernoulli, made with a probability of 0 or 1, rules out what p does not."""
+    if q.reinterpreted_batch_ndims == 0:
+        return kl_divergence(p, q.base_dist)
+    _check_events(p, q)
+    if not isinstance(q.base_dist, Bernoulli):
+        return kl_divergence(_independent_bernoulli(p), q)
+    divergence = _kl_bernoulli_bernoulli(p, BernoulliVector(q.base_dist.logits, validate_args=False))
+    ruled_out = _ruled_out(q.base_dist, p.logits)
+    return divergence if ruled_out is None else divergence.masked_fill(ruled_out.any(-1), math.inf)
+
+
+@register_kl(Independent, BernoulliVector)
+def _kl_independent_bernoulli(p: Independent[Any], q: BernoulliVector) -> Tensor:
+    if p.reinterpreted_batch_ndims == 0:
+        return kl_divergence(p.base_dist, q)
+    _check_events(p, q)
+    if isinstance(p.base_dist, Bernoulli):
+        return _kl_bernoulli_bernoulli(BernoulliVector(p.base_dist.logits, validate_args=False), q)
+    return kl_divergence(p, _independent_bernoulli(q))
+
+
+@register_kl(DiagonalGaussian, Normal)
+@register_kl(Normal, DiagonalGaussian)
+@register_kl(BernoulliVector, Bernoulli)
+@register_kl(Bernoulli, BernoulliVector)
+def _kl_vector_numbers(p: Distribution, q: Distribution) -> None:
+    """Always raises, since one is a vector and the other a batch of numbers; the message says what to write."""
+    _check_events(p, q)
+
+
+def _as_gaussian(normal: Normal) -> DiagonalGaussian:
+    return DiagonalGaussian(normal.loc, 2 * normal.scale.log(), validate_args=False)
+
+
+def _independent_normal(gaussian: DiagonalGaussian) -> Independent[Normal]:
+    mean, stddev = _widened(gaussian.mean), (_widened(gaussian.logvar) / 2).exp()
+    return Independent(Normal(mean, stddev, validate_args=False), 1)
+
+
+def _independent_bernoulli(vector: BernoulliVector) -> Independent[Bernoulli]:
+    return Independent(Bernoulli(logits=_widened(vector.logits), validate_args=False), 1)
+
+
+def _multivariate_normal(gaussian: DiagonalGaussian, other: Distribution) -> MultivariateNormal:
+    """In the dtype of the other, since torch does not mix them."""
+    mean, stddev = gaussian.mean.to(other.mean.dtype), gaussian.stddev.to(other.mean.dtype)
+    return MultivariateNormal(mean, scale_tril=stddev.diag_embed(), validate_args=False)
+
+
+def _ruled_out(q: Bernoulli, logits: Tensor) -> Tensor | None:
+    """The dimensions where q has a probability of 0 for an outcome that these logits leave possible.
+
+    torch clamps the logits of probabilities 0 and 1, so they must be told from finite logits whose sigmoid rounds to 0
+    or 1. Those are larger than the clamp by log(4) at least. Logits as large as the clamp may come from a probability
+    of 0 or 1 themselves, so they rule out the same outcome.
+    """
+    if "probs" not in q.__dict__:
+        return None
+    is_certain = (q.probs == 0) | (q.probs == 1)
+    is_clamped = q.logits.abs() < 0.5 - math.log(torch.finfo(q.logits.dtype).eps)
+    less_certain = torch.where(q.probs == 1, logits < q.logits, logits > q.logits)
+    return is_certain & is_clamped & less_certain
+
+
+def _only_one(kind: type[Distribution], **parameters: Tensor | None) -> tuple[str, Tensor]:
+    """The name and the value of the one parameter that is given."""
+    given = [(name, parameter) for name, parameter in parameters.items() if parameter is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{kind.__name__}: expected either {' or '.join(parameters)}, got {'both' if given else 'neither'}"
+        )
+    return given[0]
+
+
+def _check(
+    distribution: Distribution, name: str, value: Tensor, constraint: constraints.Constraint, asked: bool | None
+) -> None:
+    """Refuses values outside of the constraint, where arguments are validated."""
+    wanted = distribution._validate_args if asked is None else asked
+    if wanted and not torch._is_all_true(constraint.check(value)):
+        raise ValueError(
+            f"{type(distribution).__name__}: expected parameter {name} to satisfy {constraint}, got values that do not:"
+            f"\n{value}"
+        )
+
+
+def _check_events(p: Distribution, q: Distribution) -> None:
+    """Refuses distributions over different spaces, which broadcasting would compare all the same."""
+    if p.event_shape == q.event_shape:
+        return
+    shapes = f"got {list(p.event_shape)} for {type(p).__name__} and {list(q.event_shape)} for {type(q).__name__}"
+    message = f"kl_divergence: expected distributions of one event shape, {shapes}"
+    if len(p.event_shape) == len(q.event_shape):
+        raise ValueError(message)
+    raise NotImplementedError(f"{message}. Independent(distribution, 1) makes the last batch dimension the event")
+
+
+def _with_event(parameter: Tensor, event_shape: torch.Size) -> Tensor:
+    """The tensor itself where it has the event shape, otherwise a view that does."""
+    shape = parameter.shape[:-1] + event_shape
+    return parameter if parameter.shape == shape else parameter.expand(shape)
 
 
 def _shapes(kind: type[Distribution], **parameters: Tensor) -> tuple[torch.Size, torch.Size]:
