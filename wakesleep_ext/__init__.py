@@ -11,7 +11,7 @@ from wakesleep_ext import _loading, random, reference
 
 _loading.load_kernels()
 
-from wakesleep_ext import distributions, modules  # noqa: E402
+from wakesleep_ext import _flops, distributions, modules  # noqa: E402
 from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered first
     adam_,
     bernoulli_log_prob,
@@ -29,6 +29,8 @@ from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered 
     perceptron,
     standard_gaussian_log_prob,
 )
+
+_flops.register_when_counted()
 
 try:
     __version__ = version("wakesleep_ext")

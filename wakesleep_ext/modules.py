@@ -1,16 +1,23 @@
 """Layers and heads as modules: linear layers that know what their output is for.
 
 Each is an `nn.Linear`, with its parameters, its initialisation and its state dict, and takes the place of one that is
-there already by `from_linear`, which shares the parameters; `fuse` gives all layers of a model to the ops.
+there already by `from_linear`, which shares the parameters; `fuse` gives the layers of a model to the ops.
+
+The ops stand in for plain layers only: see :func:`is_plain` and :func:`is_plain_tensor`. Any other layer is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules import module as _globals
 
 from wakesleep_ext import ops
 from wakesleep_ext.distributions import DiagonalGaussian
@@ -22,14 +29,16 @@ __all__ = ["BernoulliHead", "GaussianHead", "Linear", "Sequential", "fuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_NAMES: dict[type[nn.Module], ops.Activation] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
-
 
 class _Linear(nn.Linear):
     activation: ops.Activation | None = None
 
     def forward(self, h: Tensor) -> Tensor:
-        return ops.linear(h, self.weight, self.bias, self.activation)
+        if is_plain_input(h) and has_plain_parameters(self):
+            parameters = self._parameters  # attributes of a module take longer to find
+            return ops.linear(h, parameters["weight"], parameters["bias"], self.activation)  # type: ignore[arg-type]
+        output = F.linear(h, self.weight, self.bias)
+        return getattr(torch, self.activation)(output) if self.activation else output
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
@@ -158,8 +167,13 @@ class GaussianHead(_Linear):
 
 
 class Sequential(nn.Sequential):
-    """As `nn.Sequential`, whose linear layers and activations are left to :func:`wakesleep_ext.ops.perceptron`, as many
-    in one call as follow each other. A layer that has hooks, or is of a class of its own, is called as it stands."""
+    """As `nn.Sequential`, but :func:`wakesleep_ext.ops.perceptron` computes linear layers and their activations.
+
+    Layers that follow each other are one call. A layer is called itself if it is not plain: it has hooks or a `forward`
+    of its own, global module hooks are registered, it is of another class, or its parameters are of a tensor subclass.
+    So is a layer whose input is sparse, nested or of a tensor subclass. On a CPU, so is a single layer without
+    activation, which torch computes faster.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return through(self, input)
@@ -168,58 +182,93 @@ class Sequential(nn.Sequential):
 def fuse(model: Model) -> Model:
     """Give a model's linear layers to :func:`wakesleep_ext.ops.perceptron`, in place; the model itself is returned.
 
-    Every `nn.Linear` in it becomes a :class:`Linear` and every `nn.Sequential` a :class:`Sequential`, by a change of
-    class alone: parameters, state dicts and hooks stay what they are. Subclasses of either are left alone.
+    Every `nn.Sequential` in it becomes a :class:`Sequential`, by a change of class alone. Everything else stays what it
+    is: the layers and their classes, by which tools such as `quantize_dynamic` find them, parameters, state dicts and
+    hooks. Subclasses of `nn.Sequential` are left alone, and so are layers outside of one.
     """
     for module in model.modules():
-        fused = _FUSED.get(type(module))
-        if fused is not None:
-            module.__class__ = fused
+        if type(module) is nn.Sequential:
+            module.__class__ = Sequential
     return model
 
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Sequential: Sequential}
-
-
 def through(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
-    """The modules one after the other, layers and the activations that follow them by the op."""
-    waiting: list[tuple[Tensor, Tensor | None, ops.Activation | None]] = []
+    """The modules one after the other, plain layers and the activations that follow them by the op."""
+    layers: list[nn.Module] = []
+    names: list[ops.Activation | None] = []
     for module in modules:
-        if is_linear(module):
-            waiting.append((module.weight, module.bias, getattr(module, "activation", None)))
-        elif waiting and waiting[-1][-1] is None and (name := name_of_activation(module)):
-            waiting[-1] = (*waiting[-1][:-1], name)
+        if is_linear(module) and (layers or is_plain_input(input)):
+            layers.append(module)
+            names.append(activation_of(module))
+        elif layers and names[-1] is None and is_plain(module) and type(module) in _NAMES:
+            names[-1] = _NAMES[type(module)]
         else:
-            input = module(_through_layers(waiting, input))
-            waiting = []
-    return _through_layers(waiting, input)
+            input = module(_through_layers(layers, names, input))
+            layers, names = [], []
+    return _through_layers(layers, names, input)
 
 
-def _through_layers(layers: Sequence[tuple[Tensor, Tensor | None, ops.Activation | None]], input: Tensor) -> Tensor:
+def _through_layers(layers: list[nn.Module], names: list[ops.Activation | None], input: Tensor) -> Tensor:
     """In one call, if all but the last have the same activation."""
     while layers:
-        weights, biases, names = zip(*layers, strict=True)
         count = 1 + next((number for number, name in enumerate(names) if name != names[0]), len(names))
-        input = ops.perceptron(input, weights[:count], biases[:count], names[0], names[:count][-1])
-        layers = layers[count:]
+        if len(layers) == 1 and names[0] is None and input.is_cpu:
+            return layers[0](input)
+        weights = [layer._parameters["weight"] for layer in layers[:count]]
+        biases = [layer._parameters["bias"] for layer in layers[:count]]
+        input = ops.perceptron(input, weights, biases, names[0], names[:count][-1])  # type: ignore[arg-type]
+        layers, names = layers[count:], names[count:]
     return input
 
 
-def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is a layer that torch or :class:`Linear` computes, and nobody waits for what it does."""
-    return type(module).forward in (nn.Linear.forward, Linear.forward) and not has_hooks(module)
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module is of a class that the ops stand in for, not of a subclass, and a call runs nothing else."""
+    kind = type(module)
+    return kind in _FORWARDS and kind.forward is _FORWARDS[kind] and runs_forward_only(module)
 
 
-def name_of_activation(module: nn.Module) -> ops.Activation | None:
-    """By what name :func:`wakesleep_ext.ops.linear` does what the module does, if it can and nobody waits for it."""
-    return None if has_hooks(module) else _NAMES.get(type(module))
+def runs_forward_only(module: nn.Module) -> bool:
+    """Whether a call of the module runs the `forward` of its class alone: the instance has none and is not compiled,
+    and there are no hooks, of its own or of all modules."""
+    return not (
+        "forward" in module.__dict__
+        or module._compiled_call_impl
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or _globals._has_any_global_hook()
+    )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody waits for what the module itself is called with, or returns."""
-    return any(hooks_of(module))
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a plain linear layer, which an op may compute."""
+    return type(module) not in _NAMES and is_plain(module) and has_plain_parameters(module)
 
 
-def hooks_of(module: nn.Module) -> tuple[Mapping[int, Callable[..., object]], ...]:
-    """What is called when the module itself is, or a backward pass comes by it: always the same mappings."""
-    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+def is_plain_tensor(tensor: object) -> TypeGuard[Tensor]:
+    """Whether the ops take the tensor: of torch's own classes, whose `F.linear` is torch's, strided and not nested."""
+    return type(tensor) in _TENSORS and tensor.layout == torch.strided and not tensor.is_nested  # type: ignore[attr-defined]
+
+
+def is_plain_input(input: object) -> TypeGuard[Tensor]:
+    """Whether the ops take the tensor as an input: their devices are few, and they have no forward-mode derivatives."""
+    return is_plain_tensor(input) and (input.is_cpu or input.is_cuda or input.is_meta) and forward_ad._current_level < 0
+
+
+def has_plain_parameters(layer: nn.Module) -> bool:
+    """Whether the ops take a linear layer's weight and bias."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias", _ABSENT)
+    return is_plain_tensor(weight) and weight.is_floating_point() and (bias is None or is_plain_tensor(bias))
+
+
+def activation_of(layer: nn.Module) -> ops.Activation | None:
+    """The activation that a plain linear layer applies itself."""
+    return layer.activation if isinstance(layer, _Linear) else None
+
+
+_NAMES: dict[type[nn.Module], ops.Activation] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Linear, BernoulliHead, GaussianHead, *_NAMES)
+_FORWARDS = {kind: kind.forward for kind in _KINDS}
+_TENSORS = {Tensor, nn.Parameter, FakeTensor, FunctionalTensor}  # the last two stand for the others in a trace
+_ABSENT = object()

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wakesleep_ext.modules import Sequential, has_hooks, is_linear, through
+from wakesleep_ext.modules import Sequential, activation_of, is_linear, runs_forward_only, through
 
 Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
 
@@ -52,8 +52,9 @@ class MultilayerPerceptron(Sequential):
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether the head's product may be left to an op: it is torch's own, and nobody waits for what it returns."""
-        return is_linear(self.head) and not has_hooks(self)
+        """Whether an op may compute the head's product: the head is plain, and nothing waits for what it returns."""
+        is_own = type(self).forward is MultilayerPerceptron.forward and runs_forward_only(self)
+        return is_own and is_linear(self.head) and activation_of(self.head) is None
 
     def features(self, input: Tensor) -> Tensor:
         """What the last layer gets, `[*, first] -> [*, next to last]`."""

@@ -1,0 +1,140 @@
+"""How many floating-point operations the ops' matrix products take, for `torch.utils.flop_counter`.
+
+A product [m, k] [k, n] counts 2 m k n, as torch counts it; what is done element by element counts nothing. Composite
+ops are counted by the ops that they call. A formula gets shapes in the place of tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+Shape = Sequence[int]
+
+
+def _product(rows: int, weight: Shape) -> int:
+    """[rows, H] [H, D], or one of the two products of its gradients, which are as large; weight is [D, H]."""
+    return 2 * rows * math.prod(weight)
+
+
+def perceptron(h: Shape, weights: Sequence[Shape], *others: Any, **named: Any) -> int:
+    rows = math.prod(h[:-1])
+    return sum(_product(rows, weight) for weight in weights)
+
+
+def perceptron_backward(
+    grad: Shape,
+    output: Shape,
+    hidden: Sequence[Shape],
+    h: Shape,
+    weights: Sequence[Shape],
+    biases: Sequence[Shape],
+    activation: str | None,
+    output_activation: str | None,
+    with_grad_h: bool,
+    with_grad_weights: bool,
+    **named: Any,
+) -> int:
+    """What a layer hands down is a product, but for the first, where nothing asks for it."""
+    of_weights = perceptron(h, weights) if with_grad_weights else 0
+    return of_weights + perceptron(h, weights if with_grad_h else weights[1:])
+
+
+def linear_bernoulli_sample(h: Shape, weight: Shape, *others: Any, **named: Any) -> int:
+    return _product(math.prod(h[:-1]), weight)
+
+
+def linear_bernoulli_log_prob(h: Shape, weight: Shape, bias: Shape, x: Shape, *others: Any, **named: Any) -> int:
+    return _product(_rows(h, x), weight)
+
+
+def linear_bernoulli_log_prob_backward(
+    grad: Shape,
+    h: Shape,
+    weight: Shape,
+    bias: Shape,
+    x: Shape,
+    logits: Shape | None,
+    with_grad_h: bool,
+    with_grad_weight: bool,
+    **named: Any,
+) -> int:
+    """Logits that were not kept are recomputed."""
+    recomputes = logits is None or logits[0] == 0
+    return (recomputes + with_grad_h + with_grad_weight) * _product(_rows(h, x), weight)
+
+
+def linear_bernoulli_log_prob_and_gradients(
+    h: Shape,
+    weight: Shape,
+    bias: Shape,
+    x: Shape,
+    importance: Shape | None,
+    with_grad_h: bool,
+    with_grad_weight: bool,
+    **named: Any,
+) -> int:
+    return (1 + with_grad_h + with_grad_weight) * _product(_rows(h, x), weight)
+
+
+def _rows(h: Shape, x: Shape) -> int:
+    return math.prod(torch.broadcast_shapes(h[:-1], x[:-1]))
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "perceptron": perceptron,
+    "perceptron_with_hidden": perceptron,
+    "perceptron_backward": perceptron_backward,
+    "linear_bernoulli_sample": linear_bernoulli_sample,
+    "linear_bernoulli_log_prob": linear_bernoulli_log_prob,
+    "linear_bernoulli_log_prob_and_logits": linear_bernoulli_log_prob,
+    "linear_bernoulli_log_prob_backward": linear_bernoulli_log_prob_backward,
+    "linear_bernoulli_log_prob_and_gradients": linear_bernoulli_log_prob_and_gradients,
+}
+
+
+def register_when_counted() -> None:
+    """Registers the formulas: now if torch's counter is imported, otherwise as soon as it is.
+
+    The counter imports Triton where that is installed, which would slow down the import of this package.
+    """
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _Registering())
+
+
+def _register(counter: ModuleType) -> None:
+    for name, formula in FORMULAS.items():
+        counter.register_flop_formula(getattr(torch.ops.wakesleep_ext, name))(formula)
+
+
+class _Registering(MetaPathFinder):
+    """Finds torch's counter as the other finders do, and registers the formulas once it is executed."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader = None if spec is None else spec.loader
+        if loader is None:
+            return None
+        execute = loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
