@@ -11,6 +11,9 @@
 
 #include <c10/util/SmallVector.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "aten.h"
 #include "checks.h"
 #include "dispatch.h"
@@ -89,6 +92,9 @@ struct Adam {
         exp_avg_sqs(exp_avg_sqs_in),
         rule{number({"step", step}), number({"lr", lr}), beta1, beta2, eps} {
     check_same_device(op, {"step", step}, {"lr", lr});
+    check_number("beta1", beta1, 0 <= beta1 && beta1 < 1, "in [0, 1)");
+    check_number("beta2", beta2, 0 <= beta2 && beta2 < 1, "in [0, 1)");
+    check_number("eps", eps, 0 <= eps && eps < std::numeric_limits<double>::infinity(), "finite and not negative");
     check_count("gradients", gradients_in);
     check_count("exp_avgs", exp_avgs);
     check_count("exp_avg_sqs", exp_avg_sqs);
@@ -112,6 +118,7 @@ struct Adam {
       gradients.push_back(same_layout(gradient, parameters[i]) ? gradient
                                                                : aten::empty_like(parameters[i]).copy_(gradient));
     }
+    check_memory();
   }
 
   template <typename scalar_t, int64_t elements>
@@ -141,6 +148,50 @@ struct Adam {
     TORCH_CHECK_VALUE(argument.tensor.dim() == 0, op, ": expected ", argument, " to have shape [], got ",
                       argument.tensor.sizes());
     return NumberInTensor(argument.tensor);
+  }
+
+  static void check_number(const char* name, double value, bool is_valid, const char* expected) {
+    TORCH_CHECK_VALUE(is_valid, op, ": expected ", name, " to be ", expected, ", got ", value);
+  }
+
+  // What is written shares no memory with anything else.
+  void check_memory() const {
+    struct Range {
+      const char *first, *end;
+      Argument of;
+      bool is_written;
+    };
+    c10::SmallVector<Range, 64> ranges;
+    const auto add = [&](const char* name, const at::Tensor& tensor, size_t i, bool is_written) {
+      const auto* first = static_cast<const char*>(tensor.const_data_ptr());
+      ranges.push_back({first, first + tensor.nbytes(), {name, tensor, i}, is_written});
+    };
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      add("parameters", parameters[i], i, true);
+      add("exp_avgs", exp_avgs[i], i, true);
+      add("exp_avg_sqs", exp_avg_sqs[i], i, true);
+      add("gradients", gradients[i], i, false);
+    }
+    c10::SmallVector<const Range*, 64> order;
+    for (const Range& range : ranges) {
+      if (range.first != range.end) {
+        order.push_back(&range);
+      }
+    }
+    std::sort(order.begin(), order.end(), [](const Range* a, const Range* b) { return a->first < b->first; });
+    const Range *furthest = nullptr, *furthest_written = nullptr;  // of those that begin earlier
+    const auto extend = [](const Range*& furthest, const Range* range) {
+      furthest = furthest == nullptr || range->end > furthest->end ? range : furthest;
+    };
+    for (const Range* range : order) {
+      const Range* other = range->is_written ? furthest : furthest_written;
+      TORCH_CHECK_VALUE(other == nullptr || range->first >= other->end, op, ": expected ", range->of,
+                        " to share no memory with ", other->of, ", but they overlap");
+      extend(furthest, range);
+      if (range->is_written) {
+        extend(furthest_written, range);
+      }
+    }
   }
 
   // Whether elements lie in memory in the same order; a and b are dense if either is.

@@ -13,7 +13,7 @@ inline at::Tensor observation(const char* op, const at::Tensor& x, at::ScalarTyp
   TORCH_CHECK_TYPE(type == at::kBool || type == at::kByte || at::isFloatingType(type), op,
                    ": expected x to be bool, uint8 or floating, got ", type);
   if (type == at::kBool) {
-    return with_contiguous_events(x.view(at::kByte));
+    return with_contiguous_events(x.view(at::kByte).ne(0).view(at::kByte));  // another byte than 1 is true, too
   }
   return with_contiguous_events(type == at::kByte || type == parameters ? x : x.to(at::toOpMathType(parameters)));
 }
@@ -113,6 +113,9 @@ struct BernoulliSample {
     logits = with_contiguous_events(logits);
     x = aten::empty(concat(sample_shape, logits.sizes()),
                     logits.options().dtype(written_dtype(op, dtype, logits.scalar_type())));
+    if (x.numel() == 0) {
+      samples = 0;  // however many rows without elements there are
+    }
     const auto batch = batch_sizes(logits);
     rows = map_rows<1>(batch, {row_strides(logits, batch)});
   }

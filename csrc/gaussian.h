@@ -52,6 +52,9 @@ struct GaussianRsample : GaussianParameters {
     check_sample_shape(op, sample_shape);
     const auto z_batch = concat(sample_shape, batch);
     z = aten::empty(concat(z_batch, {K}), mu.options());
+    if (!with_log_prob && z.numel() == 0) {
+      samples = 0;  // however many rows without elements there are
+    }
     if (with_log_prob) {
       log_prob = aten::empty(z_batch, mu.options().dtype(compute_dtype()));
     }
@@ -73,10 +76,11 @@ struct GaussianRsampleBackward : GaussianParameters {
                           at::IntArrayRef sample_shape)
       : GaussianParameters(op, mu_in, logvar_in),
         key(key_in),
-        samples(c10::multiply_integers(sample_shape)),
+        samples(mu.numel() == 0 ? 0 : c10::multiply_integers(sample_shape)),
         rows(map_rows<1>(batch, {row_strides(logvar, batch)})),
         grad(mu, packed_shape(), samples) {
     check_key(op, key, {"mu", mu});
+    check_sample_shape(op, sample_shape);
     const auto z_batch = concat(sample_shape, batch);
     if (grad_z_in && grad_z_in->defined()) {
       const auto shape = concat(z_batch, {K});

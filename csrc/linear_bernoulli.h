@@ -90,8 +90,9 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
     }
     rows = map_rows<2>(batch, {row_strides(x, batch), upstream_strides});
     logits = logits_in ? logits_in->contiguous() : aten::empty({0, D}, log_prob.options());
-    TORCH_CHECK_VALUE(logits.numel() == 0 || logits.sizes() == at::IntArrayRef({N, D}), op,
-                      ": expected logits to have shape [", N, ", ", D, "], got ", logits.sizes());
+    check_same_device(op, {"h", h_in}, {"logits", logits});
+    TORCH_CHECK_VALUE(logits.sizes() == at::IntArrayRef({N, D}) || logits.sizes() == at::IntArrayRef({0, D}), op,
+                      ": expected logits to have shape [", N, ", ", D, "] or [0, ", D, "], got ", logits.sizes());
     TORCH_CHECK_TYPE(logits.scalar_type() == compute, op, ": expected logits to be ", compute, ", got ",
                      logits.scalar_type());
   }

@@ -239,6 +239,10 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": f(2, 1)}, ValueError, r"expected lr to have shape \[\], got \[2, 1\]"),
     ({"step": f(()).long()}, TypeError, "expected step to be float64 or float32, got Long"),
     ({"lr": f(()).half()}, TypeError, "expected lr to be float64 or float32, got Half"),
+    ({"beta1": 1.0}, ValueError, r"expected beta1 to be in \[0, 1\), got 1"),
+    ({"beta2": -0.1}, ValueError, r"expected beta2 to be in \[0, 1\), got -0.1"),
+    ({"beta2": float("nan")}, ValueError, r"expected beta2 to be in \[0, 1\), got nan"),
+    ({"eps": -1e-8}, ValueError, "expected eps to be finite and not negative, got -1e-08"),
 ]  # fmt: skip
 
 
@@ -246,17 +250,33 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_what_adam_refuses_is_left_as_it_was(
     others: dict[str, Any], error: type[Exception], message: str, device: str
 ) -> None:
-    def moved(tensor: Tensor) -> Tensor:  # with its gaps
+    def moved(tensor: Any) -> Any:  # with its gaps
+        if not isinstance(tensor, Tensor):
+            return tensor
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
     arguments = torch.utils._pytree.tree_map(moved, _with(**others))
-    tensors = torch.utils._pytree.tree_leaves(arguments)
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     before = [(tensor.clone(), tensor._version) for tensor in tensors]
     with pytest.raises(error, match=f"adam_: {message}"):
         ws.adam_(**arguments)
     for tensor, (value, version) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, value)
         assert tensor._version == version
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("parameters", "exp_avgs"), ("exp_avg_sqs", "exp_avgs"), ("gradients", "parameters")]
+)
+def test_adam_wants_memory_of_its_own_for_what_it_writes(one: str, other: str, device: str) -> None:
+    memory = f(12, device=device)
+    arguments = torch.utils._pytree.tree_map(lambda tensor: tensor.to(device), _with())
+    arguments[one][1], arguments[other][0] = memory[:10].view(2, 5), memory[9:]
+    with pytest.raises(ValueError, match=r"adam_: expected \w+\[\d\] to share no memory with \w+\[\d\], but they"):
+        ws.adam_(**arguments)
+    arguments[other][0] = f(3, device=device)
+    arguments["gradients"] = [arguments["gradients"][1][0, :3], arguments["gradients"][1]]  # which are read alone
+    ws.adam_(**arguments)
 
 
 @pytest.mark.parametrize("name", ["lr", "parameters", "gradients", "exp_avgs", "exp_avg_sqs"])

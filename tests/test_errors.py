@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -93,7 +94,10 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
      r"linear_bernoulli_log_prob_backward: expected grad to broadcast to \[2\], the rows, got \[3\]"),
     (lambda: torch.ops.wakesleep_ext.linear_bernoulli_log_prob_backward(
         f(2), f(2, 3), f(5, 3), f(5), f(2, 5), f(2, 4), True, True), ValueError,
-     r"linear_bernoulli_log_prob_backward: expected logits to have shape \[2, 5\], got \[2, 4\]"),
+     r"linear_bernoulli_log_prob_backward: expected logits to have shape \[2, 5\] or \[0, 5\], got \[2, 4\]"),
+    (lambda: torch.ops.wakesleep_ext.linear_bernoulli_log_prob_backward(
+        f(2), f(2, 3), f(5, 3), f(5), f(2, 5), f(7, 0), True, True), ValueError,
+     r"linear_bernoulli_log_prob_backward: expected logits to have shape \[2, 5\] or \[0, 5\], got \[7, 0\]"),
     (lambda: torch.ops.wakesleep_ext.gaussian_rsample_backward(f(2, 5), None, f(3, 5), f(3, 5), KEY, []), ValueError,
      r"gaussian_rsample_backward: expected grad_z to have shape \[3, 5\], got \[2, 5\]"),
 ]  # fmt: skip
@@ -103,6 +107,40 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_message(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[message[:60] for _, _, message in CASES])
+def test_meta_tensors_get_the_same_message(
+    call: Callable[[], Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "f", partial(torch.zeros, device="meta"))
+    monkeypatch.setitem(globals(), "KEY", KEY.to("meta"))
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_hessian_names_what_works() -> None:
+    def kl(mu: torch.Tensor) -> torch.Tensor:
+        return ws.gaussian_kl(mu, mu).sum()
+
+    mu = torch.randn(3, dtype=torch.float64)
+    message = r"gaussian_kl.*forward-mode differentiation is not supported.*torch.func.jacrev\(jacrev\(f\)\)"
+    for forward in (torch.func.hessian(kl), torch.func.jacfwd(kl)):
+        with pytest.raises(NotImplementedError, match=message):
+            forward(mu)
+    expected = torch.diag(1 + mu.exp() / 2)  # of (mu^2 + e^mu - mu - 1) / 2, twice
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(kl))(mu), expected)
+
+
+def test_devices_must_agree_with_meta() -> None:
+    """Of tensors one of which is on the meta device, a fake kernel takes care."""
+    meta = partial(f, device="meta")
+    with pytest.raises(ValueError, match="gaussian_kl: expected logvar on cpu, the device of mu, got meta"):
+        ws.gaussian_kl(f(3), meta(3))
+    with pytest.raises(ValueError, match="adam_: expected lr on cpu, the device of "):
+        ws.adam_([f(3)], [f(3)], [f(3)], [f(3)], f(()), meta(()), 0.9, 0.999, 1e-8)
+    with pytest.raises(ValueError, match=r"perceptron: expected biases\[0\] on meta, the device of h, got cpu"):
+        ws.linear(meta(2, 3), meta(4, 3), f(4))
 
 
 def test_devices_must_agree() -> None:

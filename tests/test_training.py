@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -479,3 +480,52 @@ def test_the_digits_are_learnt():
     list(Trainer(machine, digits.train, TrainConfig(epochs=25)).epochs())
     bounds = log_likelihood_bounds(machine.recognition, machine.generative, digits.binary_test(), 100)
     assert -bounds.log_likelihood.mean() < 26
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_half_precision_are_refused(dtype):
+    machine = make_trainer().machine
+    machine.generative.to(dtype)
+    message = rf"expected the machine's parameters to be float32 or float64, got {dtype} for generative\."
+    with pytest.raises(TypeError, match=message):
+        Trainer(machine, BARS, TrainConfig())
+
+
+def test_steps_under_autocast_are_replayed_and_learn():
+    """Weights stay in single precision: no copy that autocast has made of one is trained on."""
+    losses = []
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        trainer = make_trainer(epochs=100, generative_learning_rate=0.02, recognition_learning_rate=0.02)
+        with context:
+            losses.append([epoch.losses["wake"] for epoch in trainer.epochs()])
+        assert trainer._run[True].is_replayed
+    single, half = losses
+    assert half[-1] < half[0] - 0.5
+    assert half[-1] == pytest.approx(single[-1], abs=0.2)
+
+
+def test_frozen_networks_are_not_trained():
+    trainer = make_trainer()
+    index = torch.arange(5)
+    trainer.take_step(index)
+    before = {name: value.clone() for name, value in trainer.machine.state_dict().items()}
+    trainer.machine.generative.requires_grad_(False)
+    for _ in range(3):
+        trainer.take_step(index)
+    for name, value in trainer.machine.state_dict().items():
+        assert torch.equal(value, before[name]) is not name.startswith("recognition"), name
+
+
+def test_weights_that_are_assigned_are_trained_with_the_moments_of_before():
+    called, replayed = make_trainer(replay=False), make_trainer()
+    index = torch.arange(5)
+    for number in range(8):
+        if number == 4:
+            for trainer in (called, replayed):
+                state = {name: value * 0.5 for name, value in trainer.machine.state_dict().items()}
+                trainer.machine.load_state_dict(state, assign=True)
+        assert torch.equal(called.take_step(index), replayed.take_step(index))
+    assert torch.equal(weights(called), weights(replayed))
+    assert called.state_dict().keys() == replayed.state_dict().keys()
+    for name, value in called.state_dict().items():
+        assert torch.equal(value, replayed.state_dict()[name])

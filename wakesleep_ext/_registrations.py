@@ -7,8 +7,10 @@ tensors learn shapes and dtypes; the batching rules of vmap; and an autograd.Fun
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,42 +40,179 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _rows(*tensors: Tensor) -> Tensor:
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a fake kernel, which makes the checks of the real ones before it makes results.
+
+    A call belongs to the meta device, and comes here, if one of its tensors does. So they must all.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = tuple(inspect.signature(kernel).parameters)
+
+        @torch.library.register_fake(f"wakesleep_ext::{name}")
+        @wraps(kernel)
+        def checked(*arguments: Any, **others: Any) -> Any:
+            named = {**dict(zip(parameters, arguments, strict=False)), **others}
+            _check_devices(name, named)
+            _check_values(name, named)
+            return kernel(*arguments, **others)
+
+        return checked
+
+    return register
+
+
+def _check_devices(op: str, named: Mapping[str, Any]) -> None:
+    tensors = {
+        name if isinstance(value, Tensor) else f"{name}[{index}]": tensor
+        for name, value in named.items()
+        for index, tensor in enumerate(value if isinstance(value, list | tuple) else [value])
+        if isinstance(tensor, Tensor)
+    }
+    (first, tensor), *others = tensors.items()
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(f"{op}: expected {name} on {tensor.device}, the device of {first}, got {other.device}")
+
+
+_FLOATING = {"mu", "logvar", "z", "logits", "h", "weight", "bias", "importance"}
+_HALF_OR_MORE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def _name(dtype: torch.dtype) -> str:
+    """As messages of the real kernels have it."""
+    return torch.empty((), dtype=dtype, device="cpu").type().rpartition(".")[-1].removesuffix("Tensor")
+
+
+def _is_observed(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bool, torch.uint8) or dtype.is_floating_point
+
+
+def _check_values(op: str, named: Mapping[str, Any]) -> None:
+    """What an argument must be, whatever the others are."""
+    for name, value in named.items():
+        if name in _FLOATING and isinstance(value, Tensor) and value.dtype not in _HALF_OR_MORE:
+            raise TypeError(
+                f"{op}: expected {name} to be float64, float32, bfloat16 or float16, got {_name(value.dtype)}"
+            )
+        if name == "x" and not _is_observed(value.dtype):
+            raise TypeError(f"{op}: expected x to be bool, uint8 or floating, got {_name(value.dtype)}")
+        if name == "dtype" and value is not None and not _is_observed(value):
+            raise TypeError(f"{op}: expected dtype to be bool, uint8 or floating, got {_name(value)}")
+        if name == "key" and value.dtype != torch.int64:
+            raise TypeError(f"{op}: expected key to be int64, got {_name(value.dtype)}")
+        if name == "key" and value.shape != (2,):
+            raise ValueError(f"{op}: expected key to have shape [2], (seed, offset), got {list(value.shape)}")
+        if name == "sample_shape" and any(size < 0 for size in value):
+            raise ValueError(f"{op}: expected sample_shape to have no negative sizes, got {list(value)}")
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: expected {name} to have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_event(op: str, **tensors: Tensor) -> tuple[int, ...]:
+    """What the leading dimensions broadcast to; the last one, the event, does not."""
+    (first, tensor), *others = tensors.items()
+    for name, other in tensors.items():
+        if other.dim() < 1:
+            raise ValueError(
+                f"{op}: expected {name} to have at least one dimension, the event, got a 0-dimensional tensor"
+            )
+    names, batch = first, tensor.shape[:-1]
+    for name, other in others:
+        if other.shape[-1] != tensor.shape[-1]:
+            raise ValueError(
+                f"{op}: expected the last dimension of {name} to be {tensor.shape[-1]}, that of {first}, "
+                f"got {other.shape[-1]}"
+            )
+        batch = _broadcast(op, names, batch, name, other.shape[:-1])
+        names = f"{names} and {name}"
+    return tuple(batch)
+
+
+def _broadcast(op: str, name: str, one: torch.Size, other_name: str, other: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(one, other)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: expected the leading dimensions of {name} and {other_name} to broadcast, "
+            f"got {list(one)} and {list(other)}"
+        ) from None
+
+
+def _check_layer(op: str, h: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if h.dim() < 1:
+        raise ValueError(f"{op}: expected h to have at least one dimension, the event, got a 0-dimensional tensor")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: expected weight to have shape [D, H], got {list(weight.shape)}")
+    if h.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: expected the last dimension of h to be {weight.shape[1]}, that of weight, got {h.shape[-1]}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: expected bias to have shape [{weight.shape[0]}], one for each row of weight, got {list(bias.shape)}"
+        )
+
+
+def _check_head(op: str, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[int, ...]:
+    """What the leading dimensions of h and x broadcast to."""
+    _check_layer(op, h, weight, bias)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: expected x to have at least one dimension, the event, got a 0-dimensional tensor")
+    if x.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"{op}: expected the last dimension of x to be {weight.shape[0]}, the rows of weight, got {x.shape[-1]}"
+        )
+    return tuple(_broadcast(op, "h", h.shape[:-1], "x", x.shape[:-1]))
+
+
+def _check_row_weights(op: str, name: str, weights: Tensor, batch: Sequence[int]) -> None:
+    aligned = list(zip(reversed(weights.shape), reversed(batch), strict=False))
+    if weights.dim() > len(batch) or any(size not in (1, rows) for size, rows in aligned):
+        raise ValueError(f"{op}: expected {name} to broadcast to {list(batch)}, the rows, got {list(weights.shape)}")
+
+
+def _rows(op: str, **tensors: Tensor) -> Tensor:
     """What an op returns one number of per row: the broadcast batch, in the type rows are computed in."""
-    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
-    return tensors[0].new_empty(shape, dtype=_compute_dtype(_promoted(*tensors)))
+    shape = _check_event(op, **tensors)
+    return next(iter(tensors.values())).new_empty(shape, dtype=_compute_dtype(_promoted(*tensors.values())))
 
 
-def _events(*tensors: Tensor) -> Tensor:
+def _events(op: str, **tensors: Tensor) -> Tensor:
     """The broadcast of all arguments, in their common dtype."""
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-    return tensors[0].new_empty(shape, dtype=_promoted(*tensors))
+    first = next(iter(tensors.values()))
+    shape = (*_check_event(op, **tensors), first.shape[-1])
+    return first.new_empty(shape, dtype=_promoted(*tensors.values()))
 
 
-def _packed(mu: Tensor, logvar: Tensor) -> Tensor:
+def _packed(op: str, mu: Tensor, logvar: Tensor) -> Tensor:
     """[grad_mu | grad_logvar], before sums to the shape of either."""
-    event = _events(mu, logvar)
+    event = _events(op, mu=mu, logvar=logvar)
     return event.new_empty((*event.shape[:-1], 2 * event.shape[-1]))
 
 
-@torch.library.register_fake("wakesleep_ext::draw_key")
+@_fake("draw_key")
 def _(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     return like.new_empty((2,), dtype=torch.int64)
 
 
-@torch.library.register_fake("wakesleep_ext::gaussian_rsample")
+@_fake("gaussian_rsample")
 def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> Tensor:
-    event = _events(mu, logvar)
+    event = _events("gaussian_rsample", mu=mu, logvar=logvar)
     return event.new_empty((*sample_shape, *event.shape))
 
 
-@torch.library.register_fake("wakesleep_ext::gaussian_rsample_log_prob")
+@_fake("gaussian_rsample_log_prob")
 def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    event, row = _events(mu, logvar), _rows(mu, logvar)
+    op = "gaussian_rsample_log_prob"
+    event, row = _events(op, mu=mu, logvar=logvar), _rows(op, mu=mu, logvar=logvar)
     return event.new_empty((*sample_shape, *event.shape)), row.new_empty((*sample_shape, *row.shape))
 
 
-@torch.library.register_fake("wakesleep_ext::gaussian_rsample_backward")
+@_fake("gaussian_rsample_backward")
 def _(
     grad_z: Tensor | None,
     grad_log_prob: Tensor | None,
@@ -82,65 +221,80 @@ def _(
     key: Tensor,
     sample_shape: Sequence[int],
 ) -> Tensor:
-    return _packed(mu, logvar)
+    op = "gaussian_rsample_backward"
+    packed = _packed(op, mu, logvar)
+    batch = (*sample_shape, *packed.shape[:-1])
+    if grad_z is not None:
+        _check_shape(op, "grad_z", grad_z, (*batch, mu.shape[-1]))
+    if grad_log_prob is not None:
+        _check_shape(op, "grad_log_prob", grad_log_prob, batch)
+    return packed
 
 
-@torch.library.register_fake("wakesleep_ext::bernoulli_sample")
+@_fake("bernoulli_sample")
 def _(logits: Tensor, key: Tensor, sample_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    _check_event("bernoulli_sample", logits=logits)
     return logits.new_empty((*sample_shape, *logits.shape), dtype=dtype)
 
 
-@torch.library.register_fake("wakesleep_ext::binarize")
+@_fake("binarize")
 def _(
     grey: Tensor, key: Tensor, white: int = 255, index: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     return grey.new_empty((len(grey if index is None else index), grey.shape[1]), dtype=dtype or torch.uint8)
 
 
-@torch.library.register_fake("wakesleep_ext::gaussian_log_prob")
+@_fake("gaussian_log_prob")
 def _(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
-    return _rows(mu, logvar, z)
+    return _rows("gaussian_log_prob", mu=mu, logvar=logvar, z=z)
 
 
-@torch.library.register_fake("wakesleep_ext::gaussian_log_prob_backward")
+@_fake("gaussian_log_prob_backward")
 def _(grad: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, with_grad_z: bool) -> tuple[Tensor, Tensor]:
-    parameters = _packed(mu, logvar).to(_promoted(mu, logvar, z))
+    op = "gaussian_log_prob_backward"
+    _check_shape(op, "grad", grad, _check_event(op, mu=mu, logvar=logvar, z=z))
+    parameters = _packed(op, mu, logvar).to(_promoted(mu, logvar, z))
     return parameters, parameters.new_empty((*grad.shape, z.shape[-1] if with_grad_z else 0))
 
 
-@torch.library.register_fake("wakesleep_ext::standard_gaussian_log_prob")
+@_fake("standard_gaussian_log_prob")
 def _(z: Tensor) -> Tensor:
-    return _rows(z)
+    return _rows("standard_gaussian_log_prob", z=z)
 
 
-@torch.library.register_fake("wakesleep_ext::standard_gaussian_log_prob_backward")
+@_fake("standard_gaussian_log_prob_backward")
 def _(grad: Tensor, z: Tensor) -> Tensor:
-    return _events(z)
+    _check_shape("standard_gaussian_log_prob_backward", "grad", grad, z.shape[:-1])
+    return _events("standard_gaussian_log_prob_backward", z=z)
 
 
-@torch.library.register_fake("wakesleep_ext::gaussian_kl")
+@_fake("gaussian_kl")
 def _(mu: Tensor, logvar: Tensor) -> Tensor:
-    return _rows(mu, logvar)
+    return _rows("gaussian_kl", mu=mu, logvar=logvar)
 
 
-@torch.library.register_fake("wakesleep_ext::gaussian_kl_backward")
+@_fake("gaussian_kl_backward")
 def _(grad: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    return _packed(mu, logvar)
+    _check_shape("gaussian_kl_backward", "grad", grad, _check_event("gaussian_kl_backward", mu=mu, logvar=logvar))
+    return _packed("gaussian_kl_backward", mu, logvar)
 
 
-@torch.library.register_fake("wakesleep_ext::bernoulli_log_prob")
+@_fake("bernoulli_log_prob")
 def _(logits: Tensor, x: Tensor) -> Tensor:
-    row = _rows(logits, x)
+    row = _rows("bernoulli_log_prob", logits=logits, x=x)
     return row.to(_compute_dtype(logits.dtype))
 
 
-@torch.library.register_fake("wakesleep_ext::bernoulli_log_prob_backward")
+@_fake("bernoulli_log_prob_backward")
 def _(grad: Tensor, logits: Tensor, x: Tensor) -> Tensor:
-    return _events(logits)
+    op = "bernoulli_log_prob_backward"
+    _check_shape(op, "grad", grad, _check_event(op, logits=logits, x=x))
+    return _events(op, logits=logits)
 
 
-def _layer(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _layer(op: str, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What a linear layer returns, in the dtype of its parameters."""
+    _check_layer(op, h, weight, bias)
     return h.new_empty((*h.shape[:-1], weight.shape[0]), dtype=_promoted(h, weight, bias))
 
 
@@ -154,7 +308,7 @@ def _layer_gradients(
     return grad_h, grad_weight, torch.empty_like(bias, dtype=dtype)
 
 
-@torch.library.register_fake("wakesleep_ext::perceptron")
+@_fake("perceptron")
 def _(
     h: Tensor,
     weights: Sequence[Tensor],
@@ -165,7 +319,7 @@ def _(
     return h.new_empty((*h.shape[:-1], weights[-1].shape[0]), dtype=_promoted(h, *weights, *biases))
 
 
-@torch.library.register_fake("wakesleep_ext::perceptron_with_hidden")
+@_fake("perceptron_with_hidden")
 def _(
     h: Tensor,
     weights: Sequence[Tensor],
@@ -178,7 +332,7 @@ def _(
     return output, [output.new_empty((rows, weight.shape[0])) for weight in weights[:-1]]
 
 
-@torch.library.register_fake("wakesleep_ext::perceptron_backward")
+@_fake("perceptron_backward")
 def _(
     grad: Tensor,
     output: Tensor,
@@ -196,19 +350,20 @@ def _(
     return grad_h, of_weights, [grad.new_empty(bias.shape) for bias in biases]
 
 
-@torch.library.register_fake("wakesleep_ext::linear_bernoulli_sample")
+@_fake("linear_bernoulli_sample")
 def _(h: Tensor, weight: Tensor, bias: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    logits = _layer(h, weight, bias)
+    logits = _layer("linear_bernoulli_sample", h, weight, bias)
     return torch.empty_like(logits, dtype=dtype)
 
 
-@torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob")
+@_fake("linear_bernoulli_log_prob")
 def _(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, recompute: bool | None = None) -> Tensor:
-    logits = _layer(h, weight, bias)
-    return _rows(logits, x).to(_compute_dtype(logits.dtype))
+    op = "linear_bernoulli_log_prob"
+    logits = _layer(op, h, weight, bias)
+    return logits.new_empty(_check_head(op, h, weight, bias, x), dtype=_compute_dtype(logits.dtype))
 
 
-@torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob_and_logits")
+@_fake("linear_bernoulli_log_prob_and_logits")
 def _(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, kept_bytes: int) -> tuple[Tensor, Tensor]:
     log_prob = _ops.linear_bernoulli_log_prob.default(h, weight, bias, x)
     rows, columns = log_prob.numel(), weight.shape[0]
@@ -216,7 +371,7 @@ def _(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, kept_bytes: int) -> tu
     return log_prob, log_prob.new_empty((kept, columns))
 
 
-@torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob_backward")
+@_fake("linear_bernoulli_log_prob_backward")
 def _(
     grad: Tensor,
     h: Tensor,
@@ -227,10 +382,18 @@ def _(
     with_grad_h: bool,
     with_grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _layer_gradients(h, weight, bias, grad.shape, with_grad_h, with_grad_weight)
+    op = "linear_bernoulli_log_prob_backward"
+    batch = _check_head(op, h, weight, bias, x)
+    _check_row_weights(op, "grad", grad, batch)
+    rows, columns = math.prod(batch), weight.shape[0]
+    if logits is not None and tuple(logits.shape) not in ((rows, columns), (0, columns)):
+        raise ValueError(
+            f"{op}: expected logits to have shape [{rows}, {columns}] or [0, {columns}], got {list(logits.shape)}"
+        )
+    return _layer_gradients(h, weight, bias, batch, with_grad_h, with_grad_weight)
 
 
-@torch.library.register_fake("wakesleep_ext::linear_bernoulli_log_prob_and_gradients")
+@_fake("linear_bernoulli_log_prob_and_gradients")
 def _(
     h: Tensor,
     weight: Tensor,
@@ -240,6 +403,9 @@ def _(
     with_grad_h: bool,
     with_grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if importance is not None:
+        batch = _check_head("linear_bernoulli_log_prob_sum", h, weight, bias, x)
+        _check_row_weights("linear_bernoulli_log_prob_sum", "importance", importance, batch)
     log_prob = _ops.linear_bernoulli_log_prob.default(h, weight, bias, x)
     gradients = _ops.linear_bernoulli_log_prob_backward.default(
         log_prob, h, weight, bias, x, None, with_grad_h, with_grad_weight
@@ -247,7 +413,7 @@ def _(
     return log_prob, *gradients
 
 
-@torch.library.register_fake("wakesleep_ext::adam_")
+@_fake("adam_")
 def _(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -393,6 +559,13 @@ def _function(
         def backward(ctx: Any, *grads: Tensor) -> Any:
             found = gradients((*ctx.saved_tensors, *ctx.others), grads)
             return (*found, *(None,) * (len(ctx.saved_tensors) + len(ctx.others) - len(found)))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(
+                f"{op}: forward-mode differentiation is not supported, nor is what goes by it, such as "
+                "torch.func.hessian and jacfwd; differentiate backwards, a Hessian by torch.func.jacrev(jacrev(f))"
+            )
 
     return Function
 

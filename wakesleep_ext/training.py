@@ -170,6 +170,7 @@ class Trainer:
 
     Raises:
         ValueError: the objective differentiates through draws, and the latent variables are discrete.
+        TypeError: a parameter is in half precision, in which Adam's steps and moments would be lost.
     """
 
     def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
@@ -183,6 +184,13 @@ class Trainer:
             "recognition": machine.recognition,
         }
         device = images.grey.device
+        for name, parameter in machine.named_parameters():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"Trainer: expected the machine's parameters to be float32 or float64, got {parameter.dtype} for "
+                    f"{name}; Adam's small steps are lost in it. Keep them in float32, and run take_step or epochs "
+                    f"under torch.autocast to compute in {parameter.dtype}"
+                )
         self._dtype = next(machine.parameters()).dtype
         self._steps: dict[Network, Tensor] = {}
         self._one = torch.ones((), device=device)  # to be added; the number 1 would be made into a tensor at every step
