@@ -283,11 +283,3 @@ SHAPES = (
         )
     ),
 )
-
-
-_HIDDEN = torch.tensor(2.0)
-
-
-def hidden() -> Tensor:
-    """A tensor that callers of other files refer to by this function alone."""
-    return _HIDDEN

@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 from unittest.mock import MagicMock
 
-import cases
+import another_file
 import numpy
 import pytest
 import torch
@@ -243,7 +243,7 @@ def by_dlpack(x: Tensor) -> Tensor:
 
 
 def of_another_file(x: Tensor) -> Tensor:
-    return x * cases.hidden()
+    return x * another_file.scale()
 
 
 def is_not_to_be_watched(x: Tensor) -> Tensor:

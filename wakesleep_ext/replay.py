@@ -149,8 +149,10 @@ class Replay(Unwatched):
         before = Reach(self._function)
         try:
             self._recorded, self._structure, left = _record(self._function, arguments, self._state(), before)
-        except NotRepeatableError as error:
+        except BaseException as error:
             before.restore()
+            if not isinstance(error, NotRepeatableError):
+                raise
             self._say(str(error))
             # a call may put any tensor elsewhere
             self._conditions = Conditions(self._function, before, before.tensors.values())
