@@ -36,6 +36,10 @@ _VALUES = (bool, int, float, complex, str, bytes, type(None))
 _CLOSED = (ModuleType, type, BuiltinFunctionType, CodeType)
 
 
+_NOT_LOOKED_INTO = ("state_dict_hooks", "dict_pre_hooks", "dict_post_hooks", "_with_kwargs", "_always_called")
+"""Of modules and optimizers: hooks that no call runs, and how those are called that other dicts have."""
+
+
 class Unwatched:
     """A base for classes whose instances are not looked into: what changes in them decides nothing."""
 
@@ -101,7 +105,7 @@ class Reach:
         self.places.append((item, *(part for pair in pairs for part in pair)))
         last = name.rpartition(".")[-1]
         if last.endswith("_hooks"):
-            if pairs and "state_dict" not in last:
+            if pairs:
                 self.hook = name
             return
         for number, (key, value) in enumerate(pairs):
@@ -133,7 +137,8 @@ class Reach:
         self.places.append((item, type(item), attributes))
         self.places.append((attributes, *(part for pair in attributes.items() for part in pair)))
         for key, value in attributes.items():
-            yield _join(name, key), value
+            if not (isinstance(item, nn.Module | optimizers.Optimizer) and key.endswith(_NOT_LOOKED_INTO)):
+                yield _join(name, key), value
 
     def restore(self) -> None:
         """Has everything refer to what it referred to."""
