@@ -134,17 +134,10 @@ void Recording::save_what_is_written(const Call& made) {
     const auto* alias = schema.arguments()[place.argument].alias_info();
     const bool is_written = alias != nullptr && alias->isWrite();
     if (is_written && tensor.has_storage() && own_storages_.count(tensor.storage().unsafeGetStorageImpl()) == 0) {
-      saved_.emplace_back(tensor.alias(), tensor.clone());
+      written_.push_back(tensor.alias());
+      saved_.push_back(tensor.clone());
     }
   });
-}
-
-std::vector<at::Tensor> Recording::written() const {
-  std::vector<at::Tensor> tensors;
-  for (const auto& saved : saved_) {
-    tensors.push_back(saved.first);
-  }
-  return tensors;
 }
 
 std::vector<at::Tensor> Recording::left_behind() const {
@@ -155,10 +148,10 @@ std::vector<at::Tensor> Recording::left_behind() const {
   return tensors;
 }
 
-void Recording::undo() const {
+void Recording::undo() {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  for (auto saved = saved_.rbegin(); saved != saved_.rend(); ++saved) {
-    saved->first.copy_(saved->second);
+  for (; !saved_.empty(); saved_.pop_back()) {
+    written_[saved_.size() - 1].copy_(saved_.back());
   }
 }
 

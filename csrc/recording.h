@@ -1,9 +1,9 @@
 // Calls of operators, recorded while they are made, to be made again: to a CPU's operators what a CUDA graph is to
 // kernels. Neither Python nor autograd stands between the calls of a replay.
 //
-// Tensors that come from outside stay where they are, and are read and written there anew. Numbers stay as they were.
-// Arguments are copied to where they were when the calls were recorded. A tensor that the calls made and that somebody
-// still holds when recording ends, such as a gradient, gets the value of every replay.
+// Tensors that come from outside stay where they are, and every replay reads and writes them there. Numbers stay as
+// they were. Arguments are copied to where they were when the calls were recorded. If the calls made a tensor that is
+// still referenced when recording ends, such as a gradient, it gets the value of every replay.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -33,8 +33,8 @@ class Recording {
   // The calls once more, in their order, on other arguments like the first.
   std::vector<at::Tensor> replay(const std::vector<at::Tensor>& arguments);
 
-  // Gives what was written to outside, from the first call of an operator to the last, the values from before.
-  void undo() const;
+  // Gives what was written to outside the values from before the recording, and frees the copies of these.
+  void undo();
 
   // The operator that cannot be repeated, or an empty string. One that tells Python what it finds in a tensor cannot,
   // nor can one that returns as many elements as it finds.
@@ -43,7 +43,7 @@ class Recording {
   // Tensors that the calls got and did not make, apart from the arguments and from constants made of Python's numbers.
   const std::vector<at::Tensor>& outside() const { return outside_; }
   // Aliases of what was written to outside, arguments included.
-  std::vector<at::Tensor> written() const;
+  const std::vector<at::Tensor>& written() const { return written_; }
   // Tensors that the calls made and that others hold.
   std::vector<at::Tensor> left_behind() const;
 
@@ -80,7 +80,7 @@ class Recording {
   std::vector<size_t> results_;
   std::string unrepeatable_;
   std::vector<at::Tensor> outside_;
-  std::vector<std::pair<at::Tensor, at::Tensor>> saved_;  // an alias of what is written to, and the value from before
+  std::vector<at::Tensor> written_, saved_;  // aliases, and their values from before the call, until undo()
   std::vector<std::pair<at::Tensor, size_t>> left_behind_;
 
   // While recording: the values by their tensors, which are held weakly, so that no other takes an address over.

@@ -46,7 +46,7 @@ class Replay(Unwatched):
 
     Before each replay it is checked that what the recording depends on still holds: the tensors that the function
     refers to and where they lie, numbers, modes of torch such as autocast (:mod:`wakesleep_ext.watch`). If something
-    has changed, the function is called, and recorded anew by the call after that. A function for which that keeps
+    has changed, the function is called, and the call after that records it again. A function for which that keeps
     happening, one that looks at values, or one with hooks, is called as it stands. :attr:`reason` says why.
 
     Two kinds of change are not noticed: in what a watch does not look into, and in what Python gets by other ways than
@@ -81,7 +81,7 @@ class Replay(Unwatched):
 
     @property
     def reason(self) -> str | None:
-        """What the function cannot be replayed for, or what it was recorded anew for; None if there was nothing."""
+        """Why the function cannot be replayed, or what made it be recorded again; None if nothing did."""
         return self._reason
 
     def __call__(self, *arguments: Tensor) -> Any:
@@ -326,6 +326,7 @@ def _repeat(
     recording = Recording(arguments)
     with _undone(touched, arguments[0].device):
         _note(recording, function, arguments)
+        recording.undo()  # which frees the copies that it has made
     return recording, recording.left_behind
 
 
