@@ -17,6 +17,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
+
+import wakesleep_ext  # noqa: F401  registers the operators
+
 HANGS_AFTER = 60  # seconds
 PER_PROCESS = 100
 
@@ -50,10 +54,6 @@ def main() -> int:
 
 
 def make_calls(name: str, seed: int, first: int, count: int) -> None:
-    import torch
-
-    import wakesleep_ext  # noqa: F401
-
     torch.set_num_threads(1)
     operator = getattr(torch.ops.wakesleep_ext, name)
     for number in range(first, first + count):
@@ -81,30 +81,20 @@ class Maker:
     """Valid arguments."""
 
     def __init__(self, chosen: random.Random) -> None:
-        import torch
-
         self.random = chosen
         self.dtype = chosen.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
         self.sizes = {letter: chosen.choice([0, 1, 2, 3, 5, 8, 17, 33, 70]) for letter in "BDHKS"}
 
     def floats(self, letters: str) -> Any:
-        import torch
-
         return torch.randn([self.sizes[letter] for letter in letters]).to(self.dtype)
 
     def compute(self, letters: str) -> Any:
-        import torch
-
         return self.floats(letters).to(torch.float64 if self.dtype == torch.float64 else torch.float32)
 
     def observed(self, letters: str) -> Any:
-        import torch
-
         return (self.floats(letters) > 0).to(self.random.choice([torch.bool, torch.uint8, self.dtype]))
 
     def key(self) -> Any:
-        import torch
-
         return torch.tensor([self.random.getrandbits(60), self.random.getrandbits(59)])
 
     def flag(self) -> bool:
@@ -128,8 +118,6 @@ def _names(m: Maker) -> list[Any]:
 
 
 def _adam(m: Maker) -> list[Any]:
-    import torch
-
     shapes = m.random.choice([["D"], ["D", "HK", ""], []])
     lists = [[m.floats(shape) for shape in shapes] for _ in range(3)]
     squares = [m.floats(shape).abs() for shape in shapes]
@@ -137,8 +125,6 @@ def _adam(m: Maker) -> list[Any]:
 
 
 def _binarize(m: Maker) -> list[Any]:
-    import torch
-
     images = m.random.randint(1, 9)
     grey = torch.randint(256, (images, m.sizes["D"]), dtype=torch.uint8)
     index = m.random.choice([None, torch.randint(images, (m.sizes["B"],))])
@@ -199,8 +185,6 @@ def change_one(chosen: random.Random, arguments: list[Any]) -> None:
 
 
 def changed(chosen: random.Random, value: Any, others: Sequence[Any]) -> Any:
-    import torch
-
     if isinstance(value, torch.Tensor):
         return chosen.choice(CHANGES)(chosen, value, others)
     if isinstance(value, list):
@@ -221,8 +205,6 @@ def _another_size(chosen: random.Random, tensor: Any, others: Sequence[Any]) -> 
 
 def _another_memory(chosen: random.Random, tensor: Any, others: Sequence[Any]) -> Any:
     """That of another argument, if it is large enough."""
-    import torch
-
     for other in others:
         for candidate in other if isinstance(other, list) else [other]:
             is_tensor = isinstance(candidate, torch.Tensor) and candidate.device == tensor.device
@@ -232,8 +214,6 @@ def _another_memory(chosen: random.Random, tensor: Any, others: Sequence[Any]) -
 
 
 def _with_strange_values(chosen: random.Random, tensor: Any, others: Sequence[Any]) -> Any:
-    import torch
-
     if tensor.dtype == torch.bool:
         return torch.full(tensor.shape, chosen.choice([2, 255]), dtype=torch.uint8).view(torch.bool)
     if not tensor.dtype.is_floating_point:
@@ -243,8 +223,6 @@ def _with_strange_values(chosen: random.Random, tensor: Any, others: Sequence[An
 
 
 def _another_dtype(chosen: random.Random, tensor: Any, others: Sequence[Any]) -> Any:
-    import torch
-
     of = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64]
     of += [torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool]
     return tensor.to(torch.float32).to(chosen.choice(of))

@@ -112,14 +112,16 @@ def _check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> No
         raise ValueError(f"{op}: expected {name} to have shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def _check_has_event(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dim() < 1:
+        raise ValueError(f"{op}: expected {name} to have at least one dimension, the event, got a 0-dimensional tensor")
+
+
 def _check_event(op: str, **tensors: Tensor) -> tuple[int, ...]:
     """What the leading dimensions broadcast to; the last one, the event, does not."""
     (first, tensor), *others = tensors.items()
     for name, other in tensors.items():
-        if other.dim() < 1:
-            raise ValueError(
-                f"{op}: expected {name} to have at least one dimension, the event, got a 0-dimensional tensor"
-            )
+        _check_has_event(op, name, other)
     names, batch = first, tensor.shape[:-1]
     for name, other in others:
         if other.shape[-1] != tensor.shape[-1]:
@@ -143,8 +145,7 @@ def _broadcast(op: str, name: str, one: torch.Size, other_name: str, other: torc
 
 
 def _check_layer(op: str, h: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if h.dim() < 1:
-        raise ValueError(f"{op}: expected h to have at least one dimension, the event, got a 0-dimensional tensor")
+    _check_has_event(op, "h", h)
     if weight.dim() != 2:
         raise ValueError(f"{op}: expected weight to have shape [D, H], got {list(weight.shape)}")
     if h.shape[-1] != weight.shape[1]:
@@ -160,8 +161,7 @@ def _check_layer(op: str, h: Tensor, weight: Tensor, bias: Tensor) -> None:
 def _check_head(op: str, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[int, ...]:
     """What the leading dimensions of h and x broadcast to."""
     _check_layer(op, h, weight, bias)
-    if x.dim() < 1:
-        raise ValueError(f"{op}: expected x to have at least one dimension, the event, got a 0-dimensional tensor")
+    _check_has_event(op, "x", x)
     if x.shape[-1] != weight.shape[0]:
         raise ValueError(
             f"{op}: expected the last dimension of x to be {weight.shape[0]}, the rows of weight, got {x.shape[-1]}"
@@ -207,8 +207,8 @@ def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> T
 
 @_fake("gaussian_rsample_log_prob")
 def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    op = "gaussian_rsample_log_prob"
-    event, row = _events(op, mu=mu, logvar=logvar), _rows(op, mu=mu, logvar=logvar)
+    event = _events("gaussian_rsample_log_prob", mu=mu, logvar=logvar)
+    row = event.new_empty(event.shape[:-1], dtype=_compute_dtype(event.dtype))
     return event.new_empty((*sample_shape, *event.shape)), row.new_empty((*sample_shape, *row.shape))
 
 
