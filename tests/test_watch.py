@@ -165,7 +165,7 @@ def test_the_same_under_autocast(optimizer: str, change: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("context", [nullcontext, autocast])
 def test_a_learning_rate_that_is_a_tensor(optimizer: str, context: Callable[[], Any]) -> None:
-    """It is looked up at every step, so it may change in place, and nothing is recorded anew."""
+    """It is looked up at every step, so it may change in place, and nothing is recorded again."""
     if optimizer == "Adam that looks at its step":
         pytest.skip("torch's Adam takes no tensor there")
 
@@ -182,7 +182,7 @@ def test_a_learning_rate_that_is_a_tensor(optimizer: str, context: Callable[[], 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop"])
 @pytest.mark.parametrize("every", [1, 12])
 def test_schedulers(optimizer: str, every: int) -> None:
-    """What changes seldom is recorded anew; what changes at every step is called."""
+    """What changes seldom is recorded again; what changes at every step is called."""
     called, replayed = Training(optimizer), Training(optimizer)
     replay = Replay(replayed.step)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(t.optimizer, 0.9) for t in (called, replayed)]
@@ -335,7 +335,7 @@ def test_what_a_call_leaves_behind_is_of_the_latest() -> None:
         kept = box.last.detach()
         replay(torch.full((3,), float(value)))
         assert torch.equal(box.last, torch.full((3,), 2.0 * value))
-        assert torch.equal(kept, before)  # what somebody took before is his own
+        assert torch.equal(kept, before)  # what was taken before stays
     assert replay.is_replayed
 
 

@@ -82,7 +82,7 @@ class TrainConfig:
     replay: bool = True
     """Record a step and replay it: on a GPU as one CUDA graph, on a CPU as a list of calls of operators. Numbers are
     the same without, but a replay runs no Python: what networks are to do differently later on, they must find in
-    tensors. After another change the step is recorded anew; networks that have hooks or look at values are called."""
+    tensors. After another change the step is recorded again; networks that have hooks or look at values are called."""
 
     def __post_init__(self) -> None:
         within = {
