@@ -4,12 +4,15 @@
 // against the known-answer vectors published with Random123. The layout, stated here and nowhere else:
 //
 //   key      = seed (64 bits)
-//   counter  = element / 4 (64 bits), then offset (60 bits) with the stream in the top 4
+//   counter  = element / 4 (64 bits), then the lower 60 bits of offset with the stream in the top 4
 //   element i takes word i % 4 of its block.
 //
 // Threads, grid, chunk and vector width do not enter, so any order of evaluation draws the same words. A float64 draw
-// takes its upper 32 bits from stream 0, where the float32 draw has all of its bits, and its lower ones from stream 1:
+// takes its upper 32 bits from the stream where the float32 draw has all of its bits, and its lower ones from another:
 // the same key gives the same draw at either precision, up to rounding.
+//
+// torch draws on CUDA from the same cipher under the same seed. Its counter has the index of a thread where ours has
+// the offset and the stream, and no thread's index reaches the top bits. So no stream is 0, and no block is shared.
 #pragma once
 
 #include "elementary.h"
@@ -27,9 +30,12 @@ struct PhiloxKey {
   uint64_t offset;
 };
 
+enum class Stream : uint32_t { kHighWords = 1, kLowWords = 2 };
+
 // The counter of the block of elements 4*block .. 4*block+3.
-WAKESLEEP_FUNCTION PhiloxBlock philox_counter(PhiloxKey key, uint32_t stream, uint32_t block_low, uint32_t block_high) {
-  return {{block_low, block_high, uint32_t(key.offset), uint32_t(key.offset >> 32) ^ (stream << 28)}};
+WAKESLEEP_FUNCTION PhiloxBlock philox_counter(PhiloxKey key, Stream stream, uint32_t block_low, uint32_t block_high) {
+  const uint32_t top = (uint32_t(key.offset >> 32) & 0x0FFFFFFF) | (uint32_t(stream) << 28);
+  return {{block_low, block_high, uint32_t(key.offset), top}};
 }
 
 constexpr int kPhiloxRounds = 10;
@@ -69,9 +75,9 @@ constexpr bool kDrawsLowWords = sizeof(T) > sizeof(float);
 
 template <typename T>
 WAKESLEEP_FUNCTION Words<T> draw_words(PhiloxKey key, uint32_t block_low, uint32_t block_high) {
-  Words<T> words = {philox(philox_counter(key, 0, block_low, block_high), key.seed), {}};
+  Words<T> words = {philox(philox_counter(key, Stream::kHighWords, block_low, block_high), key.seed), {}};
   if constexpr (kDrawsLowWords<T>) {
-    words.low = philox(philox_counter(key, 1, block_low, block_high), key.seed);
+    words.low = philox(philox_counter(key, Stream::kLowWords, block_low, block_high), key.seed);
   }
   return words;
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 __all__ = ["draw_key", "make_key", "philox", "philox_words", "standard_normals", "uniforms"]
 
 _WORD = 0xFFFFFFFF
+_HIGH_WORDS, _LOW_WORDS = 1, 2
 
 
 def draw_key(like: Tensor | torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
@@ -53,11 +54,11 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tenso
     return c0, c1, c2, c3
 
 
-def philox_words(key: Tensor, count: int, stream: int = 0) -> Tensor:
+def philox_words(key: Tensor, count: int, stream: int = _HIGH_WORDS) -> Tensor:
     """The first ``count`` 32-bit words under a key, int64 ``[count]``, in plain torch; csrc/philox.h has the layout."""
     blocks = torch.arange(-(-count // 4), device=key.device)
     seed, offset = key.unbind()
-    counter = (blocks & _WORD, blocks >> 32, offset & _WORD, ((offset >> 32) & _WORD) ^ (stream << 28))
+    counter = (blocks & _WORD, blocks >> 32, offset & _WORD, ((offset >> 32) & 0x0FFFFFFF) | (stream << 28))
     words = philox(*counter, seed & _WORD, (seed >> 32) & _WORD)
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten()[:count]
 
@@ -87,7 +88,7 @@ def standard_normals(key: Tensor, shape: Sequence[int], dtype: torch.dtype = tor
 
 def _words(key: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     count = -(-math.prod(shape) // 4) * 4  # whole blocks
-    return philox_words(key, count, stream=0), philox_words(key, count, stream=1)
+    return philox_words(key, count, _HIGH_WORDS), philox_words(key, count, _LOW_WORDS)
 
 
 def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ constexpr int kBlocksAtOnce = 16;
 struct Blocks {
   alignas(64) uint32_t word[kPhiloxWords][kBlocksAtOnce];
 
-  C10_ALWAYS_INLINE Blocks(PhiloxKey key, uint32_t stream, uint64_t first_block) {
+  C10_ALWAYS_INLINE Blocks(PhiloxKey key, Stream stream, uint64_t first_block) {
     const auto low = static_cast<uint32_t>(first_block), high = static_cast<uint32_t>(first_block >> 32);
 #pragma omp simd
     for (int l = 0; l < kBlocksAtOnce; ++l) {
@@ -131,11 +131,11 @@ struct PhiloxAvx2 {
 template <typename Philox, typename Distribution, typename T>
 C10_ALWAYS_INLINE void fill_with(PhiloxKey key, uint64_t first_block, int64_t blocks, T* out) {
   for (int64_t done = 0; done < blocks; done += kBlocksAtOnce, out += kBlocksAtOnce * kPhiloxWords) {
-    Blocks high(key, 0, first_block + done);
+    Blocks high(key, Stream::kHighWords, first_block + done);
     Philox::run(high, key.seed);
     Blocks low = high;
     if constexpr (kDrawsLowWords<T>) {
-      low = Blocks(key, 1, first_block + done);
+      low = Blocks(key, Stream::kLowWords, first_block + done);
       Philox::run(low, key.seed);
     }
     const auto& h = high.word;
