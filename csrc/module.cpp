@@ -37,6 +37,15 @@ pybind11::object call(Recording& recording, const std::string& name, const std::
   return torch::jit::createPyObjectForStack(std::move(stack));
 }
 
+std::optional<std::vector<at::Tensor>> replay(Recording& recording, const std::vector<at::Tensor>& arguments,
+                                              Watch* watch) {
+  if (watch != nullptr && !watch->holds()) {
+    return std::nullopt;
+  }
+  const pybind11::gil_scoped_release no_gil;
+  return recording.replay(arguments);
+}
+
 }  // namespace
 
 // It keeps no state that threads share, so free-threaded Python need not take up its lock for it.
@@ -48,7 +57,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
       .def("call", call, "Call the operator of this name and overload, and note it.")
       .def("returns", &Recording::returns, no_gil(), "Have these tensors returned by a replay.")
       .def("stop", &Recording::stop, "End the recording.")
-      .def("replay", &Recording::replay, no_gil(), "Make the calls once more, on other arguments.")
+      .def("replay", replay, pybind11::arg("arguments"), pybind11::arg("watch") = nullptr,
+           "Make the calls once more, on other arguments; None, and no call, if the watch does not hold.")
       .def("undo", &Recording::undo, no_gil(), "Give what was written to the values from before.")
       .def_property_readonly("unrepeatable", &Recording::unrepeatable,
                              "The operator that tells what it found in a tensor; empty if none does.")
@@ -56,8 +66,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
       .def_property_readonly("written", &Recording::written, "Aliases of what was written to.")
       .def_property_readonly("left_behind", &Recording::left_behind, "Tensors that the calls made and others hold.");
   pybind11::class_<Watch>(m, "Watch", "What a recording depends on.")
-      .def(pybind11::init<std::vector<at::Tensor>>())
-      .def(
-          "holds", [](const Watch& watch, const pybind11::tuple& places) { return watch.holds(places.ptr()); },
-          "Whether it is unchanged.");
+      .def(pybind11::init([](const std::vector<at::Tensor>& tensors, const pybind11::tuple& places) {
+             return Watch(tensors, places.ptr());
+           }),
+           "Note what is so now. The caller keeps the places.")
+      .def("holds", &Watch::holds, "Whether it is unchanged.");
 }

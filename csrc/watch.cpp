@@ -14,8 +14,14 @@
 namespace wakesleep {
 namespace {
 
-std::vector<int64_t> modes() {
-  std::vector<int64_t> found = {
+constexpr size_t kLine = 64;  // bytes in a line of the cache
+
+Watch::Modes modes() {
+  const auto autocast = [](c10::DeviceType device) {
+    const bool is_on = at::autocast::is_autocast_enabled(device);
+    return is_on ? static_cast<int64_t>(at::autocast::get_autocast_dtype(device)) : -1;
+  };
+  return {
       c10::GradMode::is_enabled(),
       c10::InferenceMode::is_enabled(),
       at::globalContext().deterministicAlgorithms(),
@@ -23,12 +29,9 @@ std::vector<int64_t> modes() {
       at::globalContext().deterministicFillUninitializedMemory(),
       static_cast<int64_t>(at::globalContext().float32MatmulPrecision()),
       static_cast<int64_t>(c10::get_default_dtype_as_scalartype()),
+      autocast(at::kCPU),
+      autocast(at::kCUDA),
   };
-  for (const auto device : {at::kCPU, at::kCUDA}) {
-    const bool is_on = at::autocast::is_autocast_enabled(device);
-    found.push_back(is_on ? static_cast<int64_t>(at::autocast::get_autocast_dtype(device)) : -1);
-  }
-  return found;
 }
 
 const void* data_of(const at::Tensor& tensor) {
@@ -40,9 +43,13 @@ const void* data_of(const at::Tensor& tensor) {
   return bytes + tensor.storage_offset() * static_cast<int64_t>(tensor.dtype().itemsize());
 }
 
-size_t hooks_of(const at::Tensor& tensor) {
+Watch::Gradient gradient_of(const at::Tensor& tensor) {
   const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
-  return meta == nullptr ? 0 : meta->hooks_.size() + (meta->post_acc_grad_hooks_ != nullptr ? 1 : 0);
+  if (meta == nullptr) {
+    return {false, nullptr, 0};
+  }
+  return {meta->requires_grad_ || meta->grad_fn_, meta->grad_.unsafeGetTensorImpl(),
+          meta->hooks_.size() + (meta->post_acc_grad_hooks_ != nullptr ? 1 : 0)};
 }
 
 // Numbers and strings are the same if they are equal; everything else, if it is the same object.
@@ -58,7 +65,16 @@ bool is_same(PyObject* before, PyObject* now) {
   return equal == 1;
 }
 
-bool holds_dict(PyObject* place) {
+// A number that differs after every change of a dict (PEP 509). Python 3.12 has none that may be used: 0.
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+
+bool holds_items(PyObject* place) {
   PyObject* dict = PyTuple_GET_ITEM(place, 0);
   if (2 * PyDict_Size(dict) + 1 != PyTuple_GET_SIZE(place)) {
     return false;
@@ -71,6 +87,11 @@ bool holds_dict(PyObject* place) {
     }
   }
   return true;
+}
+
+bool holds_global(PyObject* place) {
+  PyObject* value = PyDict_GetItem(PyTuple_GET_ITEM(place, 1), PyTuple_GET_ITEM(place, 0));
+  return is_same(PyTuple_GET_ITEM(place, 2), value);
 }
 
 bool holds_list(PyObject* place) {
@@ -86,63 +107,88 @@ bool holds_list(PyObject* place) {
   return true;
 }
 
-bool holds_instance(PyObject* place) {
-  PyObject* instance = PyTuple_GET_ITEM(place, 0);
-  PyObject* dict = PyObject_GenericGetDict(instance, nullptr);
-  const bool same_dict = dict == PyTuple_GET_ITEM(place, 2);
-  if (dict == nullptr) {
-    PyErr_Clear();
-  }
-  Py_XDECREF(dict);
-  return same_dict && reinterpret_cast<PyObject*>(Py_TYPE(instance)) == PyTuple_GET_ITEM(place, 1);
-}
-
-bool holds_global(PyObject* place) {
-  PyObject* value = PyDict_GetItem(PyTuple_GET_ITEM(place, 1), PyTuple_GET_ITEM(place, 0));
-  return is_same(PyTuple_GET_ITEM(place, 2), value);
-}
-
-bool holds_place(PyObject* place) {
-  PyObject* container = PyTuple_GET_ITEM(place, 0);
-  if (PyUnicode_Check(container)) {
-    return holds_global(place);
-  }
-  if (PyDict_Check(container)) {
-    return holds_dict(place);
-  }
-  if (PyList_Check(container)) {
-    return holds_list(place);
-  }
-  if (PyCell_Check(container)) {
-    PyObject* content = PyCell_GET(container);
-    return content != nullptr && is_same(PyTuple_GET_ITEM(place, 1), content);
-  }
-  return holds_instance(place);
+bool holds_cell(PyObject* place) {
+  PyObject* content = PyCell_GET(PyTuple_GET_ITEM(place, 0));
+  return content != nullptr && is_same(PyTuple_GET_ITEM(place, 1), content);
 }
 
 }  // namespace
 
-Watch::Watch(const std::vector<at::Tensor>& tensors) : modes_(modes()) {
+Watch::Watch(const std::vector<at::Tensor>& tensors, PyObject* places) : modes_(modes()) {
   for (const at::Tensor& tensor : tensors) {
     const bool is_strided = tensor.layout() == at::kStrided;
-    seen_.push_back({tensor, tensor.scalar_type(), data_of(tensor), tensor.sizes().vec(),
-                     is_strided ? tensor.strides().vec() : std::vector<int64_t>(), tensor.requires_grad(),
-                     tensor.is_leaf() ? tensor.grad() : at::Tensor(), hooks_of(tensor)});
+    tensors_.push_back({tensor, tensor.scalar_type(), data_of(tensor), at::DimVector(tensor.sizes()),
+                        is_strided ? at::DimVector(tensor.strides()) : at::DimVector(), gradient_of(tensor)});
+    add_lines(tensor.unsafeGetTensorImpl(), sizeof(at::TensorImpl));
+    if (tensor.has_storage()) {
+      add_lines(tensor.storage().unsafeGetStorageImpl(), kLine);
+    }
+    if (const auto* meta = torch::autograd::impl::get_autograd_meta(tensor)) {
+      add_lines(meta, sizeof(*meta));
+    }
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(places); ++i) {
+    PyObject* place = PyTuple_GET_ITEM(places, i);
+    PyObject* container = PyTuple_GET_ITEM(place, 0);
+    if (PyUnicode_Check(container)) {
+      add_dict(PyTuple_GET_ITEM(place, 1), place, holds_global);
+    } else if (PyDict_Check(container)) {
+      add_dict(container, place, holds_items);
+    } else if (PyList_Check(container) || PyCell_Check(container)) {
+      places_.push_back({place, PyList_Check(container) ? holds_list : holds_cell});
+      add_lines(place, kLine);
+      add_lines(container, kLine);
+    } else {
+      add_word(&container->ob_type);
+      if (PyObject** dict = _PyObject_GetDictPtr(container)) {  // not so where __dict__ is a property
+        add_word(dict);
+      }
+    }
   }
 }
 
-bool Watch::holds(PyObject* places) const {
-  for (const Seen& seen : seen_) {
+void Watch::add_dict(PyObject* dict, PyObject* place, Check check) {
+  dicts_.push_back({dict, version_of(dict), place, check});
+  add_lines(dict, sizeof(PyDictObject));
+}
+
+template <typename T>
+void Watch::add_word(T* const* word) {
+  words_.push_back({reinterpret_cast<const void* const*>(word), *word});
+  lines_.push_back(reinterpret_cast<const char*>(word));
+}
+
+void Watch::add_lines(const void* object, size_t size) {
+  for (size_t at = 0; at < size; at += kLine) {
+    lines_.push_back(static_cast<const char*>(object) + at);
+  }
+}
+
+bool Watch::holds() {
+  for (const char* line : lines_) {
+    __builtin_prefetch(line);
+  }
+  for (const SeenTensor& seen : tensors_) {
     const at::Tensor& tensor = seen.tensor;
-    if (tensor.scalar_type() != seen.type || data_of(tensor) != seen.data || tensor.sizes() != seen.sizes ||
-        (tensor.layout() == at::kStrided && tensor.strides() != seen.strides) ||
-        tensor.requires_grad() != seen.requires_grad || (tensor.is_leaf() && !tensor.grad().is_same(seen.grad)) ||
-        hooks_of(tensor) != seen.hooks) {
+    if (data_of(tensor) != seen.data || tensor.scalar_type() != seen.type || tensor.sizes() != seen.sizes ||
+        (!seen.strides.empty() && tensor.strides() != seen.strides) || gradient_of(tensor) != seen.gradient) {
       return false;
     }
   }
-  for (Py_ssize_t place = 0; place < PyTuple_GET_SIZE(places); ++place) {
-    if (!holds_place(PyTuple_GET_ITEM(places, place))) {
+  for (SeenDict& seen : dicts_) {
+    const uint64_t version = version_of(seen.dict);
+    if ((version == 0 || version != seen.version) && !seen.check(seen.place)) {
+      return false;
+    }
+    seen.version = version;
+  }
+  for (const auto& [word, value] : words_) {
+    if (*word != value) {
+      return false;
+    }
+  }
+  for (const auto& [place, check] : places_) {
+    if (!check(place)) {
       return false;
     }
   }

@@ -297,16 +297,23 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(
             "requires-grad-not-watched",
             "csrc/watch.cpp",
-            "tensor.requires_grad() != seen.requires_grad || ",
-            "",
+            "meta->requires_grad_ || meta->grad_fn_",
+            "false",
             "tests/test_watch.py -k frozen",
         ),
         Fault(
             "hooks-of-tensors-not-watched",
             "csrc/watch.cpp",
-            "        hooks_of(tensor) != seen.hooks) {",
-            "        false) {",
+            "meta->hooks_.size() + (meta->post_acc_grad_hooks_ != nullptr ? 1 : 0)",
+            "0",
             "tests/test_watch.py -k a_hook_of_a_parameter",
+        ),
+        Fault(
+            "dicts-not-watched",
+            "csrc/watch.cpp",
+            "(version == 0 || version != seen.version) && !seen.check(seen.place)",
+            "version == 0",
+            "tests/test_watch.py -k test_every_number_of_an_optimizer",
         ),
         Fault(
             "modes-not-watched",

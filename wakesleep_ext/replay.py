@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from wakesleep_ext._C import Recording
+from wakesleep_ext._C import Recording, Watch
 from wakesleep_ext.watch import Conditions, Reach, Unwatched
 
 _WARM_UPS = 3
@@ -34,7 +34,8 @@ class NotRepeatableError(Exception):
 
 
 class _Recorded(Protocol):
-    def replay(self, arguments: Sequence[Tensor], /) -> list[Tensor]: ...
+    def replay(self, arguments: Sequence[Tensor], watch: Watch | None = None, /) -> list[Tensor] | None:
+        """Nothing is replayed, and None returned, if the watch does not hold."""
 
 
 class Replay(Unwatched):
@@ -94,20 +95,30 @@ class Replay(Unwatched):
         likes = [(argument.shape, argument.dtype, argument.device) for argument in arguments]
         if likes != self._likes:
             self._check(likes)
-        if self._conditions is not None and not self._conditions.hold():
-            self._forget(self._conditions.change())
-        if self._recorded is None:
-            if self._conditions is not None or self._changes >= _PATIENCE:
-                self._uses += 1
-                return call(self._function, *arguments)
-            if not self._is_settled:
-                return self._settle(arguments)
+        if self._is_settled:
             self._record(arguments)
-            if self._recorded is None:
-                return call(self._function, *arguments)
+        found = self._replayed(arguments)
+        if found is not None:
+            return found[0] if self._structure is None else tree_unflatten(found, self._structure)
+        if self.is_replayed is None:
+            return self._settle(arguments)
         self._uses += 1
-        found = self._recorded.replay(arguments)
-        return found[0] if self._structure is None else tree_unflatten(found, self._structure)
+        return call(self._function, *arguments)
+
+    def _replayed(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
+        """What a replay returns, if there is a recording and what it depends on still holds."""
+        if self._conditions is None:
+            return None
+        if self._recorded is None:
+            found, holds = None, self._conditions.watch.holds()
+        else:
+            found = self._recorded.replay(arguments, self._conditions.watch)
+            holds = found is not None
+        if not holds:
+            self._forget(self._conditions.change())
+        elif found is not None:
+            self._uses += 1
+        return found
 
     def _check(self, likes: list[tuple[torch.Size, torch.dtype, torch.device]]) -> None:
         if self._likes is None:
@@ -123,7 +134,6 @@ class Replay(Unwatched):
         self._say(change)
         self._changes = self._changes + 1 if self._uses < _WORTH else 1
         self._recorded = self._conditions = None
-        self._is_settled = False
         self._uses = 0
 
     def _say(self, reason: str) -> None:
@@ -146,6 +156,7 @@ class Replay(Unwatched):
         return result
 
     def _record(self, arguments: Sequence[Tensor]) -> None:
+        self._is_settled = False
         before = Reach(self._function)
         try:
             self._recorded, self._structure, left = _record(self._function, arguments, self._state(), before)
@@ -219,7 +230,7 @@ def _record(
     before.restore()
     recorded, left = _RECORD_ON.get(device.type, _repeat)(function, own, touched)
     with _undone(touched, device):
-        if not all(map(_same_bits, expected, _copies([*recorded.replay(own), *touched]))):
+        if not all(map(_same_bits, expected, _copies([*(recorded.replay(own) or ()), *touched]))):
             raise NotRepeatableError("its recording does not repeat what it does")
     return recorded, structure, left
 
@@ -351,7 +362,9 @@ class _Captured:
             with torch.cuda.graph(self._graph, stream=side):  # torch's own stream for this is the first device's
                 self._results, _ = _flat(call(function, *arguments))
 
-    def replay(self, arguments: Sequence[Tensor], /) -> list[Tensor]:
+    def replay(self, arguments: Sequence[Tensor], watch: Watch | None = None, /) -> list[Tensor] | None:
+        if watch is not None and not watch.holds():
+            return None
         for held, argument in zip(self._arguments, arguments, strict=True):
             held.copy_(argument)
         self._graph.replay()

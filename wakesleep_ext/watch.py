@@ -134,7 +134,7 @@ class Reach:
             self.hook = f"{name}, a {type(item).__name__}"
         if isinstance(item, nn.Module):
             self.buffers += [buffer for buffer in item._buffers.values() if buffer is not None]
-        self.places.append((item, type(item), attributes))
+        self.places.append((item,))
         self.places.append((attributes, *(part for pair in attributes.items() for part in pair)))
         for key, value in attributes.items():
             if not (isinstance(item, nn.Module | optimizers.Optimizer) and key.endswith(_NOT_LOOKED_INTO)):
@@ -243,14 +243,11 @@ class Conditions:
         self._function, self._reach = function, reach
         self._moving = {id(tensor) for tensor in moving}
         staying = [tensor for tensor in reach.tensors.values() if not self._moves(tensor) and not tensor.is_nested]
-        self._watch, self._places = Watch(staying), tuple(reach.places)
+        self._places = tuple(reach.places)  # which a Watch does not keep
+        self.watch = Watch(staying, self._places)
 
     def _moves(self, tensor: Tensor | None) -> bool:
         return id(tensor) in self._moving
-
-    def hold(self) -> bool:
-        """Whether all is as it was."""
-        return self._watch.holds(self._places)
 
     def change(self) -> str:
         """What is not, in words."""
