@@ -1,4 +1,4 @@
-"""The table of ops and sample inputs that the tests walk.
+"""The sample inputs that the tests walk, for the ops of `wakesleep_ext/_table.py`.
 
 A Case is an op with inputs of given shapes and dtypes. Inputs are drawn from a seed in float64 and rounded, so that
 the same case at another dtype has the same inputs up to rounding.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,29 +16,14 @@ from torch import Tensor
 
 import wakesleep_ext as ws
 from wakesleep_ext import ops, reference
+from wakesleep_ext._table import OPS, Op, Sizes, values
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# the tensor arguments of each op
-ARGUMENTS = {
-    "gaussian_rsample": ("mu", "logvar"),
-    "gaussian_rsample_log_prob": ("mu", "logvar"),
-    "gaussian_log_prob": ("mu", "logvar", "z"),
-    "standard_gaussian_log_prob": ("z",),
-    "gaussian_kl": ("mu", "logvar"),
-    "bernoulli_log_prob": ("logits", "x"),
-    "bernoulli_sample": ("logits",),
-    "linear": ("h", "weight", "bias"),
-    "perceptron": ("h", "weight", "bias", "weight", "bias"),
-    "linear_bernoulli_log_prob": ("h", "weight", "bias", "x"),
-    "linear_bernoulli_log_prob_sum": ("h", "weight", "bias", "x", "importance"),
-    "linear_bernoulli_sample": ("h", "weight", "bias"),
-}
 KEY_SEED = 0x9E3779B97F4A7C15 - 2**64  # any 64 bits
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op and the shapes it is called with; every tensor argument is differentiable unless it is `x`."""
+    """An op and the shapes it is called with."""
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
@@ -64,57 +48,49 @@ class Case:
         return "-".join(parts)
 
     @property
+    def row(self) -> Op:
+        """What the table says of the op."""
+        return OPS[self.op]
+
+    @property
     def draws(self) -> bool:
-        return "sample" in self.op
+        return self.row.draws
 
     @property
     def is_binary(self) -> bool:
         """Whether the result is of zeros and ones, and has no gradient."""
-        return self.op.endswith("bernoulli_sample")
+        return self.row.probability is not None
 
     def wide(self, rows: int, width: int) -> Case:
         """The same op on so many rows of that width, from as many features where it has a head."""
-        shapes = {"weight": (width, width), "bias": (width,), "importance": (rows,)}
-        wide = tuple(shapes.get(name, (rows, width)) for name in ARGUMENTS[self.op])
-        return replace(self, shapes=wide, sample_shape=())
+        return replace(self, shapes=self.row.input_shapes(Sizes((), rows, width, width)), sample_shape=())
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", requires_grad: bool = False) -> tuple[Tensor, ...]:
-        """The tensor arguments; log-odds and weights are large enough that not all probabilities are middling."""
         generator = torch.Generator().manual_seed(1234)
         tensors = []
-        for name, shape in zip(ARGUMENTS[self.op], self.shapes, strict=True):
-            value = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if name == "x":
+        for name, shape in zip(self.row.inputs, self.shapes, strict=True):
+            value, as_dtype = values(name, shape, generator), dtype
+            if name == "x" and self.x_dtype is not None:
+                as_dtype = self.x_dtype
+            if name == "x" and as_dtype.is_floating_point:  # between 0 and 1
                 value = torch.rand(shape, generator=generator, dtype=torch.float64)
-                if self.x_dtype in (torch.bool, torch.uint8):
-                    value = (value < 0.5).double()
-                tensor = value.to(device, self.x_dtype or dtype)
-            else:
-                tensor = (3 * value if name == "logits" else value).to(device, dtype)
-            tensor = LAYOUTS[self.layout](tensor).detach()
-            if requires_grad and tensor.is_floating_point():
-                tensor.requires_grad_()
-            tensors.append(tensor)
+            tensor = LAYOUTS[self.layout](value.to(device, as_dtype)).detach()
+            tensors.append(tensor.requires_grad_(requires_grad and tensor.is_floating_point()))
         return tuple(tensors)
 
     def function(self, module: Any = ops, key: Tensor | None = None) -> Callable[..., Any]:
         """The op as a function of its tensors alone: the draws have a key."""
-        function = getattr(module, self.op)
-        if self.op == "perceptron":
-            return lambda h, *layers: function(h, layers[::2], layers[1::2], self.activation, "sigmoid")
+        options = dict(self.row.options)
+        if "activation" in options:
+            options["activation"] = self.activation
         if self.recompute is not None:
-            return partial(function, recompute=self.recompute)
-        if self.activation is not None:
-            return partial(function, activation=self.activation)
+            options["recompute"] = self.recompute
+        if self.row.takes_sample_shape:
+            options["sample_shape"] = self.sample_shape
+        function = self.row.function(module, **options)
         if not self.draws:
             return function
-        sample_shape = () if self.op == "linear_bernoulli_sample" else (self.sample_shape,)
-
-        def draw(*tensors: Tensor) -> Any:
-            on_device = make_key(tensors[0].device) if key is None else key
-            return function(*tensors, *sample_shape, key=on_device)
-
-        return draw
+        return lambda *tensors: function(*tensors, key=make_key(tensors[0].device) if key is None else key)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return as_tuple(self.function()(*tensors))
@@ -167,21 +143,28 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": _transposed,
 }
 
-# one small case of every op: gradients of higher order, compilation, opcheck
+# the ops whose cases are not here: a view, a draw of bytes from bytes, and an update in place
+TESTED_ELSEWHERE = {
+    "gaussian_parameters": "test_gradients.py",
+    "binarize": "test_binarize.py",
+    "adam_": "test_adam.py",
+}
+_SMALL = Sizes((2,), batch=3, event=5, features=4)
+
+# one small case of every op, or a few: gradients of higher order, compilation, opcheck
 SMALL = (
-    Case("gaussian_rsample", ((3, 5), (3, 5)), (2,)),
-    Case("gaussian_rsample_log_prob", ((3, 5), (3, 5)), (2,)),
-    Case("gaussian_log_prob", ((3, 5), (3, 5), (2, 3, 5))),
-    Case("standard_gaussian_log_prob", ((2, 3, 5),)),
-    Case("gaussian_kl", ((3, 5), (3, 5))),
-    Case("bernoulli_log_prob", ((2, 3, 5), (3, 5))),
-    Case("bernoulli_sample", ((3, 5),), (2,)),
-    *(Case("linear", ((2, 3, 4), (5, 4), (5,)), activation=activation) for activation in (None, "relu", "tanh")),
-    Case("perceptron", ((2, 3, 4), (5, 4), (5,), (2, 5), (2,)), activation="tanh"),
-    Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5))),
-    Case("linear_bernoulli_log_prob", ((2, 3, 4), (5, 4), (5,), (3, 5)), recompute=True),
-    Case("linear_bernoulli_log_prob_sum", ((2, 3, 4), (5, 4), (5,), (3, 5), (2, 3))),
-    Case("linear_bernoulli_sample", ((2, 3, 4), (5, 4), (5,))),
+    *(
+        Case(
+            name,
+            op.input_shapes(_SMALL),
+            _SMALL.samples if op.takes_sample_shape else (),
+            activation=op.options.get("activation"),
+        )
+        for name, op in OPS.items()
+        if name not in TESTED_ELSEWHERE
+    ),
+    *(Case("linear", OPS["linear"].input_shapes(_SMALL), activation=activation) for activation in (None, "relu")),
+    Case("linear_bernoulli_log_prob", OPS["linear_bernoulli_log_prob"].input_shapes(_SMALL), recompute=True),
 )
 
 # every op at the shapes that break kernels: one element, odd widths, rows wider than a tile or worth a whole block of

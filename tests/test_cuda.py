@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import FLOATING, SMALL, Case, make_key
+from cases import SMALL, Case, make_key
 from test_training import make_trainer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 import wakesleep_ext as ws
+from wakesleep_ext._table import FLOATING
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)

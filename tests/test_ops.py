@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ARGUMENTS, FLOATING, SHAPES, SMALL, Case, as_tuple
+from cases import SHAPES, SMALL, Case, as_tuple
 from torch import Tensor
 
 import wakesleep_ext as ws
 from wakesleep_ext import ops, reference
+from wakesleep_ext._table import FLOATING
 
 # What float32 arithmetic may cost, whatever the dtype of the inputs: half types are computed in float32, and only
 # samples and gradients are rounded to their dtype.
@@ -44,11 +45,9 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> No
         i.detach().double().requires_grad_(i.requires_grad) if i.is_floating_point() else i for i in inputs
     )
     results, exact = case(*inputs), case.reference(*exact_inputs)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
     roundings = 8 if case.op == "perceptron" else 1  # of what passes between layers
-    for got, expected in zip(results, exact, strict=True):
-        as_parameters = got is results[0] and (case.draws or case.op in ("linear", "perceptron"))
-        assert got.dtype == (dtype if as_parameters else compute)
+    for name, got, expected in zip(case.row.outputs, results, exact, strict=True):
+        assert got.dtype == case.row.output_dtype(name, dtype)
         if case.is_binary:
             assert (got.double() != expected).sum() <= 1e-3 * got.numel()  # where a uniform ties with a rounded p
         else:
@@ -67,7 +66,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> No
 
 
 # the products of a head are rounded as the platform's BLAS has it
-OF_OUR_ROUNDING = [case for case in SMALL if "weight" not in ARGUMENTS[case.op]]
+OF_OUR_ROUNDING = [case for case in SMALL if "weight" not in case.row.inputs]
 
 
 @pytest.mark.parametrize("case", OF_OUR_ROUNDING, ids=str)

@@ -126,7 +126,7 @@ def test_jobs() -> None:
 def test_architectures() -> None:
     assert toolchain.default_architectures(TOOLKIT) == "8.0;9.0;10.0+PTX"
     assert toolchain.default_architectures(Toolkit(Path("cuda"), "12.6")) == "8.0;9.0+PTX"
-    assert toolchain.default_architectures(TOOLKIT, [(9, 0), (8, 6), (9, 0)]) == "8.6;9.0"
+    assert toolchain.default_architectures(TOOLKIT, [(9, 0), (8, 6), (9, 0)]) == "8.6;9.0+PTX"
 
 
 def test_a_build_that_cannot_be_ends_before_it_compiles(tmp_path: Path) -> None:

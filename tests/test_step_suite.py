@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from wakesleep_ext import cli
+from wakesleep_ext import cli, ops
+from wakesleep_ext._table import OPS
 from wakesleep_ext.benchmark import command, goals, measure, step_suite
 from wakesleep_ext.benchmark import result as results
+from wakesleep_ext.benchmark.op_suite import TRAFFIC
 from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, StepCase, cases
 from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
 from wakesleep_ext.random import draw_key
@@ -47,6 +50,26 @@ def test_the_suite_has_every_size() -> None:
     assert {case.candidates for case in cases("cuda")} == {
         ("fused", "eager", "distributions", "compile", "compile with graphs", "products")
     }
+
+
+def test_every_op_is_measured_by_itself_or_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = set()
+
+    def spy(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            called.add(name)
+            return function(*arguments, **keywords)
+
+        return call
+
+    for name in OPS:
+        monkeypatch.setattr(ops, name, spy(name, getattr(ops, name)))
+    call_of(SMALL, "fused")()
+    not_measured = {
+        "linear",  # a perceptron of one layer
+        "linear_bernoulli_log_prob",  # training takes linear_bernoulli_log_prob_sum
+    }
+    assert set(OPS) - set(TRAFFIC) - called == not_measured
 
 
 def test_a_step_is_not_compared_with_a_copy() -> None:

@@ -260,7 +260,7 @@ def selftest() -> int:
     for outcome in checks.outcomes():
         verdict = "pass" if outcome.passed else "FAIL"
         dtype = str(outcome.dtype).removeprefix("torch.")
-        print(f"{verdict}  {outcome.op:26} {outcome.device:5} {dtype:9} error {outcome.error:.1e}", flush=True)
+        print(f"{verdict}  {outcome.op:29} {outcome.device:5} {dtype:9} error {outcome.error:.1e}", flush=True)
         failed |= not outcome.passed
     return int(failed)
 

@@ -13,10 +13,11 @@ import test_ops
 import test_random
 import test_ways
 import torch
-from cases import FLOATING, SHAPES, SMALL, Case, make_key
+from cases import SHAPES, SMALL, Case, make_key
 from emulation import count_launches, cuda_kernels, device_tests, operators
 
 import wakesleep_ext as ws
+from wakesleep_ext._table import FLOATING
 
 pytestmark = pytest.mark.source_tree
 

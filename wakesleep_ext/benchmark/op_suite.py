@@ -1,4 +1,4 @@
-"""The ops as cases to be measured, as data: op, pass, dtype and shape, and the candidates for each.
+"""The ops that memory bounds as cases to be measured, as data: op, pass, dtype and shape, and the candidates for each.
 
 A shape is `[*S, B, D]`: a batch of B events of D variables, and S samples for each where a third number leads.
 """
@@ -16,92 +16,39 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import ops, reference
+from wakesleep_ext._table import OPS, Op, Sizes, values
 from wakesleep_ext.benchmark import distributions, eager
 from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
 from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite, shape
 
-_PER_EVENT = ("log_prob", "kl")
 _HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Op:
-    """An op by the arrays that it has to move; from these, its least traffic follows."""
+class Traffic:
+    """The width at which an op is measured, and what it has to move besides its inputs and outputs."""
 
-    name: str
     widths: tuple[int, int]
     """Variables of an event, D: a customary number, and one that no vector divides."""
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    sampled: tuple[str, ...] = ()
-    """The arrays that are `[*S, B, D]`. The others are `[B, D]`, and what is summed over the event `[*S, B]`."""
     gradients: tuple[str, ...] = ()
     """The inputs that are differentiated; none, no backward pass."""
     reread: tuple[str, ...] = ()
     """The inputs that the gradients depend on, and the backward pass has to read again."""
 
-    @property
-    def draws(self) -> bool:
-        return "sample" in self.name
 
-
-OPS = (
-    Op(
-        "bernoulli_log_prob",
-        widths=(784, 785),
-        inputs=("logits", "x"),
-        outputs=("log_prob",),
-        sampled=("logits",),
-        gradients=("logits",),
-        reread=("logits", "x"),
-    ),
-    Op("bernoulli_sample", widths=(784, 785), inputs=("logits",), outputs=("x",), sampled=("x",)),
-    Op(
-        "gaussian_rsample",
-        widths=(64, 50),
-        inputs=("mu", "logvar"),
-        outputs=("z",),
-        sampled=("z",),
-        gradients=("mu", "logvar"),
-        reread=("logvar",),  # the noise follows from its key
-    ),
-    Op(
-        "gaussian_rsample_log_prob",
-        widths=(64, 50),
-        inputs=("mu", "logvar"),
-        outputs=("z", "log_prob"),
-        sampled=("z",),
-        gradients=("mu", "logvar"),
-        reread=("logvar",),
-    ),
-    Op(
-        "gaussian_log_prob",
-        widths=(64, 50),
-        inputs=("mu", "logvar", "z"),
-        outputs=("log_prob",),
-        sampled=("z",),
-        gradients=("mu", "logvar"),
-        reread=("mu", "logvar", "z"),
-    ),
-    Op(
-        "standard_gaussian_log_prob",
-        widths=(64, 50),
-        inputs=("z",),
-        outputs=("log_prob",),
-        sampled=("z",),
-        gradients=("z",),
-        reread=("z",),
-    ),
-    Op(
-        "gaussian_kl",
-        widths=(64, 50),
-        inputs=("mu", "logvar"),
-        outputs=("kl",),
-        gradients=("mu", "logvar"),
-        reread=("mu", "logvar"),
-    ),
-)
+_OBSERVED, _LATENT = (784, 785), (64, 50)
+_MOMENTS = ("mu", "logvar")
+TRAFFIC = {
+    "bernoulli_log_prob": Traffic(_OBSERVED, gradients=("logits",), reread=("logits", "x")),
+    "bernoulli_sample": Traffic(_OBSERVED),
+    "gaussian_rsample": Traffic(_LATENT, _MOMENTS, reread=("logvar",)),  # the noise follows from its key
+    "gaussian_rsample_log_prob": Traffic(_LATENT, _MOMENTS, reread=("logvar",)),
+    "gaussian_log_prob": Traffic(_LATENT, _MOMENTS, reread=("mu", "logvar", "z")),
+    "standard_gaussian_log_prob": Traffic(_LATENT, gradients=("z",), reread=("z",)),
+    "gaussian_kl": Traffic(_LATENT, _MOMENTS, reread=_MOMENTS),
+}
+"""By op; the table of ops has the rest."""
 
 _ROWS = {"cpu": (1000, 100, 20, 1), "cuda": (100,)}
 """Within the cache; on a GPU the time of all these is that of a launch."""
@@ -146,15 +93,18 @@ class OpCase(Case[Inputs]):
             "shape": list(self.shape),
         }
 
+    @property
+    def traffic(self) -> Traffic:
+        return TRAFFIC[self.op.name]
+
     def shape_of(self, array: str) -> tuple[int, ...]:
-        if array in _PER_EVENT:
-            return self.shape[:-1]
-        return self.shape if array in self.op.sampled else self.shape[-2:]
+        *samples, batch, event = self.shape
+        return Sizes(tuple(samples), batch, event).shape({**self.op.inputs, **self.op.outputs}[array])
 
     def dtype_of(self, array: str) -> torch.dtype:
-        if array in _PER_EVENT:
-            return torch.promote_types(self.dtype, torch.float32)
-        return self.x_dtype if array == "x" and self.x_dtype else self.dtype
+        if array == "x" and self.x_dtype:
+            return self.x_dtype
+        return self.op.output_dtype(array, self.dtype) if array in self.op.outputs else self.dtype
 
     def bytes_of(self, *arrays: str) -> int:
         return sum(prod(self.shape_of(array)) * self.dtype_of(array).itemsize for array in arrays)
@@ -163,31 +113,29 @@ class OpCase(Case[Inputs]):
     def bytes(self) -> int:
         """Inputs read and outputs written; for the backward pass, the gradients of the outputs and what else the result
         depends on read, the gradients of the inputs written."""
-        op = self.op
+        op, traffic = self.op, self.traffic
         forward = self.bytes_of(*op.inputs, *op.outputs)
-        return forward + self.backward * self.bytes_of(*op.outputs, *op.reread, *op.gradients)
+        return forward + self.backward * self.bytes_of(*op.outputs, *traffic.reread, *traffic.gradients)
 
     @property
     def footprint(self) -> int:
         op = self.op
-        return self.bytes_of(*op.inputs, *op.outputs) + self.backward * self.bytes_of(*op.outputs, *op.gradients)
+        backward = self.bytes_of(*op.outputs, *self.traffic.gradients)
+        return self.bytes_of(*op.inputs, *op.outputs) + self.backward * backward
 
     def inputs(self, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(1234)
 
-        def normal(array: str) -> Tensor:
-            # no generator draws half types directly everywhere
-            wide = torch.promote_types(self.dtype, torch.float32)
-            value = torch.randn(self.shape_of(array), generator=generator, dtype=wide, device=device)
-            if array == "x":
-                value = (value > 0).to(wide)
-            return (3 * value if array == "logits" else value).to(self.dtype_of(array))
+        wide = torch.promote_types(self.dtype, torch.float32)  # no generator draws half types directly everywhere
 
-        arguments = {array: normal(array) for array in self.op.inputs}
+        def values_of(array: str) -> Tensor:
+            return values(array, self.shape_of(array), generator, wide).to(self.dtype_of(array))
+
+        arguments = {array: values_of(array) for array in self.op.inputs}
         if not self.backward:
             return Inputs(tuple(arguments.values()), (), ())
-        parameters = tuple(arguments[array].requires_grad_() for array in self.op.gradients)
-        return Inputs(tuple(arguments.values()), parameters, tuple(normal(array) for array in self.op.outputs))
+        parameters = tuple(arguments[array].requires_grad_() for array in self.traffic.gradients)
+        return Inputs(tuple(arguments.values()), parameters, tuple(map(values_of, self.op.outputs)))
 
     def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
         function = self.function(candidate)
@@ -233,8 +181,7 @@ class OpCase(Case[Inputs]):
             options["sample_shape"] = self.shape[:-2]
         if self.op.draws and self.x_dtype:
             options["dtype"] = self.x_dtype
-        plain = getattr(module, self.op.name)
-        return partial(plain, **options) if options else plain
+        return self.op.function(module, **options)
 
     def _in_float32(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         if self.dtype not in _HALF:
@@ -272,11 +219,12 @@ def cases(device: str = "cpu", quick: bool = False) -> list[OpCase]:
 
 
 def _cases(device: str, quick: bool) -> Iterator[OpCase]:
-    for op in OPS:
-        width, odd = op.widths
+    for name, traffic in TRAFFIC.items():
+        op, (width, odd) = OPS[name], traffic.widths
         most = _MOST_ROWS[device, width]
-        observes = "x" in op.inputs + op.outputs
-        for backward in (False, True) if op.gradients else (False,):
+        observes = "x" in (*op.inputs, *op.outputs)
+        has_samples = "S" in "".join((*op.inputs.values(), *op.outputs.values()))
+        for backward in (False, True) if traffic.gradients else (False,):
             case = partial(OpCase, op, backward=backward)
             yield case((most, width))
             if quick:
@@ -285,7 +233,7 @@ def _cases(device: str, quick: bool) -> Iterator[OpCase]:
             if observes:
                 yield case((most, width), x_dtype=torch.uint8)
             yield case((most, odd))
-            if op.sampled:
+            if has_samples:
                 yield case((*_SAMPLES_AND_BATCH, width))
             for batch in _ROWS[device]:
                 yield case((batch, width))
@@ -306,7 +254,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
 
 def headline(records: Iterable[Record]) -> list[Record]:
     """Float32, at 100 events and at the most that were measured."""
-    widths = {op.name: op.widths[0] for op in OPS}
+    widths = {op: traffic.widths[0] for op, traffic in TRAFFIC.items()}
     plain = [r for r in records if r["dtype"] == "float32" and r["shape"][1:] == [widths.get(r["op"])]]
     most = {r["op"]: max(other["shape"][0] for other in plain if other["op"] == r["op"]) for r in plain}
     return [r for r in plain if r["shape"][0] in (100, most[r["op"]])]
@@ -372,7 +320,7 @@ GOALS = {
 
 def outcomes(result: Result) -> list[Outcome]:
     """The goals for the device, each held to the largest case of its op, pass and dtype, in the customary width."""
-    widths = {op.name: op.widths[0] for op in OPS}
+    widths = {op: traffic.widths[0] for op, traffic in TRAFFIC.items()}
     large: dict[tuple[str, str, str], Row] = {}
     for row in sorted(rows(result["records"]), key=lambda row: next(iter(row.values()))["bytes"]):
         fused = row.get("fused")

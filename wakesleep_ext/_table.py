@@ -1,0 +1,155 @@
+"""The table of ops: what each takes and gives, and how it is called.
+
+The tests, `wakesleep selftest` and `wakesleep bench` read it. A row's formula is the function of the same name in
+:mod:`wakesleep_ext.reference`.
+
+Dimensions are letters: S samples, B events in a batch, D variables of an event, 2D those of a packed pair, H features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Sizes(NamedTuple):
+    """How large the dimensions are."""
+
+    samples: tuple[int, ...]
+    batch: int
+    event: int
+    features: int = 0
+
+    def shape(self, dimensions: str) -> tuple[int, ...]:
+        """The shape behind letters such as `S B D`."""
+        sizes = {"B": self.batch, "D": self.event, "2D": 2 * self.event, "H": self.features}
+        return sum((self.samples if d == "S" else (sizes[d],) for d in dimensions.split()), ())
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """A public function of :mod:`wakesleep_ext.ops`."""
+
+    name: str
+    inputs: Mapping[str, str]
+    """The tensor arguments in order, with their dimensions."""
+    outputs: Mapping[str, str]
+    """The results in order, with their dimensions. Those of an op in place are the inputs that it changes."""
+    draws: bool = False
+    """The op takes a key."""
+    probability: Callable[..., Tensor] | None = None
+    """Computes the probability of a one from the inputs. None if the result is not a draw of zeros and ones."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments, other than key and sample_shape, of a sample call."""
+    call: Callable[..., Any] | None = None
+    """Calls the function with the tensors and returns the results. None if the op itself does so."""
+    dtypes: tuple[torch.dtype, ...] = FLOATING
+    """The dtypes of the inputs."""
+
+    @property
+    def takes_sample_shape(self) -> bool:
+        return self.draws and "S" in "".join(self.outputs.values()) and "S" not in "".join(self.inputs.values())
+
+    @property
+    def is_differentiable(self) -> bool:
+        return self.probability is None and not self.name.endswith("_")
+
+    def input_shapes(self, sizes: Sizes) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(sizes.shape, self.inputs.values()))
+
+    def output_dtype(self, output: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a result: that of the inputs, but no half type for a sum over the event."""
+        return dtype if "D" in self.outputs[output] else torch.promote_types(dtype, torch.float32)
+
+    def function(self, module: ModuleType, **options: Any) -> Callable[..., Any]:
+        """The op, as a module defines it, as a function of its tensors."""
+        plain: Callable[..., Any] = getattr(module, self.name)
+        if self.call is not None:
+            plain = partial(self.call, plain)
+        return partial(plain, **options) if options else plain
+
+
+def values(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random values that suit a tensor argument, on the device of the generator."""
+    normal = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+    match name:
+        case "logits":
+            return 3 * normal  # so that not all probabilities are middling
+        case "next_weight":
+            return normal / shape[-1] ** 0.5  # or the rounding of the layer before would grow
+        case "x":
+            return (normal > 0).to(dtype)
+        case "grey":
+            return (128 + 64 * normal).round().clamp(0, 255)
+        case "exp_avg_sq":
+            return normal.square()
+    return normal
+
+
+def _call_perceptron(function: Callable[..., Tensor], h: Tensor, *layers: Tensor, **options: Any) -> Tensor:
+    return function(h, layers[::2], layers[1::2], **options)
+
+
+def _call_adam(function: Callable[..., None], p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    step, lr = (torch.tensor(number, dtype=torch.float64, device=p.device) for number in (3.0, 0.01))
+    function([p], [g], [m], [v], step, lr)
+    return p, m, v
+
+
+_MOMENTS = {"mu": "B D", "logvar": "B D"}
+_LAYER = {"h": "S B H", "weight": "D H", "bias": "D"}
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("gaussian_parameters", {"packed": "B 2D"}, _MOMENTS),
+        Op("gaussian_rsample", _MOMENTS, {"z": "S B D"}, draws=True),
+        Op("gaussian_rsample_log_prob", _MOMENTS, {"z": "S B D", "log_prob": "S B"}, draws=True),
+        Op("gaussian_log_prob", {**_MOMENTS, "z": "S B D"}, {"log_prob": "S B"}),
+        Op("standard_gaussian_log_prob", {"z": "S B D"}, {"log_prob": "S B"}),
+        Op("gaussian_kl", _MOMENTS, {"kl": "B"}),
+        Op("bernoulli_log_prob", {"logits": "S B D", "x": "B D"}, {"log_prob": "S B"}),
+        Op("bernoulli_sample", {"logits": "B D"}, {"x": "S B D"}, draws=True, probability=torch.sigmoid),
+        Op(
+            "binarize",
+            {"grey": "B D"},
+            {"x": "B D"},
+            draws=True,
+            probability=lambda grey: grey / 255,
+            dtypes=(torch.uint8,),
+        ),
+        Op("linear", _LAYER, {"y": "S B D"}, options={"activation": "tanh"}),
+        Op(
+            "perceptron",
+            {**_LAYER, "next_weight": "D D", "next_bias": "D"},
+            {"y": "S B D"},
+            options={"activation": "tanh", "output_activation": "sigmoid"},
+            call=_call_perceptron,
+        ),
+        Op("linear_bernoulli_log_prob", {**_LAYER, "x": "B D"}, {"log_prob": "S B"}),
+        Op("linear_bernoulli_log_prob_sum", {**_LAYER, "x": "B D", "importance": "S B"}, {"sum": ""}),
+        Op(
+            "linear_bernoulli_sample",
+            _LAYER,
+            {"x": "S B D"},
+            draws=True,
+            probability=lambda h, weight, bias: linear(h, weight, bias).sigmoid(),
+        ),
+        Op(
+            "adam_",
+            {"parameter": "B D", "gradient": "B D", "exp_avg": "B D", "exp_avg_sq": "B D"},
+            {"parameter": "B D", "exp_avg": "B D", "exp_avg_sq": "B D"},
+            call=_call_adam,
+        ),
+    )
+}
+"""Every public op by its name."""
