@@ -140,10 +140,13 @@ def make_plan(environment: Mapping[str, str], torch: Torch | None, toolkit: Tool
 
 
 def default_architectures(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]] = ()) -> str:
-    """What to compile for where TORCH_CUDA_ARCH_LIST does not say: the GPUs that are here, else Ampere and later."""
+    """What to compile for where TORCH_CUDA_ARCH_LIST does not say: the GPUs that are here, else Ampere and later.
+
+    PTX of the highest lets newer GPUs run the kernels.
+    """
     here = [f"{major}.{minor}" for major, minor in sorted(set(capabilities))]
     if here:
-        return ";".join(here)
+        return ";".join(here) + "+PTX"
     version = tuple(int(part) for part in toolkit.version.split(".")[:2])
     return "8.0;9.0;10.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX"
 
