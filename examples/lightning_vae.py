@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import wakesleep_ext as ws
-from wakesleep_ext.data import DIGITS, load
+from wakesleep_ext.training.data import DIGITS, load
 
 
 class VAE(lightning.LightningModule):

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wakesleep_ext as ws
-from wakesleep_ext.data import DIGITS, load
 from wakesleep_ext.replay import Replay
+from wakesleep_ext.training.data import DIGITS, load
 
 TURN = 50  # steps: somebody's model has the processor's caches to itself, too
 

@@ -17,8 +17,8 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
-from wakesleep_ext.data import DIGITS, load
 from wakesleep_ext.pyro import BernoulliVector, DiagonalGaussian
+from wakesleep_ext.training.data import DIGITS, load
 
 LATENT, HIDDEN = 16, 128
 

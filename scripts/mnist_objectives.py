@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from wakesleep_ext import cli, plots
+from wakesleep_ext import cli
 from wakesleep_ext.benchmark import result
 from wakesleep_ext.benchmark.report import markdown
-from wakesleep_ext.checkpoint import write_atomically
+from wakesleep_ext.report import plots
+from wakesleep_ext.training.checkpoint import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/mnist"

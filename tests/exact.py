@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
 
 
 def every_binary(size):

@@ -7,12 +7,12 @@ import torch
 from exact import every_binary, log_likelihood, random_machine
 from torch import nn
 
-from wakesleep_ext.annealing import annealed_log_likelihood
 from wakesleep_ext.check.problems import bar_images
-from wakesleep_ext.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.models import GenerativeNetwork, HelmholtzMachine, ModelConfig
-from wakesleep_ext.networks import Constant
-from wakesleep_ext.objectives import reweighted_wake_losses, sleep_phi_loss
+from wakesleep_ext.evaluation.annealing import annealed_log_likelihood
+from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.networks import Constant
+from wakesleep_ext.helmholtz.objectives import reweighted_wake_losses, sleep_phi_loss
 
 
 def assert_within_its_error_bars(found, exact, largest_error):

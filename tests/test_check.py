@@ -16,8 +16,8 @@ from torch import Tensor
 from wakesleep_ext import cli, ops
 from wakesleep_ext.check import calibration, command, problems, training
 from wakesleep_ext.check.problems import Answer, Check
-from wakesleep_ext.conditionals import Gaussian
-from wakesleep_ext.objectives import elbo_loss
+from wakesleep_ext.helmholtz.conditionals import Gaussian
+from wakesleep_ext.helmholtz.objectives import elbo_loss
 
 
 def test_every_answer_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

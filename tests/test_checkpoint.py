@@ -14,9 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from wakesleep_ext import checkpoint
-from wakesleep_ext.checkpoint import CheckpointError
-from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.training import checkpoint
+from wakesleep_ext.training.checkpoint import CheckpointError
 
 TENSORS = {
     "weight": torch.randn(3, 5),
@@ -164,7 +164,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(path):
     script = """
 import sys, torch
 from pathlib import Path
-from wakesleep_ext import checkpoint
+from wakesleep_ext.training import checkpoint
 for step in range(1_000_000):
     checkpoint.save(Path(sys.argv[1]), {"w": torch.full((300, 300), float(step))}, {"step": step})
     print(step, flush=True)

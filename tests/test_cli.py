@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from wakesleep_ext import checkpoint, cli
-from wakesleep_ext.training import Trainer
+from wakesleep_ext import cli
+from wakesleep_ext.training import checkpoint
+from wakesleep_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("command line")
 

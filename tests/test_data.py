@@ -17,8 +17,8 @@ from checkout import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wakesleep_ext.data import DIGITS, DataError, Images, load
 from wakesleep_ext.random import make_key
+from wakesleep_ext.training.data import DIGITS, DataError, Images, load
 
 MNIST = Path(os.environ.get("WAKESLEEP_MNIST") or ROOT / "../shared/data/mnist")
 

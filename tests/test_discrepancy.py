@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from wakesleep_ext.discrepancy import energy_distance
+from wakesleep_ext.evaluation.discrepancy import energy_distance
 
 
 def test_the_energy_distance_is_the_mean_over_pairs():

@@ -5,12 +5,12 @@ from typing import get_args
 import pytest
 import torch
 
-from wakesleep_ext.conditionals import BernoulliConditional, LinearBernoulli
-from wakesleep_ext.models import (
+from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, LinearBernoulli
+from wakesleep_ext.helmholtz.models import (
     HelmholtzMachine,
     ModelConfig,
 )
-from wakesleep_ext.networks import Activation, MultilayerPerceptron
+from wakesleep_ext.helmholtz.networks import Activation, MultilayerPerceptron
 from wakesleep_ext.random import make_key
 
 SMALL = ModelConfig(observed=6, latent=(2,), recognition_hidden=(5,), generative_hidden=(4, 3))

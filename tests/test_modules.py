@@ -15,9 +15,9 @@ from torch.nn.utils import parametrizations, prune
 
 import wakesleep_ext as ws
 from wakesleep_ext import ops
-from wakesleep_ext.conditionals import BernoulliConditional, LinearBernoulli
+from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, LinearBernoulli
+from wakesleep_ext.helmholtz.networks import MultilayerPerceptron
 from wakesleep_ext.modules import BernoulliHead, GaussianHead, Linear, Sequential, fuse
-from wakesleep_ext.networks import MultilayerPerceptron
 from wakesleep_ext.random import make_key
 
 KINDS = pytest.mark.parametrize("kind", [Linear, BernoulliHead, GaussianHead])

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.distributions import Bernoulli, Normal
 
-from wakesleep_ext.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
-from wakesleep_ext.objectives import (
+from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
+from wakesleep_ext.helmholtz.objectives import (
     dreg_loss,
     elbo_loss,
     iwae_loss,

@@ -22,7 +22,7 @@ import wakesleep_ext as ws
 from wakesleep_ext import replay
 from wakesleep_ext.benchmark.measure import peak_bytes
 from wakesleep_ext.replay import Replay
-from wakesleep_ext.training import Trainer
+from wakesleep_ext.training.trainer import Trainer
 
 
 def tensors(tree: Any) -> list[Tensor]:

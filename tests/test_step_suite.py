@@ -24,7 +24,7 @@ from wakesleep_ext.benchmark import command, goals, measure, step_suite
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.op_suite import TRAFFIC
 from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, StepCase, cases
-from wakesleep_ext.objectives import sleep_phi_loss, wake_theta_loss
+from wakesleep_ext.helmholtz.objectives import sleep_phi_loss, wake_theta_loss
 from wakesleep_ext.random import draw_key
 
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ import torch
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wakesleep_ext import conditionals, data, modules, objectives, random, reference, training
-from wakesleep_ext.data import DIGITS, Images, load
-from wakesleep_ext.evaluation import log_likelihood_bounds
-from wakesleep_ext.models import HelmholtzMachine, ModelConfig
-from wakesleep_ext.objectives import (
+from wakesleep_ext import modules, random, reference
+from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
+from wakesleep_ext.helmholtz import conditionals, objectives
+from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.objectives import (
     dreg_loss,
     elbo_loss,
     iwae_loss,
@@ -21,7 +21,9 @@ from wakesleep_ext.objectives import (
     sleep_phi_loss,
     wake_theta_loss,
 )
-from wakesleep_ext.training import RECIPES, DivergedError, TrainConfig, Trainer
+from wakesleep_ext.training import data, trainer
+from wakesleep_ext.training.data import DIGITS, Images, load
+from wakesleep_ext.training.trainer import RECIPES, DivergedError, TrainConfig, Trainer
 
 BARS = Images(
     torch.tensor([[255, 255, 0, 0], [0, 0, 255, 255], [255, 0, 255, 0], [0, 255, 0, 255]]).to(torch.uint8).repeat(6, 1),
@@ -52,8 +54,8 @@ def test_the_same_seed_gives_the_same_weights():
 def test_another_seed_gives_other_weights():
     first, second = make_trainer(seed=4), make_trainer(seed=5)
     assert torch.equal(weights(first), weights(second))
-    for trainer in (first, second):
-        list(trainer.epochs())
+    for one in (first, second):
+        list(one.epochs())
     assert not torch.equal(weights(first), weights(second))
 
 
@@ -265,7 +267,7 @@ def losses_of_100_steps(device, latent=(3,), **config):
 def test_training_replayed_called_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
     replayed = losses_of_100_steps(device, **config)
     eager = losses_of_100_steps(device, replay=False, **config)
-    for module in (conditionals, data, modules, objectives, training):
+    for module in (conditionals, data, modules, objectives, trainer):
         monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
     of_reference = losses_of_100_steps(device, replay=False, **config)

@@ -19,23 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wakesleep_ext import checkpoint, plots, random
 from wakesleep_ext import info as information
+from wakesleep_ext import random
 from wakesleep_ext import selftest as checks
 from wakesleep_ext.benchmark import bench
 from wakesleep_ext.check import check
-from wakesleep_ext.data import DIGITS, DataError, Dataset, load
-from wakesleep_ext.evaluation import Evaluation, independent_bernoulli_nll, log_likelihood_bounds
-from wakesleep_ext.evaluation import evaluate as evaluate_machine
-from wakesleep_ext.models import (
+from wakesleep_ext.evaluation.bounds import Evaluation, independent_bernoulli_nll, log_likelihood_bounds
+from wakesleep_ext.evaluation.bounds import evaluate as evaluate_machine
+from wakesleep_ext.helmholtz.models import (
     GenerativeNetwork,
     HelmholtzMachine,
     Latents,
     ModelConfig,
     RecognitionNetwork,
 )
-from wakesleep_ext.networks import Activation
-from wakesleep_ext.training import RECIPES, DivergedError, Recipe, TrainConfig, Trainer
+from wakesleep_ext.helmholtz.networks import Activation
+from wakesleep_ext.report import plots
+from wakesleep_ext.training import checkpoint
+from wakesleep_ext.training.data import DIGITS, DataError, Dataset, load
+from wakesleep_ext.training.trainer import RECIPES, DivergedError, Recipe, TrainConfig, Trainer
 from wakesleep_ext.usage import Device, UsageError, find_device
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -46,7 +46,7 @@ def bernoulli_sample(logits: Tensor, sample_shape: tuple[int, ...] = (), dtype: 
 
 
 def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samples: int) -> Tensor:
-    """As :func:`wakesleep_ext.objectives.wake_theta_loss`."""
+    """As :func:`wakesleep_ext.helmholtz.objectives.wake_theta_loss`."""
     with torch.no_grad():
         mu, logvar = recognition(x).chunk(2, -1)
         z = gaussian_rsample(mu, logvar, (num_samples,))
@@ -55,7 +55,7 @@ def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samp
 
 
 def sleep_loss(recognition: nn.Module, generative: nn.Module, num_dreams: int, latent: int) -> Tensor:
-    """As :func:`wakesleep_ext.objectives.sleep_phi_loss`."""
+    """As :func:`wakesleep_ext.helmholtz.objectives.sleep_phi_loss`."""
     with torch.no_grad():
         z = torch.randn(num_dreams, latent, device=next(generative.parameters()).device)
         x = bernoulli_sample(generative(z))

@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from wakesleep_ext import checkpoint
 from wakesleep_ext.benchmark.result import Record, Result, ResultError, Row, place, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Suite
+from wakesleep_ext.training import checkpoint
 
 _BARS = {
     "fused": ("wakesleep_ext", "#d55e00"),

@@ -15,7 +15,7 @@ from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints, i
 
 import torch
 
-from wakesleep_ext import checkpoint
+from wakesleep_ext.training import checkpoint
 
 _Record = TypedDict(
     "_Record",

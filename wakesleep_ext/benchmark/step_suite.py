@@ -19,9 +19,9 @@ from wakesleep_ext.benchmark import distributions, eager
 from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
 from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite
-from wakesleep_ext.data import Images
-from wakesleep_ext.models import HelmholtzMachine, ModelConfig
-from wakesleep_ext.training import TrainConfig, Trainer
+from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.training.data import Images
+from wakesleep_ext.training.trainer import TrainConfig, Trainer
 
 _Loss = Callable[..., Tensor]
 

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 
-from wakesleep_ext import plots
 from wakesleep_ext.check.calibration import NUM_SAMPLES
 from wakesleep_ext.check.problems import PROBLEMS, Answer, Check
+from wakesleep_ext.report import plots
 from wakesleep_ext.usage import UsageError
 
 

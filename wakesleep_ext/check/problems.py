@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep_ext import ops
-from wakesleep_ext.annealing import annealed_log_likelihood
 from wakesleep_ext.check import calibration
 from wakesleep_ext.check.training import (
     Effort,
@@ -28,12 +27,13 @@ from wakesleep_ext.check.training import (
     minimise,
     sleep,
 )
-from wakesleep_ext.conditionals import GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.data import Images
-from wakesleep_ext.evaluation import independent_bernoulli_nll, log_likelihood_bounds
-from wakesleep_ext.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
-from wakesleep_ext.objectives import elbo_loss, sleep_phi_loss, wake_theta_loss
-from wakesleep_ext.training import TrainConfig, Trainer
+from wakesleep_ext.evaluation.annealing import annealed_log_likelihood
+from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll, log_likelihood_bounds
+from wakesleep_ext.helmholtz.conditionals import GaussianConditional, StandardGaussianPrior
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
+from wakesleep_ext.helmholtz.objectives import elbo_loss, sleep_phi_loss, wake_theta_loss
+from wakesleep_ext.training.data import Images
+from wakesleep_ext.training.trainer import TrainConfig, Trainer
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep_ext import random
-from wakesleep_ext.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.models import GenerativeNetwork, RecognitionNetwork
-from wakesleep_ext.objectives import sleep_phi_loss
+from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, RecognitionNetwork
+from wakesleep_ext.helmholtz.objectives import sleep_phi_loss
 
 Networks = tuple[RecognitionNetwork, GenerativeNetwork]
 

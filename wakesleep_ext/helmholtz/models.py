@@ -11,14 +11,14 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from wakesleep_ext.conditionals import (
+from wakesleep_ext.helmholtz.conditionals import (
     BernoulliConditional,
     Conditional,
     Distribution,
     GaussianConditional,
     StandardGaussianPrior,
 )
-from wakesleep_ext.networks import Activation, Constant, MultilayerPerceptron
+from wakesleep_ext.helmholtz.networks import Activation, Constant, MultilayerPerceptron
 
 Latents = Literal["gaussian", "bernoulli"]
 Keys: TypeAlias = "Sequence[Tensor | None] | None"

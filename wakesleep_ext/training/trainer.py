@@ -19,11 +19,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from wakesleep_ext import objectives, ops, random
-from wakesleep_ext.data import Images
-from wakesleep_ext.models import HelmholtzMachine
-from wakesleep_ext.objectives import WakeLosses
+from wakesleep_ext import ops, random
+from wakesleep_ext.helmholtz import objectives
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
+from wakesleep_ext.helmholtz.objectives import WakeLosses
 from wakesleep_ext.replay import Replay, call
+from wakesleep_ext.training.data import Images
 
 Objective = Literal["wake-sleep", "reweighted-wake-sleep", "elbo", "iwae", "dreg"]
 Schedule = Literal["exponential", "staged"]
@@ -48,8 +49,8 @@ class TrainConfig:
     """
 
     objective: Objective = "wake-sleep"
-    """What is maximised (`wakesleep_ext.objectives`): plain or reweighted wake-sleep, or the ELBO, the L-sample bound,
-    the same with doubly reparameterised gradients."""
+    """What is maximised (`wakesleep_ext.helmholtz.objectives`): plain or reweighted wake-sleep, or the ELBO, the
+    L-sample bound, the same with doubly reparameterised gradients."""
     sleep_weight: float | None = None
     """Part of the sleep phase in the recognition network's gradient; the rest is the reweighted wake phase's. With the
     reweighted objective 0 (known as wake-wake) to 1, 0.5 by default; plain wake-sleep has 1, the baselines 0."""

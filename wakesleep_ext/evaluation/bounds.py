@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import ops, random
-from wakesleep_ext.annealing import AnnealedLogLikelihood, annealed_log_likelihood
-from wakesleep_ext.discrepancy import Discrepancy, energy_distance
-from wakesleep_ext.importance import ImportanceWeights
-from wakesleep_ext.models import PIXEL_MEAN_CLIP, GenerativeNetwork, HelmholtzMachine, RecognitionNetwork
+from wakesleep_ext.evaluation.annealing import AnnealedLogLikelihood, annealed_log_likelihood
+from wakesleep_ext.evaluation.discrepancy import Discrepancy, energy_distance
+from wakesleep_ext.evaluation.importance import ImportanceWeights
+from wakesleep_ext.helmholtz.models import PIXEL_MEAN_CLIP, GenerativeNetwork, HelmholtzMachine, RecognitionNetwork
 
 ACTIVE = 0.01
 """A latent variable is active if its activity is above this."""
@@ -245,7 +245,7 @@ def evaluate(
         num_samples: K of the bounds.
         num_dreams: as many are drawn, from two on.
         annealed_images: as many, from the first on, are evaluated by annealed importance sampling.
-        chains, temperatures: of that; see :func:`wakesleep_ext.annealing.annealed_log_likelihood`.
+        chains, temperatures: of that; see :func:`wakesleep_ext.evaluation.annealing.annealed_log_likelihood`.
         seed: of everything. The bounds on images are those of :func:`log_likelihood_bounds` with this seed.
         progress: called with the name of a part and how many images it has; what it returns is called with the number
             of images that have just been finished.

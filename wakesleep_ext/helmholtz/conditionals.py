@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep_ext import ops, random
-from wakesleep_ext.networks import MultilayerPerceptron
+from wakesleep_ext.helmholtz.networks import MultilayerPerceptron
 
 
 class Distribution(ABC):

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from wakesleep_ext import ops
-from wakesleep_ext.conditionals import Conditional, Distribution, Gaussian, StandardGaussian
-from wakesleep_ext.models import Factor, GenerativeNetwork, Keys, RecognitionNetwork
+from wakesleep_ext.helmholtz.conditionals import Conditional, Distribution, Gaussian, StandardGaussian
+from wakesleep_ext.helmholtz.models import Factor, GenerativeNetwork, Keys, RecognitionNetwork
 
 
 class WakeLosses(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wakesleep_ext.evaluation import ACTIVE, Evaluation
+from wakesleep_ext.evaluation.bounds import ACTIVE, Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from wakesleep_ext.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
 
 Config = TypeVar("Config")
 

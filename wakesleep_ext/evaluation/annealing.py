@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import ops, random
-from wakesleep_ext.conditionals import Bernoulli, Gaussian, LinearBernoulli
-from wakesleep_ext.importance import ImportanceWeights
-from wakesleep_ext.models import GenerativeNetwork
+from wakesleep_ext.evaluation.importance import ImportanceWeights
+from wakesleep_ext.helmholtz.conditionals import Bernoulli, Gaussian, LinearBernoulli
+from wakesleep_ext.helmholtz.models import GenerativeNetwork
 
 _PILOT_CHAINS = 4
 _TARGET_ACCEPTANCE = 0.65

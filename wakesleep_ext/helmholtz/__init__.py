@@ -1,0 +1,1 @@
+"""Helmholtz machines: networks, distributions given their output, chains of these, and losses."""

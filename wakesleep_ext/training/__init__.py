@@ -1,0 +1,1 @@
+"""Training: images, the step, the loop and its checkpoints."""
