@@ -33,6 +33,12 @@ OPENMP_FLAGS = ["-fopenmp"] if sys.platform != "darwin" else ["-Xclang", "-fopen
 NVCC_FLAGS = ["-O3", "-DAT_PER_OPERATOR_HEADERS", "--expt-relaxed-constexpr", "--diag-suppress=20012"]
 
 
+def requirement() -> str:
+    """A source distribution takes any supported torch, a wheel the series that its kernels are compiled for."""
+    torch = None if "sdist" in sys.argv else toolchain.find_torch()
+    return toolchain.SUPPORTED_TORCH if torch is None else torch.requirement
+
+
 def extension_and_commands() -> dict[str, Any]:
     torch = toolchain.find_torch()
     wants_cuda = torch is not None and torch.cuda is not None and os.environ.get("WAKESLEEP_FORCE_CPU") != "1"
@@ -42,7 +48,7 @@ def extension_and_commands() -> dict[str, Any]:
     if plan.toolkit is not None:
         os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # read when torch.utils.cpp_extension is imported
     os.environ["MAX_JOBS"] = str(toolchain.parallel_jobs(os.environ))
-    if find_spec("ninja") is not None:  # its log tells nothing to another version, which would compile all anew
+    if find_spec("ninja") is not None:  # its log tells nothing to another version, which would compile everything again
         import ninja
 
         os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", os.defpath)
@@ -73,11 +79,15 @@ def extension_and_commands() -> dict[str, Any]:
                 "TORCH_VERSION": plan.torch.version,
                 "CUDA_VERSION": plan.toolkit.version if plan.toolkit else None,
                 "CUDA_ARCHITECTURES": os.environ.get("TORCH_CUDA_ARCH_LIST") if plan.toolkit else None,
+                "REASON": plan.reason,
             }
-            lines = [f"{name}: str | None = {value!r}" for name, value in facts.items()]
-            lines[0] = f"TORCH_VERSION = {plan.torch.version!r}"
+            lines = ['"""How this copy was built; written by setup.py."""', ""]
+            lines += [f"{name} = {value!r}" for name, value in facts.items()]  # typed in _build.pyi
             path = Path(self.get_ext_fullpath("wakesleep_ext._C")).with_name("_build.py")
-            path.write_text('"""How this copy was built; written by setup.py."""\n\n' + "\n".join(lines) + "\n")
+            path.write_text("\n".join(lines) + "\n")
+            # uv's key to the wheels that it caches (pyproject.toml): new after every build, for uv does not know that
+            # a wheel is for one torch. A build that finds its objects takes seconds.
+            (ROOT / "build" / "last-build").write_text(plan.summary + "\n")
 
     csrc = ROOT / "csrc"
     patterns = ["*.cpp", "cpu/*.cpp"]  # autograd.cpp includes autograd/*.cpp
@@ -106,4 +116,4 @@ def extension_and_commands() -> dict[str, Any]:
 
 
 # Metadata and source distributions need no torch.
-setup(**(extension_and_commands() if COMPILING & set(sys.argv) else {}))
+setup(install_requires=[requirement()], **(extension_and_commands() if COMPILING & set(sys.argv) else {}))

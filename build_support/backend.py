@@ -1,18 +1,40 @@
 """The build backend: setuptools', with the torch of the environment that is installed into.
 
-A compiled extension works with the torch it was built against. pip builds in isolation, where that torch is not to be
-seen, and would fetch another. So this backend looks into the environment: the torch that is there is used in place;
-where there is none, a supported one is asked for.
+A compiled extension works with the torch it was built against. pip builds in isolation, but with the interpreter of
+the environment, so this backend finds the torch that is there and uses it in place. Where there is none, it asks pip
+for a supported one; the wheel then requires that series, and pip installs it.
+
+uv and `python -m build` run the backend in an environment of their own, which does not say what it is for. There the
+build stops before anything is compiled, and names the commands that work. In a checkout, `[tool.uv]` in pyproject.toml
+turns isolation off.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
-from setuptools import build_meta
-
 from build_support import toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _stop(reason: str) -> toolchain.BuildError:
+    commands = toolchain.commands_without_isolation(os.environ, ROOT)
+    return toolchain.BuildError(f"wakesleep_ext: {reason} Nothing was compiled. These commands work:\n\n{commands}\n")
+
+
+try:
+    import setuptools
+    from setuptools import build_meta
+except ImportError:
+    raise _stop("this build is not isolated, and the environment has no setuptools.") from None
+if int(setuptools.__version__.split(".")[0]) < toolchain.OLDEST_SETUPTOOLS:
+    raise _stop(
+        f"setuptools {setuptools.__version__} is too old; the build needs {toolchain.OLDEST_SETUPTOOLS} or later."
+    )
 
 Settings = dict[str, Any] | None
 
@@ -26,31 +48,51 @@ def _use_environment_torch() -> bool:
     return True
 
 
+def _need_torch() -> None:
+    if not _use_environment_torch():
+        raise _stop("there is no torch to build against.")
+
+
 def _requirements() -> list[str]:
-    return ["ninja"] if _use_environment_torch() else ["ninja", toolchain.SUPPORTED_TORCH, "numpy"]
+    if _use_environment_torch():
+        return ["ninja"]
+    if "PIP_BUILD_TRACKER" in os.environ:  # pip: this interpreter is the environment's, which has no torch
+        return ["ninja", toolchain.SUPPORTED_TORCH, "numpy"]
+    raise _stop(
+        "this isolated build cannot see the torch of your environment, and kernels work only with the torch that they "
+        "were compiled for."
+    )
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *_requirements()]
+    return [*_requirements(), *build_meta.get_requires_for_build_wheel(config_settings)]
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *_requirements()]
+    return [*_requirements(), *build_meta.get_requires_for_build_editable(config_settings)]
+
+
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Settings = None) -> str:
+    _need_torch()
+    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Settings = None) -> str:
+    _need_torch()
+    return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
-    _use_environment_torch()
+    _need_torch()
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
-    _use_environment_torch()
+    _need_torch()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
 build_sdist = build_meta.build_sdist
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
-prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
-prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -19,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUPPORTED_TORCH = "torch>=2.10"
+OLDEST_SETUPTOOLS = 77  # the first that writes SPDX licence expressions
+BUILD_TOOLS = (f"setuptools>={OLDEST_SETUPTOOLS}", "ninja")
+UNPACKED = re.compile(r"(git|sdists)-v\d+|pip-(req-build|install)-")  # folders into which uv and pip unpack a source
 BYTES_PER_JOB = 2 * 2**30  # what the largest translation unit takes, with some room
 
 
@@ -33,6 +37,12 @@ class Torch:
     site_packages: Path
     version: str
     cuda: str | None
+
+    @property
+    def requirement(self) -> str:
+        """The releases that load kernels compiled against this one: its series, '2.13.0+cpu' -> 'torch==2.13.*'."""
+        major, minor = self.version.split("+")[0].split(".")[:2]
+        return f"torch=={major}.{minor}.*"
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,29 @@ def find_torch(directories: list[Path] | None = None) -> Torch | None:
             cuda = facts["cuda"]
             return Torch(directory, str(facts["__version__"]), str(cuda) if cuda else None)
     return None
+
+
+def commands_without_isolation(environment: Mapping[str, str], source: Path) -> str:
+    """The two commands that install the package where the build cannot see the torch that it is for.
+
+    Args:
+        environment: variables, in which uv names itself.
+        source: the folder that is built.
+    """
+    by_uv = "UV_INTERNAL__BUILD_DIR" in environment or ("UV" in environment and "PIP_BUILD_TRACKER" not in environment)
+    install = "uv pip install" if by_uv else "pip install"
+    rebuild = "--reinstall-package wakesleep_ext" if by_uv else "--no-cache-dir"
+    is_unpacked = any(UNPACKED.match(part) for part in source.parts)
+    lines = [
+        f"    {install} {shlex.join([SUPPORTED_TORCH, *BUILD_TOOLS])}",
+        f"    {install} --no-build-isolation {rebuild} {'SOURCE' if is_unpacked else shlex.quote(str(source))}",
+        "",
+        "The first command keeps a supported torch that is already installed. If you name an environment, for example "
+        "with --python, name it in both commands.",
+    ]
+    if is_unpacked:
+        lines.append("SOURCE is what you asked to install: a folder, an archive or a repository.")
+    return "\n".join(lines)
 
 
 def find_toolkit(environment: Mapping[str, str]) -> Toolkit | None:

@@ -50,9 +50,9 @@ class FusedVAE(VAE):
         self.decoder[2] = ws.modules.BernoulliHead.from_linear(self.decoder[2])
 
     def loss(self, x: Tensor) -> Tensor:
-        mu, logvar = self.encoder[2].moments(self.encoder[:2](x))
-        h = self.decoder[:2](ws.gaussian_rsample(mu, logvar))
-        return (ws.gaussian_kl(mu, logvar).sum() - self.decoder[2].log_prob_sum(h, x)) / len(x)
+        q = self.encoder[2].distribution(self.encoder[:2](x))
+        p = self.decoder[2].distribution(self.decoder[:2](q.rsample()))
+        return (ws.gaussian_kl(q.mu, q.logvar).sum() - p.log_prob_sum(x)) / len(x)
 
 
 def main() -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from wakesleep_ext import cli
+from wakesleep_ext._files import write_atomically
 from wakesleep_ext.benchmark import result
 from wakesleep_ext.benchmark.report import markdown
 from wakesleep_ext.report import plots
-from wakesleep_ext.training.checkpoint import write_atomically
+from wakesleep_ext.training.run import has_begun, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/mnist"
@@ -45,9 +46,10 @@ def train(data: Path, runs: Path, seeds: tuple[int, ...] = (0, 1)) -> None:
         for name in OBJECTIVES:
             run = runs / folder(name, seed)
             if not finished(run):
-                begun = (run / cli.CHECKPOINT).exists()
                 where = ["--data", str(data), "--out", str(run)]
-                status = cli.main(["resume", str(run)] if begun else ["train", *flags(name, seed).split(), *where])
+                status = cli.main(
+                    ["resume", str(run)] if has_begun(run) else ["train", *flags(name, seed).split(), *where]
+                )
                 if status:
                     raise SystemExit(status)
     write(collect(runs, seeds))
@@ -62,7 +64,7 @@ def flags(name: str, seed: int) -> str:
 
 
 def finished(run: Path) -> bool:
-    return (run / cli.METRICS).exists() and "nll" in _metrics(run)[-1]
+    return any("nll" in record for record in read_metrics(run))
 
 
 def collect(runs: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def collect(runs: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
     records = []
     for name in OBJECTIVES:
         for seed in seeds:
-            *epochs, last = _metrics(runs / folder(name, seed))
+            *epochs, last = read_metrics(runs / folder(name, seed))
             records.append(
                 {
                     "objective": name,
@@ -84,10 +86,6 @@ def collect(runs: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
             )
     machine = result.machine(torch.device("cpu"), torch.get_num_threads(), "make mnist DATA=mnist")
     return {"machine": machine, "records": records}
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / cli.METRICS).read_text().splitlines()]
 
 
 def write(results: dict[str, Any], to: Path = RESULTS) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import mnist_objectives
 
+from wakesleep_ext._files import write_atomically
 from wakesleep_ext.benchmark import read, report, suite_of
 from wakesleep_ext.benchmark.result import Result
-from wakesleep_ext.training.checkpoint import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 

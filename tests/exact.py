@@ -6,7 +6,8 @@ import math
 import numpy as np
 import torch
 
-from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.models import ModelConfig
+from wakesleep_ext.random import make_key
 
 
 def every_binary(size):
@@ -14,10 +15,21 @@ def every_binary(size):
     return torch.tensor(list(itertools.product([0, 1], repeat=size)), dtype=torch.float64)
 
 
+def sizes(machine):
+    """Latent variables of each layer, from x up."""
+    latents = machine.generative.sample_latents((), keys=[make_key(0)] * len(machine.recognition))
+    return [z.shape[-1] for z in latents]
+
+
+def is_discrete(machine):
+    """Whether the latent variables are Bernoulli rather than Gaussian ones."""
+    return not machine.recognition[0].has_rsample
+
+
 def random_machine(latent, latents="gaussian", observed=3):
     """In float64, its weights and biases far from zero, but q everywhere broad enough for importance sampling."""
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(observed, latent, (4,), (4,), (4,), latents)).double()
+    machine = ModelConfig(observed, latent, (4,), (4,), (4,), latents).build().double()
     with torch.no_grad():
         for parameter in machine.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
@@ -49,16 +61,16 @@ def log_likelihood(machine, x, points=60):
 
 
 def _nodes(machine, conditionals, given, points):
-    sizes = machine.config.latent if given is not None else machine.config.latent[::-1]
-    discrete = machine.config.latents == "bernoulli"
+    of_layers = sizes(machine) if given is not None else sizes(machine)[::-1]
+    discrete = is_discrete(machine)
     if discrete:
-        values, log_weights = every_binary(sum(sizes)), torch.zeros(1, dtype=torch.float64)
+        values, log_weights = every_binary(sum(of_layers)), torch.zeros(1, dtype=torch.float64)
     else:
-        values, log_weights = _hermite(sum(sizes), points)
+        values, log_weights = _hermite(sum(of_layers), points)
     latents, log_weights = [], log_weights.unsqueeze(-1)
-    for conditional, value in zip(conditionals, values.unsqueeze(1).split(sizes, -1), strict=True):
+    for conditional, value in zip(conditionals, values.unsqueeze(1).split(of_layers, -1), strict=True):
         p = conditional(given)
-        given = value if discrete else p.mu + torch.exp(p.logvar / 2) * value
+        given = value if discrete else p.from_noise(value)
         if discrete:
             log_weights = log_weights + p.log_prob(value)
         latents.append(given)

@@ -8,13 +8,14 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.models import ModelConfig
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.checkpoint import CheckpointError
 
@@ -183,21 +184,56 @@ for step in range(1_000_000):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+MODEL = ModelConfig(6, (2,), (5,), (4, 3), activation="elu")
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.thorough)])
+def test_two_writers_and_a_reader(path, seconds):
+    """Every load gets a whole checkpoint, and every save succeeds."""
+    script = """
+import sys, time, torch
+from pathlib import Path
+from wakesleep_ext.training import checkpoint
+end = time.monotonic() + float(sys.argv[2])
+for step in range(1_000_000):
+    checkpoint.save(Path(sys.argv[1]), {"w": torch.full((300, 300), float(step))}, {"step": step})
+    if step == 0:
+        print("ready", flush=True)
+    if time.monotonic() > end:
+        break
+"""
+    command = [sys.executable, "-c", script, str(path), str(seconds)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    loads = 0
+    while any(writer.poll() is None for writer in writers):
+        loaded = checkpoint.load(path)
+        assert (loaded.tensors["w"] == loaded.description["step"]).all()
+        loads += 1
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert loads > 20
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    for writer in writers:
+        writer.stdout.close()
+
+
 @pytest.fixture
 def machine():
-    return HelmholtzMachine(ModelConfig(6, (2,), (5,), (4, 3), activation="elu"))
+    return MODEL.build()
 
 
 def save_machine(path, machine, **model):
     tensors = {f"machine.{name}": t for name, t in machine.state_dict().items()}
-    described = {**vars(machine.config), **model}
+    described = {**asdict(MODEL), **model}
     checkpoint.save(path, tensors, {"model": described, "step": 3})
 
 
 def test_a_machine_comes_back_as_it_was(path, machine):
     save_machine(path, machine)
     loaded, description = checkpoint.load_machine(path)
-    assert loaded.config == machine.config
+    assert repr(loaded) == repr(machine)
     assert bits(loaded.state_dict()) == bits(machine.state_dict())
     assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
     assert description["step"] == 3

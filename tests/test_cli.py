@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from wakesleep_ext import cli
 from wakesleep_ext.training import checkpoint
+from wakesleep_ext.training import run as runs
 from wakesleep_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("command line")
@@ -114,12 +115,12 @@ class Interrupted(Trainer):
         for epoch in super().epochs(on_step):
             yield epoch
             if epoch.epoch == 2:
-                self.take_step(self._batches()[0])
+                self.take_step(self.take_step.batches()[0])
                 raise KeyboardInterrupt
 
 
 def test_an_interrupted_run_is_resumed_to_the_same_end(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(runs, "_SECONDS_BETWEEN_SAVES", -1.0)
     command = ["train", "--data", str(data), *SMALL, "--epochs", "4", "--batch-size", "30", "--bound-samples", "5"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert cli.main([*command, "--out", str(whole)]) == 0
@@ -157,7 +158,7 @@ def test_a_checkpoint_that_does_not_tell_how_to_go_on_is_refused(tmp_path, run, 
     ],
 )
 def test_a_recipe_is_what_the_flags_default_to(tmp_path, data, monkeypatch, arguments, expected):
-    monkeypatch.setattr(cli, "_run_to_the_end", lambda *run: None)
+    monkeypatch.setattr(cli, "_finish", lambda *run: None)
     assert cli.main(["train", "--data", str(data), "--out", str(tmp_path), *arguments]) == 0
     training = json.loads((tmp_path / "config.json").read_text())["training"]
     assert training.items() >= expected.items()
@@ -279,7 +280,7 @@ def test_a_diverging_run_names_its_last_good_checkpoint(tmp_path, data, capsys):
     assert checkpoint.load(tmp_path / "checkpoint.safetensors").description["step"] == 0
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "tyro"])
+@pytest.mark.parametrize("module", ["matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "typeguard", "tyro"])
 def test_a_missing_extra_is_named_with_its_cure(tmp_path, monkeypatch, capsys, module):
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(["train", "--out", str(tmp_path / "run")]) == 1

@@ -43,7 +43,7 @@ def test_every_objective_is_trained_once_and_told_with_its_command(
         assert record["command"] in page
         assert f"{record['nll']:.2f}" in objectives.summary(results)
         run = tmp_path / "runs" / objectives.folder(record["objective"], 3)
-        training = json.loads((run / cli.CONFIG).read_text())["training"]
+        training = json.loads((run / "config.json").read_text())["training"]
         assert training["objective"] in record["command"]
         assert training["seed"] == 3
 

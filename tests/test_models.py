@@ -5,11 +5,14 @@ from typing import get_args
 import pytest
 import torch
 
-from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, LinearBernoulli
-from wakesleep_ext.helmholtz.models import (
-    HelmholtzMachine,
-    ModelConfig,
+from wakesleep_ext.densities import LinearBernoulli
+from wakesleep_ext.helmholtz.conditionals import (
+    BernoulliConditional,
+    GaussianConditional,
+    LinearBernoulliConditional,
+    StandardGaussianPrior,
 )
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
 from wakesleep_ext.helmholtz.networks import Activation, MultilayerPerceptron
 from wakesleep_ext.random import make_key
 
@@ -17,7 +20,7 @@ SMALL = ModelConfig(observed=6, latent=(2,), recognition_hidden=(5,), generative
 
 
 def test_packed_parameters_are_split_without_copying():
-    q = HelmholtzMachine(SMALL).recognition[0](torch.ones(7, 6))
+    q = SMALL.build().recognition[0](torch.ones(7, 6))
     mu, logvar = q.mu, q.logvar
     assert mu.shape == logvar.shape == (7, 2)
     assert mu.untyped_storage().data_ptr() == logvar.untyped_storage().data_ptr()
@@ -25,7 +28,7 @@ def test_packed_parameters_are_split_without_copying():
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float64])
 def test_pixels_of_any_dtype_are_recognised_alike(dtype):
-    machine = HelmholtzMachine(SMALL)
+    machine = SMALL.build()
     x = torch.tensor([[0, 1, 1, 0, 1, 0]])
     one, other = (machine.recognition[0](pixels) for pixels in (x.to(dtype), x.float()))
     torch.testing.assert_close((one.mu, one.logvar), (other.mu, other.logvar), rtol=0, atol=0)
@@ -34,7 +37,7 @@ def test_pixels_of_any_dtype_are_recognised_alike(dtype):
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_widths_and_activation_are_the_users(activation):
     config = ModelConfig(6, (2,), (5,), (4, 3), activation=activation)
-    machine = HelmholtzMachine(config)
+    machine = config.build()
     assert [tuple(p.shape) for p in machine.recognition.parameters() if p.dim() == 2] == [
         (5, 6),
         (4, 5),
@@ -49,7 +52,7 @@ def test_widths_and_activation_are_the_users(activation):
 
 
 def test_no_hidden_layers_give_linear_networks():
-    machine = HelmholtzMachine(ModelConfig(6, (2,), (), ()))
+    machine = ModelConfig(6, (2,), (), ()).build()
     z = torch.randn(3, 2)
     logits = machine.generative[0].network
     torch.testing.assert_close(logits(2 * z), 2 * logits(z))
@@ -57,14 +60,14 @@ def test_no_hidden_layers_give_linear_networks():
 
 def test_the_generative_bias_starts_at_the_logit_of_the_clipped_pixel_mean():
     mean = torch.tensor([0.0, 0.0005, 0.25, 0.5, 0.9995, 1.0])
-    bias = HelmholtzMachine(SMALL, mean).generative[0].network.head.bias
+    bias = SMALL.build(mean).generative[0].network.head.bias
     expected = torch.tensor([0.001, 0.001, 0.25, 0.5, 0.999, 0.999])
     torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-5, atol=0)
 
 
 def test_a_pixel_mean_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"pixel_mean to have shape \[6\], got \[5\]"):
-        HelmholtzMachine(SMALL, torch.zeros(5))
+        SMALL.build(torch.zeros(5))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_impossible_sizes_are_refused(change, message):
 
 
 def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
-    machine = HelmholtzMachine(SMALL, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.99]))
+    machine = SMALL.build(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.99]))
     count = 100_000
     (z,), x = machine.dream(count, keys=(make_key(0, 0), make_key(0, 1)))
     assert not z.requires_grad
@@ -105,7 +108,7 @@ def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
 
 
 def test_a_dream_is_a_function_of_its_keys():
-    machine = HelmholtzMachine(SMALL)
+    machine = SMALL.build()
     keys = make_key(3, 0), make_key(3, 1)
     first, second = machine.dream(9, keys=keys), machine.dream(9, keys=keys)
     assert torch.equal(first.latents[0], second.latents[0])
@@ -114,19 +117,19 @@ def test_a_dream_is_a_function_of_its_keys():
 
 
 def test_dreams_take_the_dtype_of_the_generative_network():
-    (z,), x = HelmholtzMachine(SMALL).double().dream(3)
+    (z,), x = SMALL.build().double().dream(3)
     assert z.dtype == x.dtype == torch.float64
 
 
 def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
     """As any other network is by way of them, with the same gradients."""
-    network = HelmholtzMachine(SMALL).generative[0].network.double()
-    perceptron, any_other = BernoulliConditional(network), BernoulliConditional(torch.nn.Sequential(network))
+    network = SMALL.build().generative[0].network.double()
+    perceptron, any_other = LinearBernoulliConditional(network), BernoulliConditional(network)
     z, x = torch.randn(4, 3, 2, dtype=torch.float64), torch.randint(2, (3, 6))
     x = x.to(torch.uint8)
     torch.testing.assert_close(perceptron(z).log_prob(x), any_other(z).log_prob(x))
     for sample_shape in ((), (2,)):
-        draws = [conditional(z).sample(sample_shape, key=make_key(1)) for conditional in (perceptron, any_other)]
+        draws = [conditional(z).rsample(sample_shape, key=make_key(1)) for conditional in (perceptron, any_other)]
         assert torch.equal(*draws)
     assert type(perceptron(z)) is LinearBernoulli
     weights = torch.randn(4, 1, dtype=torch.float64)
@@ -149,13 +152,13 @@ def test_a_layer_of_somebodys_own_computes_what_it_computes():
 
     z, x = torch.randn(3, 2), torch.randint(2, (3, 6)).float()
     for name in ("0", "2"):
-        network = HelmholtzMachine(SMALL).generative[0].network
+        network = SMALL.build().generative[0].network
         plain = getattr(network, name)
         setattr(network, name, Doubled(plain.in_features, plain.out_features))
         getattr(network, name).load_state_dict(plain.state_dict())
         expected = torch.nn.Sequential.forward(network, z)
         torch.testing.assert_close(network(z), expected)
-        log_prob = BernoulliConditional(network)(z).log_prob(x)
+        log_prob = LinearBernoulliConditional(network)(z).log_prob(x)
         torch.testing.assert_close(log_prob, torch.distributions.Bernoulli(logits=expected).log_prob(x).sum(-1))
 
 
@@ -166,8 +169,17 @@ def test_layers_are_fused_and_the_same(activation):
     torch.testing.assert_close(network(input), torch.nn.Sequential.forward(network, input))
 
 
+def test_a_machine_is_made_of_any_two_networks():
+    recognition = RecognitionNetwork([GaussianConditional(torch.nn.Linear(6, 4))])
+    generative = GenerativeNetwork([BernoulliConditional(torch.nn.Linear(2, 6)), StandardGaussianPrior(2)])
+    machine = HelmholtzMachine(recognition, generative)
+    assert machine.recognition is recognition
+    assert machine.generative is generative
+    assert machine.reconstruct(machine.dream(5).x).shape == (5, 6)
+
+
 def test_reconstructions_are_pixel_means_and_a_function_of_the_key():
-    machine = HelmholtzMachine(SMALL)
+    machine = SMALL.build()
     x = torch.randint(2, (8, 6), dtype=torch.uint8)
     first, second = (machine.reconstruct(x, keys=[make_key(1)]) for _ in range(2))
     assert torch.equal(first, second)

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, prune
 
 import wakesleep_ext as ws
 from wakesleep_ext import ops
-from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, LinearBernoulli
+from wakesleep_ext.densities import LinearBernoulli
+from wakesleep_ext.helmholtz.conditionals import LinearBernoulliConditional
 from wakesleep_ext.helmholtz.networks import MultilayerPerceptron
 from wakesleep_ext.modules import BernoulliHead, GaussianHead, Linear, Sequential, fuse
 from wakesleep_ext.random import make_key
@@ -70,18 +71,22 @@ def test_what_layers_compute_is_what_the_ops_compute(bias: bool) -> None:
     torch.testing.assert_close(Linear.from_linear(linear, "tanh")(h), output.tanh())
     for layer in (Linear.from_linear(linear), pixels, z):
         torch.testing.assert_close(layer(h), output)
-    torch.testing.assert_close(pixels.log_prob(h, x), ws.bernoulli_log_prob(output, x))
+    p = pixels.distribution(h)
+    for recompute in (None, True, False):
+        torch.testing.assert_close(p.log_prob(x, recompute=recompute), ws.bernoulli_log_prob(output, x))
     importance = torch.randn(5)
     expected = (importance * ws.bernoulli_log_prob(output, x)).sum()
-    torch.testing.assert_close(pixels.log_prob_sum(h, x, importance), expected)
-    assert torch.equal(pixels.sample(h, key=key, dtype=torch.bool), ws.bernoulli_sample(output, key=key).bool())
+    torch.testing.assert_close(p.log_prob_sum(x, importance), expected)
+    torch.testing.assert_close(p.log_prob_sum(x), ws.bernoulli_log_prob(output, x).sum())
+    assert torch.equal(p.rsample(key=key), ws.bernoulli_sample(output, key=key))
 
     mu, logvar = output.chunk(2, -1)
-    torch.testing.assert_close(z.moments(h), (mu, logvar))
-    draw, log_q = z.rsample_log_prob(h, (2,), key=key)
+    q = z.distribution(h)
+    torch.testing.assert_close((q.mu, q.logvar), (mu, logvar))
+    draw, log_q = q.rsample_log_prob((2,), key=key)
     torch.testing.assert_close((draw, log_q), ws.gaussian_rsample_log_prob(mu, logvar, (2,), key=key))
-    torch.testing.assert_close(z.log_prob(h, draw), ws.gaussian_log_prob(mu, logvar, draw))
-    torch.testing.assert_close(z.distribution(h).log_prob(draw), ws.gaussian_log_prob(mu, logvar, draw))
+    torch.testing.assert_close(q.log_prob(draw), ws.gaussian_log_prob(mu, logvar, draw))
+    torch.testing.assert_close(q.log_prob_sum(draw), ws.gaussian_log_prob(mu, logvar, draw).sum())
 
 
 def test_a_head_in_somebodys_model_trains_it() -> None:
@@ -90,7 +95,7 @@ def test_a_head_in_somebodys_model_trains_it() -> None:
     model[2] = BernoulliHead.from_linear(model[2])
     assert model.state_dict().keys() == state
     x = torch.randint(2, (8, 6)).float()
-    (-model[2].log_prob(model[:2](x), x).mean()).backward()
+    (-model[2].distribution(model[:2](x)).log_prob(x).mean()).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
@@ -381,7 +386,7 @@ PERCEPTRON_CHANGES: dict[str, Callable[[MultilayerPerceptron], Any]] = {
 @pytest.mark.parametrize("activation", ["tanh", "gelu"])
 def test_the_logits_of_a_conditional_are_those_of_its_network(change: str, activation: Literal["tanh", "gelu"]) -> None:
     network, z, x = MultilayerPerceptron((3, 8, 5, 6), activation), torch.randn(4, 2, 3), torch.randint(2, (2, 6))
-    conditional, x = BernoulliConditional(network), x.bool()
+    conditional, x = LinearBernoulliConditional(network), x.bool()
     assert type(conditional(z)) is LinearBernoulli
     before = conditional(z).log_prob(x)
     PERCEPTRON_CHANGES[change](network)
@@ -391,10 +396,10 @@ def test_the_logits_of_a_conditional_are_those_of_its_network(change: str, activ
 
 
 def test_global_hooks_see_the_network_of_a_conditional() -> None:
-    conditional, seen = BernoulliConditional(MultilayerPerceptron((3, 8, 6), "relu")), []
+    conditional, seen = LinearBernoulliConditional(MultilayerPerceptron((3, 8, 6), "relu")), []
     with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
         conditional(torch.randn(4, 3))
-    assert seen == [nn.Linear, nn.ReLU, nn.Linear, MultilayerPerceptron, BernoulliConditional]
+    assert seen == [nn.Linear, nn.ReLU, nn.Linear, MultilayerPerceptron, LinearBernoulliConditional]
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz.*")

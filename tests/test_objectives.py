@@ -6,11 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from exact import is_discrete, sizes
 from torch import nn
-from torch.distributions import Bernoulli, Normal
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
+from wakesleep_ext.densities import Bernoulli as Logits
+from wakesleep_ext.densities import Gaussian, StandardGaussian
 from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, ModelConfig, RecognitionNetwork
+from wakesleep_ext.helmholtz.networks import Constant
 from wakesleep_ext.helmholtz.objectives import (
     dreg_loss,
     elbo_loss,
@@ -36,7 +40,7 @@ DIFFERENTIABLE = [name for name, config in CONFIGS.items() if config.latents == 
 def make_machine(name):
     """Small, and far enough from its start to have something to say."""
     torch.manual_seed(0)
-    machine = HelmholtzMachine(CONFIGS[name], torch.tensor([0.2, 0.5, 0.7]))
+    machine = CONFIGS[name].build(torch.tensor([0.2, 0.5, 0.7]))
     with torch.no_grad():
         for parameter in machine.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -76,18 +80,17 @@ def quadrature(layers):
     return grid.T, of_grid.prod(-1)
 
 
-def every_state(sizes):
-    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=sum(sizes))), dtype=torch.float64)
-    return states.split(sizes, -1)
+def every_state(widths):
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=sum(widths))), dtype=torch.float64)
+    return states.split(widths, -1)
 
 
 def recognised(machine, x):
     """z ~ q(z|x), differentiable where q can be."""
-    sizes = machine.config.latent
-    if machine.config.latents == "bernoulli":
-        latents = [z[:, None].expand(-1, len(x), -1) for z in every_state(sizes)]
+    if is_discrete(machine):
+        latents = [z[:, None].expand(-1, len(x), -1) for z in every_state(sizes(machine))]
         return latents, log_prob(machine.recognition, latents, x).exp().detach()
-    noise, weights = quadrature(len(sizes))
+    noise, weights = quadrature(len(machine.recognition))
     given, latents = x.expand(noise.shape[1], *x.shape), []
     for conditional, epsilon in zip(machine.recognition, noise, strict=True):
         q = distribution(conditional, given)
@@ -98,11 +101,10 @@ def recognised(machine, x):
 
 def imagined(machine):
     """z ~ p(z), for one image."""
-    sizes = machine.config.latent
-    if machine.config.latents == "bernoulli":
-        latents = [z[:, None] for z in every_state(sizes)]
+    if is_discrete(machine):
+        latents = [z[:, None] for z in every_state(sizes(machine))]
         return latents, log_prior(machine, latents).exp().detach()
-    noise, weights = quadrature(len(sizes))
+    noise, weights = quadrature(len(machine.recognition))
     given, latents = None, []
     for conditional, epsilon in zip(reversed(list(machine.generative)[1:]), noise, strict=True):
         p = distribution(conditional, given)
@@ -123,7 +125,7 @@ def detached(latents):
 def exact_wake_loss(machine, x):
     latents, weights = recognised(machine, x)
     log_joint = log_prob(machine.generative, detached(latents), x)
-    if machine.config.latents == "gaussian":  # the topmost prior is left out
+    if not is_discrete(machine):  # the topmost prior is left out
         log_joint = log_joint - Normal(0, 1).log_prob(latents[-1].detach()).sum(-1)
     return -(weights * log_joint).sum(0).mean()
 
@@ -218,7 +220,7 @@ def test_the_sleep_loss_and_its_gradient_are_unbiased(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_reweighted_losses_and_their_gradients_are_right(name, share):
     machine = make_machine(name)
-    sampled = reweighted_wake_losses(machine.recognition, machine.generative, MANY, 2, defensive=share)
+    sampled = reweighted_wake_losses(machine.recognition, machine.generative, MANY, 2, defensive_fraction=share)
     theta, phi = exact_reweighted_losses(machine, SOME_IMAGES, share)
     assert_same(sampled.theta, theta, machine.generative)
     assert_same(sampled.phi, phi, machine.recognition)
@@ -264,7 +266,7 @@ def test_each_loss_of_wake_and_sleep_trains_one_network_only(name):
     machine = make_machine(name)
     networks = machine.recognition, machine.generative
     reweighted = reweighted_wake_losses(*networks, EVERY_IMAGE, 4)
-    defensive = reweighted_wake_losses(*networks, EVERY_IMAGE, 4, defensive=0.2)
+    defensive = reweighted_wake_losses(*networks, EVERY_IMAGE, 4, defensive_fraction=0.2)
     for loss in (wake_theta_loss(*networks, EVERY_IMAGE, 2), reweighted.theta, defensive.theta):
         for_recognition, for_generative = norms(loss, machine)
         assert for_recognition is None
@@ -279,7 +281,7 @@ def test_the_sum_of_both_reweighted_losses_teaches_recognition_something(machine
     """If q inside the weights were not detached, the gradients would cancel exactly, as they do here."""
     x, num_samples, keys = EVERY_IMAGE, 4, [make_key(3)]
     theta, phi = reweighted_wake_losses(machine.recognition, machine.generative, x, num_samples, keys=keys)
-    (draw,) = machine.recognition.sample_log_prob(x, num_samples, keys=keys, detach=True)
+    (draw,) = machine.recognition.rsample_log_prob(x, num_samples, keys=keys, detach=True)
     trap = math.log(num_samples) - (machine.generative.log_prob([draw.z], x) - draw.log_q).logsumexp(0).mean()
     torch.testing.assert_close(trap, theta)
     cancelled = gradients(trap + phi, machine.recognition)
@@ -290,7 +292,7 @@ def test_the_sum_of_both_reweighted_losses_teaches_recognition_something(machine
 
 def test_weights_belong_to_each_image(machine):
     """Each image's bound is of its own samples: the loss of a batch is the mean of what the rows would have alone."""
-    (draw,) = machine.recognition.sample_log_prob(SOME_IMAGES, 5, keys=[make_key(1)])
+    (draw,) = machine.recognition.rsample_log_prob(SOME_IMAGES, 5, keys=[make_key(1)])
     log_w = machine.generative.log_prob([draw.z], SOME_IMAGES) - draw.log_q
     bounds = [row.exp().mean().log() for row in log_w.unbind(1)]
     scores = [(row.exp() / row.exp().sum()) @ log_q for row, log_q in zip(log_w.T, draw.log_q.T, strict=True)]
@@ -333,7 +335,7 @@ def test_losses_are_functions_of_their_keys(machine):
     for loss, arguments, taken in (
         (wake_theta_loss, (EVERY_IMAGE,), 1),
         (sleep_phi_loss, (20,), 2),
-        (lambda *a, **k: reweighted_wake_losses(*a, **k, defensive=0.5).theta, (EVERY_IMAGE, 4), 3),
+        (lambda *a, **k: reweighted_wake_losses(*a, **k, defensive_fraction=0.5).theta, (EVERY_IMAGE, 4), 3),
         (elbo_loss, (EVERY_IMAGE,), 1),
         (iwae_loss, (EVERY_IMAGE, 2), 1),
         (dreg_loss, (EVERY_IMAGE, 2), 1),
@@ -341,6 +343,25 @@ def test_losses_are_functions_of_their_keys(machine):
         first, second = (loss(*networks, *arguments, keys=keys[:taken]) for _ in range(2))
         assert torch.equal(first, second)
         assert not torch.equal(loss(*networks, *arguments), loss(*networks, *arguments))
+
+
+def test_only_the_divergence_of_a_gaussian_from_the_standard_one_has_a_formula():
+    q, prior = Gaussian(torch.randn(5, 2), torch.randn(5, 2)), StandardGaussian(torch.zeros(2), torch.zeros(2))
+    exact = kl_divergence(Independent(Normal(q.mu, (q.logvar / 2).exp()), 1), Independent(Normal(prior.mu, 1.0), 1))
+    torch.testing.assert_close(prior.kl_from(q), exact)
+    assert prior.kl_from(Logits(torch.zeros(5, 2))) is None
+    assert q.kl_from(prior) is None
+
+
+def test_a_learnt_prior_is_compared_by_the_draws(machine):
+    """A prior N(0, I) that has parameters: the ELBO in expectation, and a gradient for them."""
+    (draw,) = machine.recognition.rsample_log_prob(EVERY_IMAGE, 3, keys=[make_key(2)])
+    prior = GaussianConditional(Constant(2)).double()
+    learnt = GenerativeNetwork([machine.generative[0], prior])
+    loss = elbo_loss(machine.recognition, learnt, EVERY_IMAGE, 3, keys=[make_key(2)])
+    expected = (draw.log_q - machine.generative.log_prob([draw.z], EVERY_IMAGE)).mean()
+    torch.testing.assert_close(loss, expected)
+    assert gradients(loss, prior)["network.value"].abs().sum() > 0
 
 
 def test_too_few_keys_are_refused(machine):
@@ -407,7 +428,7 @@ def test_joint_log_probabilities_are_those_of_the_factors_and_sum_to_one(name):
     latents = [z.expand(-1, len(EVERY_IMAGE), -1) for z in latents]
     of_x = machine.generative.log_prob(latents, EVERY_IMAGE) - log_prior(machine, latents)
     assert (weights * of_x.exp()).sum().item() == pytest.approx(1)
-    if machine.config.latents == "bernoulli":  # sums over every state are exact
+    if is_discrete(machine):  # sums over every state are exact
         assert machine.generative.log_prob(latents, EVERY_IMAGE).exp().sum().item() == pytest.approx(1)
         total = machine.recognition.log_prob(latents, EVERY_IMAGE).exp().sum(0)
         torch.testing.assert_close(total, torch.ones_like(total))

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import warnings
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import checkout
 import pytest
+import torch as torch_module
 from checkout import ROOT
 
-from wakesleep_ext import _C
+from wakesleep_ext import _C, _build, _loading, info
 
 pytestmark = pytest.mark.source_tree
 
-toolchain = checkout.load("build_support.toolchain")
+toolchain, backend = (checkout.load(f"build_support.{name}") for name in ("toolchain", "backend"))
 Torch, Toolkit, make_plan, BuildError = toolchain.Torch, toolchain.Toolkit, toolchain.make_plan, toolchain.BuildError
 
 CPU_TORCH = Torch(Path("site"), "2.13.0+cpu", None)
@@ -117,6 +124,63 @@ def test_the_torch_of_a_directory(tmp_path: Path) -> None:
     assert toolchain.find_torch([tmp_path]) == Torch(tmp_path, "2.13.0+cpu", None)
 
 
+@pytest.mark.parametrize(
+    ("version", "requirement"),
+    [
+        ("2.13.0+cpu", "torch==2.13.*"),
+        ("2.14.1", "torch==2.14.*"),
+        ("2.15.0.dev20270101+cu130", "torch==2.15.*"),
+        ("2.10.0a0+b4e4ee8.nv25.12", "torch==2.10.*"),
+    ],
+)
+def test_a_wheel_requires_the_series_that_it_is_compiled_for(version: str, requirement: str) -> None:
+    assert Torch(Path("site"), version, None).requirement == requirement
+
+
+def test_pip_is_asked_for_a_torch_only_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip's isolated build sees the environment. Where another tool's does not, the build stops."""
+    for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
+        monkeypatch.setattr(backend.build_meta, hook, lambda settings: [])
+    monkeypatch.setenv("PIP_BUILD_TRACKER", "a folder of pip's")
+    assert backend.get_requires_for_build_wheel() == ["ninja"]
+    monkeypatch.setattr(toolchain, "find_torch", lambda: None)
+    assert toolchain.SUPPORTED_TORCH in backend.get_requires_for_build_wheel()
+    monkeypatch.delenv("PIP_BUILD_TRACKER")
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        with pytest.raises(BuildError, match=r"(?s)cannot see the torch of your environment.*\n    pip install"):
+            hook()
+    hooks = ("prepare_metadata_for_build_wheel", "prepare_metadata_for_build_editable", "build_wheel", "build_editable")
+    for name in hooks:
+        with pytest.raises(BuildError, match="there is no torch to build against"):
+            getattr(backend, name)("folder")
+
+
+@pytest.mark.parametrize(
+    ("environment", "source", "second"),
+    [
+        ({}, "/home/me/a clone", "pip install --no-build-isolation --no-cache-dir '/home/me/a clone'"),
+        ({"UV": "uv", "PIP_BUILD_TRACKER": "x"}, "/src", "pip install --no-build-isolation --no-cache-dir /src"),
+        ({}, "/tmp/pip-req-build-1a", "pip install --no-build-isolation --no-cache-dir SOURCE"),
+        ({"UV": "uv"}, "/src", "uv pip install --no-build-isolation --reinstall-package wakesleep_ext /src"),
+        (
+            {"UV_INTERNAL__BUILD_DIR": "x"},
+            "/home/me/.cache/uv/git-v0/checkouts/1/2",
+            "uv pip install --no-build-isolation --reinstall-package wakesleep_ext SOURCE",
+        ),
+    ],
+)
+def test_the_two_commands(environment: dict[str, str], source: str, second: str) -> None:
+    """They name what is built, unless it was unpacked into a folder that goes away."""
+    said = toolchain.commands_without_isolation(environment, Path(source))
+    assert _commands(said)[1] == second
+    assert ("SOURCE is what you asked to install" in said) == second.endswith("SOURCE")
+
+
+def _commands(message: str) -> list[str]:
+    """The indented lines that are commands."""
+    return re.findall(r"^\s+((?:uv )?pip install .*)$", message, re.M)
+
+
 def test_jobs() -> None:
     assert toolchain.parallel_jobs({"MAX_JOBS": "7"}, available_bytes=0) == 7
     assert toolchain.parallel_jobs({}, available_bytes=0) == 1
@@ -140,6 +204,148 @@ def test_a_build_that_cannot_be_ends_before_it_compiles(tmp_path: Path) -> None:
     assert "WAKESLEEP_FORCE_CUDA=1, but" in done.stderr
     assert "install" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A torch with CUDA that sees a GPU, and kernels for the CPU alone."""
+    monkeypatch.setattr(torch_module.version, "cuda", "13.0")
+    monkeypatch.setattr(torch_module.cuda, "_device_count_nvml", lambda: 1)
+    monkeypatch.setattr(_build, "CUDA_VERSION", None)
+    monkeypatch.setattr(_build, "REASON", "no nvcc was found")
+    return monkeypatch
+
+
+def test_a_gpu_that_the_kernels_do_not_use(gpu_without_kernels: pytest.MonkeyPatch) -> None:
+    """The import says why there are no CUDA kernels, and how to get them."""
+    with pytest.warns(RuntimeWarning, match=r"built without CUDA kernels \(no nvcc was found\)") as said:
+        _loading.load_kernels()
+    assert len(said) == 1
+    assert "CUDA 13.0 toolkit" in str(said[0].message)
+    assert "`WAKESLEEP_FORCE_CUDA=1 pip install --force-reinstall" in str(said[0].message)
+
+
+def _fails() -> int:
+    raise OSError("no NVML")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (_build, "CUDA_VERSION", "13.0"),
+        (torch_module.version, "cuda", None),
+        (torch_module.cuda, "_device_count_nvml", lambda: 0),
+        (torch_module.cuda, "_device_count_nvml", lambda: warnings.warn("no NVML", stacklevel=1) or -1),
+        (torch_module.cuda, "_device_count_nvml", _fails),
+    ],
+    ids=["CUDA kernels", "a CPU torch", "no GPU", "no driver", "an error"],
+)
+def test_no_warning_without_cause(gpu_without_kernels: pytest.MonkeyPatch, owner: Any, name: str, value: Any) -> None:
+    gpu_without_kernels.setattr(owner, name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _loading.load_kernels()
+
+
+def test_the_import_does_not_initialise_cuda(gpu_without_kernels: pytest.MonkeyPatch) -> None:
+    """A process that has initialised CUDA cannot fork and use it in the child."""
+
+    def initialises(*arguments: Any) -> Any:
+        raise AssertionError("CUDA was initialised")
+
+    for owner, name in ((torch_module._C, "_cuda_getDeviceCount"), (torch_module.cuda, "_lazy_init")):
+        gpu_without_kernels.setattr(owner, name, initialises, raising=False)
+    with pytest.warns(RuntimeWarning, match="WAKESLEEP_FORCE_CUDA=1"):
+        _loading.load_kernels()
+
+
+def test_info_says_why_these_kernels_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build, "REASON", "because")
+    assert "(because)" in info.info()["built"]
+
+
+class Installed(metadata.Distribution):
+    """What an installer leaves in a dist-info folder."""
+
+    def __init__(self, installer: str, record: dict[str, Any] | None) -> None:
+        self._texts = {"INSTALLER": f"{installer}\n", "direct_url.json": None if record is None else json.dumps(record)}
+
+    def read_text(self, filename: str) -> str | None:
+        return self._texts.get(filename)
+
+    def locate_file(self, path: Any) -> Any:
+        return path
+
+
+UNKNOWN = "SOURCE (a checkout or a source distribution of wakesleep_ext)"
+PIP = "pip install --force-reinstall --no-deps --no-cache-dir"
+UV = "uv pip install --no-deps --no-build-isolation --reinstall-package wakesleep_ext"
+LOCAL, ARCHIVE = ROOT.as_uri(), (ROOT / "setup.py").as_uri()  # a file serves as an archive: it is there
+GIT = {"url": "https://example.org/w.git", "vcs_info": {"vcs": "git", "commit_id": "1a2b"}}
+
+
+@pytest.mark.parametrize(
+    ("installer", "record", "command"),
+    [
+        ("pip", {"url": LOCAL, "dir_info": {}}, f"{PIP} {ROOT}"),
+        ("uv", {"url": LOCAL, "dir_info": {}}, f"{UV} {ROOT}"),
+        ("pip", {"url": LOCAL, "dir_info": {"editable": True}}, f"{PIP} -e {ROOT}"),
+        ("uv", {"url": LOCAL, "dir_info": {"editable": True}}, f"{UV} -e {ROOT}"),
+        ("pip", {"url": ARCHIVE, "archive_info": {}}, f"{PIP} {ROOT / 'setup.py'}"),
+        ("pip", {"url": "file:///gone/away", "dir_info": {}}, f"{PIP} {UNKNOWN}"),
+        ("pip", {"url": f"{LOCAL}/dist/w.whl", "archive_info": {}}, f"{PIP} {UNKNOWN}"),
+        ("pip", {"url": "https://example.org/w.tar.gz", "archive_info": {}}, f"{PIP} https://example.org/w.tar.gz"),
+        ("pip", GIT, f"{PIP} git+https://example.org/w.git@1a2b"),
+        ("pip", None, f"{PIP} {ROOT}"),  # built in place
+    ],
+)
+def test_reinstalling_needs_no_index(
+    installer: str, record: dict[str, Any] | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command names the source that this copy came from."""
+    monkeypatch.setattr(info, "distribution", lambda name: Installed(installer, record))
+    monkeypatch.setattr(info, "__file__", str(ROOT / "wakesleep_ext" / "info.py"))
+    assert info.reinstall_command("A=1") == f"A=1 {command}"
+
+
+def test_reinstalling_an_installed_wheel_of_unknown_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(info, "distribution", lambda name: Installed("pip", None))
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "wakesleep_ext" / "info.py"))
+    assert info.reinstall_command() == f"{PIP} {UNKNOWN}"
+
+
+def test_the_stubs_name_what_the_modules_have() -> None:
+    for module, name in ((_C, "_C"), (_build, "_build")):
+        body = ast.parse((ROOT / f"wakesleep_ext/{name}.pyi").read_text()).body
+        stubs = {_name_of(node): node for node in body if _name_of(node)}
+        public = {name for name in vars(module) if not name.startswith("_")}
+        assert {name for name in stubs if not name.startswith("_")} == public
+        for owner, node in stubs.items():
+            if isinstance(node, ast.ClassDef) and owner in public:
+                members = {name for name in vars(getattr(module, owner)) if not name.startswith("_")}
+                assert {_name_of(member) for member in node.body} - {"__init__"} == members
+
+
+def _name_of(node: ast.stmt) -> str | None:
+    return getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None)
+
+
+def test_versions_that_stand_in_two_files() -> None:
+    """Hooks of pre-commit use the versions of constraints.txt; the citation names the version of the package."""
+    pinned = set(re.findall(r"^(\S+==\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    hooks = set(re.findall(r"[\w-]+==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert {hook.partition("==")[0] for hook in hooks} == {"clang-format", "mypy", "ruff"}
+    assert hooks <= pinned
+    project = (ROOT / "pyproject.toml").read_text()
+    versions = [
+        re.search(pattern, text, re.M)
+        for pattern, text in (
+            (r'^version = "(.*)"$', project),
+            (r"^version: (.*)$", (ROOT / "CITATION.cff").read_text()),
+        )
+    ]
+    assert len({found and found.group(1) for found in versions}) == 1
+    assert f'requires = ["setuptools>={toolchain.OLDEST_SETUPTOOLS}"]' in project
 
 
 def _with_requirements(name: str) -> set[str]:
@@ -183,13 +389,18 @@ NOT_SOURCES = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info", "*.so
 
 
 @pytest.fixture
-def archive(tmp_path: Path) -> Path:
+def sources(tmp_path: Path) -> Path:
+    """A copy of the checkout."""
+    return shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(*NOT_SOURCES))
+
+
+@pytest.fixture
+def archive(sources: Path, tmp_path: Path) -> Path:
     """The source distribution of a copy of the checkout."""
-    checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(*NOT_SOURCES))
     sdist = "from build_support import backend; import sys; print(backend.build_sdist(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", sdist, str(tmp_path)],
-        cwd=checkout, stdout=subprocess.PIPE, text=True, check=True,
+        cwd=sources, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return tmp_path / done.stdout.splitlines()[-1]
 
@@ -217,8 +428,13 @@ VARIABLES = {name: value for name, value in os.environ.items() if name not in ("
 
 
 def _install(archive: Path, environment: Path, **variables: str) -> None:
-    """Installs as people type it, isolated. No cache: it would keep a wheel of empty kernels."""
-    options = ["--disable-pip-version-check", "--no-cache-dir"]
+    """Installs as people type it, isolated. No cache: it would keep a wheel of empty kernels.
+
+    The constraint protects the tests' own torch, to which the environment links: pip must not replace it.
+    """
+    constraints = archive.with_name("constraints.txt")
+    constraints.write_text(f"torch=={metadata.version('torch')}\n")
+    options = ["--disable-pip-version-check", "--no-cache-dir", "--constraint", str(constraints)]
     command = [environment / "bin/python", "-m", "pip", "install", *options, str(archive)]
     subprocess.run(command, env=VARIABLES | variables, cwd=archive.parent, check=True)
 
@@ -245,16 +461,133 @@ def _check_that_it_works(environment: Path) -> None:
     assert "missing; install with: pip install 'wakesleep_ext[train]'" in command.stderr
 
 
+@pytest.fixture
+def compiler(tmp_path: Path) -> str:
+    """A compiler that makes empty kernels."""
+    path = tmp_path / "c++"
+    path.write_text(STUB)
+    path.chmod(0o755)
+    return str(path)
+
+
+FAKE_TORCH = {
+    "__init__.py": "",
+    "cuda.py": "",
+    "utils/__init__.py": "",
+    "utils/cpp_extension.py": """
+from pathlib import Path
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+class BuildExtension(build_ext):
+    def build_extension(self, extension):
+        path = Path(self.get_ext_fullpath(extension.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+def CppExtension(name, sources, **rest):
+    return Extension(name, sources)
+""",
+}
+
+
+def _write_torch(environment: Path, version: str) -> None:
+    """A torch that compiles nothing. These are files, for uv would write through links to the tests' own torch."""
+    for path in _site(environment).glob("torch*"):
+        shutil.rmtree(path)
+    texts = {f"torch/{name}": text for name, text in FAKE_TORCH.items()}
+    texts["torch/version.py"] = f"__version__ = '{version}+cpu'\ncuda: str | None = None\n"
+    _write_distribution(environment, "torch", version, texts)
+
+
+def _write_distribution(environment: Path, name: str, version: str, texts: dict[str, str]) -> None:
+    folder = f"{name}-{version}.dist-info"
+    texts = texts | {
+        f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{folder}/RECORD": "",
+    }
+    for file, text in texts.items():
+        path = _site(environment) / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.fixture
+def fake_environment(tmp_path: Path) -> Path:
+    """A new environment with setuptools, as torch brings it, and nothing that is downloaded."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    for path in {path.parts[0] for path in metadata.files("setuptools") or ()} - {"..", "__pycache__"}:
+        found = Path(str(metadata.distribution("setuptools").locate_file(path)))
+        (shutil.copytree if found.is_dir() else shutil.copy)(found, _site(environment) / path)
+    _write_distribution(environment, "ninja", "99", {})
+    _write_torch(environment, "2.98.0")
+    return environment
+
+
+def _uv(directory: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the real uv, which is in the extra `test`, with a cache of its own."""
+    uv = shutil.which("uv", path=sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath))
+    assert uv is not None, "uv is missing; install the extra 'test'"
+    # uv breaks the lines of errors after so many COLUMNS
+    others = ("VIRTUAL_ENV", "UV_", "COLUMNS")
+    environment = {name: value for name, value in VARIABLES.items() if not name.startswith(others)}
+    return subprocess.run(
+        [uv, *arguments],
+        cwd=directory, env=environment | {"UV_CACHE_DIR": str(directory.parent / "cache")} | variables,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def _metadata(folder: Path) -> str:
+    (path,) = folder.glob("wakesleep_ext-*.dist-info/METADATA")
+    return path.read_text()
+
+
+def test_uv_in_a_checkout(sources: Path, fake_environment: Path) -> None:
+    """It builds for the torch of the environment, and once more for another torch."""
+    for series in ("2.98", "2.97"):
+        _write_torch(fake_environment, f"{series}.0")
+        done = _uv(sources, "pip", "install", "--python", fake_environment, ".", UV_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        assert f"Requires-Dist: torch=={series}.*\n" in _metadata(_site(fake_environment))
+        build = (_site(fake_environment) / "wakesleep_ext/_build.py").read_text()
+        assert f"TORCH_VERSION = '{series}.0+cpu'\n" in build
+
+
+def test_uv_elsewhere_stops_with_commands_that_work(sources: Path, fake_environment: Path) -> None:
+    """Its isolated build does not know the environment. So it compiles nothing, and says what works."""
+    elsewhere = fake_environment.parent / "elsewhere"
+    elsewhere.mkdir()
+    done = _uv(elsewhere, "pip", "install", "--python", fake_environment, sources)
+    assert done.returncode != 0
+    assert "cannot see the torch of your environment" in done.stderr
+    assert "Traceback" not in done.stderr
+    for command in _commands(done.stderr):
+        done = _uv(elsewhere, *shlex.split(command)[1:], "--python", fake_environment, UV_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+    assert "Requires-Dist: torch==2.98.*\n" in _metadata(_site(fake_environment))
+
+
+def test_uv_without_torch_stops(sources: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "none"], check=True)
+    done = _uv(sources, "pip", "install", "--python", tmp_path / "none", ".", UV_OFFLINE="1")
+    assert done.returncode != 0
+    assert "the environment has no setuptools. Nothing was compiled." in done.stderr
+    assert len(_commands(done.stderr)) == 2
+    assert "Traceback" not in done.stderr
+
+
 def _python_files(package: Path) -> set[str]:
     return {str(path.relative_to(package)) for path in package.rglob("*.py*") if path.suffix != ".pyc"}
 
 
-def test_the_source_distribution_installs_where_only_torch_is(archive: Path, environment: Path) -> None:
+def test_the_source_distribution_installs_where_only_torch_is(archive: Path, environment: Path, compiler: str) -> None:
     """A stub compiler makes empty kernels. Those that run this test then replace them."""
-    compiler = archive.parent / "c++"
-    compiler.write_text(STUB)
-    compiler.chmod(0o755)
-    _install(archive, environment, CXX=str(compiler))
+    _install(archive, environment, CXX=compiler)
+    installed = _metadata(_site(environment))
+    assert {"License-Expression: BSD-3-Clause", "License-File: LICENSE"} <= set(installed.splitlines())
+    (licence,) = _site(environment).glob("wakesleep_ext-*.dist-info/licenses/LICENSE")
+    assert licence.read_text() == (ROOT / "LICENSE").read_text()
+    assert _requirements(installed) == _requirements(_prepared_metadata(archive.parent))
     package = _site(environment) / "wakesleep_ext"
     assert _python_files(package) == _python_files(ROOT / "wakesleep_ext")
     info = _run(environment, "wakesleep", "info")
@@ -265,9 +598,23 @@ def test_the_source_distribution_installs_where_only_torch_is(archive: Path, env
     _check_that_it_works(environment)
 
 
+def _requirements(text: str) -> set[str]:
+    return set(re.findall(r"^Requires-Dist: (.*)$", text, re.M))
+
+
+def _prepared_metadata(folder: Path) -> str:
+    """What a tool learns of the copy of the checkout before it builds a wheel."""
+    prepare = "from build_support import backend; import sys; backend.prepare_metadata_for_build_wheel(sys.argv[1])"
+    (folder / "prepared").mkdir()
+    command = [sys.executable, "-c", prepare, str(folder / "prepared")]
+    subprocess.run(command, cwd=folder / "checkout", stdout=subprocess.DEVNULL, check=True)
+    return _metadata(folder / "prepared")
+
+
 def test_the_source_distribution_has_every_file_that_is_compiled(archive: Path) -> None:
     with tarfile.open(archive) as files:
         packed = {name.partition("/")[2] for name in files.getnames()}
+    assert {"LICENSE", "CITATION.cff", "SECURITY.md"} <= packed
     needed = [path for folder in ("csrc", "build_support") for path in (ROOT / folder).rglob("*.*")]
     assert {str(path.relative_to(ROOT)) for path in needed if path.suffix != ".pyc"} <= packed
 

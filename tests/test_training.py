@@ -9,10 +9,10 @@ import torch
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wakesleep_ext import modules, random, reference
+from wakesleep_ext import densities, modules, random, reference
 from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
-from wakesleep_ext.helmholtz import conditionals, objectives
-from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz import objectives
+from wakesleep_ext.helmholtz.models import ModelConfig
 from wakesleep_ext.helmholtz.objectives import (
     dreg_loss,
     elbo_loss,
@@ -21,9 +21,11 @@ from wakesleep_ext.helmholtz.objectives import (
     sleep_phi_loss,
     wake_theta_loss,
 )
-from wakesleep_ext.training import data, trainer
+from wakesleep_ext.training import data
+from wakesleep_ext.training import step as steps
+from wakesleep_ext.training.config import RECIPES, TrainConfig
 from wakesleep_ext.training.data import DIGITS, Images, load
-from wakesleep_ext.training.trainer import RECIPES, DivergedError, TrainConfig, Trainer
+from wakesleep_ext.training.trainer import DivergedError, Trainer
 
 BARS = Images(
     torch.tensor([[255, 255, 0, 0], [0, 0, 255, 255], [255, 0, 255, 0], [0, 255, 0, 255]]).to(torch.uint8).repeat(6, 1),
@@ -35,7 +37,7 @@ BARS = Images(
 def make_trainer(images=BARS, device="cpu", model=None, **config):
     torch.manual_seed(0)
     model = ModelConfig(images.grey.shape[1], (2,), (8,), (8,)) if model is None else model
-    machine = HelmholtzMachine(model, images.mean()).to(device)
+    machine = model.build(images.mean()).to(device)
     return Trainer(machine, images.to(device), TrainConfig(**{"batch_size": 5, "epochs": 3, **config}))
 
 
@@ -84,7 +86,7 @@ DISCRETE = ModelConfig(4, (3, 2), (8,), (8,), (), "bernoulli")
         (None, 5, {}),
         (DEEP, 7, {}),
         (DISCRETE, 7, {}),
-        (DEEP, 10, {"objective": "reweighted-wake-sleep", "num_samples": 3, "defensive": 0.5}),
+        (DEEP, 10, {"objective": "reweighted-wake-sleep", "num_samples": 3, "defensive_fraction": 0.5}),
     ],
 )
 def test_every_draw_of_a_run_has_a_key_of_its_own(model, draws, config):
@@ -144,7 +146,7 @@ def test_a_step_of_a_mixture_is_what_one_writes_by_hand():
         "sleep_weight": 0.25,
         "num_samples": 3,
         "num_dreams": 7,
-        "defensive": 0.1,
+        "defensive_fraction": 0.1,
     }
     trainer, by_hand = make_trainer(seed=3, **settings), make_trainer(seed=3, **settings)
     recognition, generative = by_hand.machine.recognition, by_hand.machine.generative
@@ -153,7 +155,7 @@ def test_a_step_of_a_mixture_is_what_one_writes_by_hand():
     for step in range(10):
         keys = [random.make_key(3, 7 * step + draw) for draw in range(7)]
         x = BARS.binarize(keys[1], index)
-        theta, phi = reweighted_wake_losses(recognition, generative, x, 3, defensive=0.1, keys=keys[2:5])
+        theta, phi = reweighted_wake_losses(recognition, generative, x, 3, defensive_fraction=0.1, keys=keys[2:5])
         by_hand.machine.zero_grad()
         (theta + 0.75 * phi).backward()
         of_generative.step()
@@ -248,10 +250,10 @@ def losses_of_100_steps(device, latent=(3,), **config):
     generator = torch.Generator().manual_seed(2)
     images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(12, latent, (9, 8), (8, 9), (7,)), images.mean()).double().to(device)
+    machine = ModelConfig(12, latent, (9, 8), (8, 9), (7,)).build(images.mean()).double().to(device)
     config = {"batch_size": 8, "epochs": 20, "num_samples": 2, "learning_rate_decay": 0.1, **config}
     trainer = Trainer(machine, images.to(device), TrainConfig(**config))
-    batches = (index for _ in range(20) for index in trainer._batches())
+    batches = (index for _ in range(20) for index in trainer.take_step.batches())
     return torch.stack([trainer.take_step(index) for index in batches])
 
 
@@ -267,7 +269,7 @@ def losses_of_100_steps(device, latent=(3,), **config):
 def test_training_replayed_called_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
     replayed = losses_of_100_steps(device, **config)
     eager = losses_of_100_steps(device, replay=False, **config)
-    for module in (conditionals, data, modules, objectives, trainer):
+    for module in (data, densities, modules, objectives, steps):
         monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
     of_reference = losses_of_100_steps(device, replay=False, **config)
@@ -297,8 +299,8 @@ def test_training_teaches():
 def test_an_epoch_visits_each_image_once_in_an_order_of_its_own():
     trainer = make_trainer(batch_size=6)
     orders = []
-    batches = trainer._batches
-    trainer._batches = lambda: orders.append(batches()) or orders[-1]
+    batches = trainer.take_step.batches
+    trainer.take_step.batches = lambda: orders.append(batches()) or orders[-1]
     list(trainer.epochs())
     flat = [torch.cat(order).tolist() for order in orders]
     assert all(sorted(order) == list(range(24)) for order in flat)
@@ -307,7 +309,7 @@ def test_an_epoch_visits_each_image_once_in_an_order_of_its_own():
 
 def test_a_short_last_batch_is_left_out():
     trainer = make_trainer(batch_size=7)
-    assert [len(index) for index in trainer._batches()] == [7, 7, 7]
+    assert [len(index) for index in trainer.take_step.batches()] == [7, 7, 7]
     assert [e.step for e in trainer.epochs()] == [3, 6, 9]
 
 
@@ -439,7 +441,7 @@ def test_the_state_names_every_weight_and_both_optimizers():
         ("adam_epsilon", -1e-8),
         ("objective", "adversarial"),
         ("sleep_weight", 1.5),
-        ("defensive", 1.0),
+        ("defensive_fraction", 1.0),
         ("sleep_warm_up", -1),
         ("num_dreams", 0),
         ("schedule", "cosine"),
@@ -455,7 +457,10 @@ def test_values_out_of_range_are_refused(name, value):
     [
         ({"sleep_weight": 0.5}, "expected sleep_weight 1 with objective 'wake-sleep', got 0.5"),
         ({"objective": "iwae", "sleep_weight": 0.5}, "expected sleep_weight 0 with objective 'iwae', got 0.5"),
-        ({"objective": "elbo", "defensive": 0.1}, "expected defensive 0 with objective 'elbo', got 0.1"),
+        (
+            {"objective": "elbo", "defensive_fraction": 0.1},
+            "expected defensive_fraction 0 with objective 'elbo', got 0.1",
+        ),
         ({"schedule": "staged", "epochs": 100}, r"whole stages \(1, 4, 13, 40, 121, .*staged schedule, got 100"),
     ],
 )
@@ -478,7 +483,7 @@ def test_the_digits_are_learnt():
     """A few epochs take the ELBO past the independent-Bernoulli baseline of 27 nats."""
     digits = load(DIGITS)
     torch.manual_seed(0)
-    machine = HelmholtzMachine(ModelConfig(64), digits.train.mean())
+    machine = ModelConfig(64).build(digits.train.mean())
     list(Trainer(machine, digits.train, TrainConfig(epochs=25)).epochs())
     bounds = log_likelihood_bounds(machine.recognition, machine.generative, digits.binary_test(), 100)
     assert -bounds.log_likelihood.mean() < 26
@@ -500,7 +505,7 @@ def test_steps_under_autocast_are_replayed_and_learn():
         trainer = make_trainer(epochs=100, generative_learning_rate=0.02, recognition_learning_rate=0.02)
         with context:
             losses.append([epoch.losses["wake"] for epoch in trainer.epochs()])
-        assert trainer._run[True].is_replayed
+        assert trainer.take_step.replays[True].is_replayed
     single, half = losses
     assert half[-1] < half[0] - 0.5
     assert half[-1] == pytest.approx(single[-1], abs=0.2)

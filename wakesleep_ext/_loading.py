@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import warnings
+from typing import Any
+
+from wakesleep_ext.info import reinstall_command
 
 
 def load_kernels() -> None:
     """Imports ``wakesleep_ext._C``, which registers ``torch.ops.wakesleep_ext.*``.
+
+    Warns if the kernels are for the CPU alone, although torch could use a GPU.
 
     Raises:
         ImportError: naming the cause: no compiled module, or one that was built for another torch.
     """
     import torch
 
-    reinstall = "pip install --force-reinstall --no-deps --no-cache-dir wakesleep_ext"
     try:
         from wakesleep_ext import _build
     except ImportError as error:
@@ -25,15 +30,33 @@ def load_kernels() -> None:
     if _series(_build.TORCH_VERSION) != _series(torch.__version__):
         raise ImportError(
             f"wakesleep_ext was built for torch {_build.TORCH_VERSION}, found torch {torch.__version__}. "
-            f"Rebuild it for this torch: `{reinstall}`."
+            f"Rebuild it for this torch: `{reinstall_command()}`."
         )
     try:
         importlib.import_module("wakesleep_ext._C")
     except ImportError as error:
         raise ImportError(
             f"the compiled kernels of wakesleep_ext, built for torch {_build.TORCH_VERSION}, do not load beside "
-            f"torch {torch.__version__}: {error}. Rebuild them: `{reinstall}`."
+            f"torch {torch.__version__}: {error}. Rebuild them: `{reinstall_command()}`."
         ) from error
+    if _build.CUDA_VERSION is None and torch.version.cuda is not None and _sees_a_gpu(torch):
+        warnings.warn(
+            f"torch {torch.__version__} finds a GPU, but wakesleep_ext was built without CUDA kernels "
+            f"({_build.REASON}). To build them, put the nvcc of a CUDA {torch.version.cuda} toolkit on the PATH, or "
+            f"set CUDA_HOME, and run `{reinstall_command('WAKESLEEP_FORCE_CUDA=1')}`.",
+            RuntimeWarning,
+            stacklevel=3,  # the import of wakesleep_ext
+        )
+
+
+def _sees_a_gpu(torch: Any) -> bool:
+    """Whether the driver's NVML counts a GPU. CUDA is not initialised, so the process may still fork."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, where there is no NVML
+            return bool(torch.cuda._device_count_nvml() > 0)
+    except Exception:  # an import must not fail for want of an answer
+        return False
 
 
 def _series(version: str) -> str:

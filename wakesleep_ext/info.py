@@ -7,12 +7,17 @@ by the command line, and reports whatever fails in the place of what it would ha
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 
 def info() -> dict[str, str]:
@@ -44,10 +49,48 @@ def gpu_support(capability: tuple[int, int], architectures: str) -> str:
             return "supported"
         if ptx and (major, minor) <= capability:
             return "supported by compiling PTX at first use"
-    return (
-        f"not supported: the kernels were compiled for {architectures}. Reinstall them for this GPU: "
-        f'TORCH_CUDA_ARCH_LIST="{wanted}" pip install --force-reinstall --no-deps --no-cache-dir wakesleep_ext'
-    )
+    command = reinstall_command(f'TORCH_CUDA_ARCH_LIST="{wanted}"')
+    return f"not supported: the kernels were compiled for {architectures}. Reinstall them for this GPU: {command}"
+
+
+def reinstall_command(*variables: str) -> str:
+    """The command that compiles the kernels again for the torch that is here.
+
+    It names the installer and the source that this copy came from, which the installer has noted. If the source is
+    unknown, the command ends in a sentence that says what to put there.
+
+    Args:
+        variables: settings of the build, such as 'WAKESLEEP_FORCE_CUDA=1'.
+    """
+    try:
+        installed = distribution("wakesleep_ext")
+    except PackageNotFoundError:
+        installed = None
+    if installed is not None and (installed.read_text("INSTALLER") or "").strip() == "uv":
+        command = "uv pip install --no-deps --no-build-isolation --reinstall-package wakesleep_ext"
+    else:
+        command = "pip install --force-reinstall --no-deps --no-cache-dir"
+    source = _source(installed) or "SOURCE (a checkout or a source distribution of wakesleep_ext)"
+    return " ".join([*variables, command, source])
+
+
+def _source(installed: Distribution | None) -> str | None:
+    """What to name to an installer, from the record of PEP 610; None for a wheel, and where the source is gone."""
+    record = json.loads((installed and installed.read_text("direct_url.json")) or "{}")
+    url, location = record.get("url", ""), None
+    if "vcs_info" in record:
+        facts = record["vcs_info"]
+        return shlex.quote(f"{facts['vcs']}+{url}@{facts['commit_id']}")
+    if url.startswith("file:"):
+        location = Path(url2pathname(urlsplit(url).path))
+    elif url and not url.endswith(".whl"):
+        return shlex.quote(url)
+    elif not url:  # built in place
+        location = Path(__file__).resolve().parents[1]
+    if location is None or location.suffix == ".whl" or not (location.is_file() or (location / "setup.py").is_file()):
+        return None
+    is_editable = record.get("dir_info", {}).get("editable", False)
+    return ("-e " if is_editable else "") + shlex.quote(str(location))
 
 
 _LOADED = "loaded"
@@ -76,9 +119,9 @@ def _kernels() -> str:
 
 def _build() -> str:
     config = _import("wakesleep_ext._C").build_config()
-    cuda = "no CUDA"
-    if config["cuda"]:
-        cuda = f"CUDA {config['cuda']} for {_import('wakesleep_ext._build').CUDA_ARCHITECTURES}"
+    build = _import("wakesleep_ext._build")
+    cuda = f"CUDA {config['cuda']} for {build.CUDA_ARCHITECTURES}" if config["cuda"] else "no CUDA"
+    cuda += f" ({build.REASON})"
     return f"for torch {config['torch']}, {cuda}, compiler {config['compiler']}"
 
 

@@ -8,7 +8,7 @@ The ops stand in for plain layers only: see :func:`is_plain` and :func:`is_plain
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeGuard, TypeVar, get_args
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _globals
 
 from wakesleep_ext import ops
-from wakesleep_ext.distributions import DiagonalGaussian
+from wakesleep_ext.densities import Gaussian, LinearBernoulli
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -92,35 +92,18 @@ def _checked(activation: ops.Activation | None) -> ops.Activation | None:
 
 
 class BernoulliHead(_Linear):
-    """p(x|h) of independent binary variables whose logits are h Wᵀ + b, never held whole by what scores or draws them.
+    """p(x|h) of independent binary variables whose logits are h Wᵀ + b.
 
     Called as a module it returns the logits, as the linear layer that it is.
     """
 
-    def log_prob(self, h: Tensor, x: Tensor, *, recompute: bool | None = None) -> Tensor:
-        """Log-likelihood of each row, h `[*S, *B, H]`, x `[*B, D]`, to `[*S, *B]`; see
-        :func:`wakesleep_ext.ops.linear_bernoulli_log_prob`."""
-        return ops.linear_bernoulli_log_prob(h, self.weight, self.bias, x, recompute=recompute)
-
-    def log_prob_sum(self, h: Tensor, x: Tensor, importance: Tensor | None = None) -> Tensor:
-        """Their weighted sum, for training, its gradients formed in the same pass; see
-        :func:`wakesleep_ext.ops.linear_bernoulli_log_prob_sum`."""
-        return ops.linear_bernoulli_log_prob_sum(h, self.weight, self.bias, x, importance)
-
-    def sample(
-        self,
-        h: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
-        key: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """x ~ p(x|h), `[*B, H] -> [*B, D]`; see :func:`wakesleep_ext.ops.linear_bernoulli_sample`."""
-        return ops.linear_bernoulli_sample(h, self.weight, self.bias, dtype=dtype, key=key, generator=generator)
+    def distribution(self, h: Tensor) -> LinearBernoulli:
+        """p(x|h), `[*B, H]` to a distribution of `[*B, D]` that draws and scores without holding the logits whole."""
+        return LinearBernoulli(h, self.weight, self.bias)
 
 
 class GaussianHead(_Linear):
-    """q(z|h) of a diagonal Gaussian whose packed parameters `[mu | logvar]` are h Wᵀ + b, read in place.
+    """q(z|h) of a diagonal Gaussian whose packed parameters `[mu | logvar]` are h Wᵀ + b.
 
     Called as a module it returns the packed parameters, as the linear layer that it is.
 
@@ -140,30 +123,9 @@ class GaussianHead(_Linear):
             raise ValueError(f"GaussianHead: expected out_features [mu | logvar] to be even, got {out_features}")
         super().__init__(in_features, out_features, bias, device, dtype)
 
-    def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and logvar, `[*B, H] -> [*B, out_features / 2]` each, whose gradients come back packed; see
-        :func:`wakesleep_ext.ops.gaussian_parameters`."""
-        return ops.gaussian_parameters(self(h))
-
-    def distribution(self, h: Tensor, validate_args: bool | None = None) -> DiagonalGaussian:
-        """As a :class:`wakesleep_ext.distributions.DiagonalGaussian`."""
-        return DiagonalGaussian(*self.moments(h), validate_args=validate_args)
-
-    def rsample_log_prob(
-        self,
-        h: Tensor,
-        sample_shape: Sequence[int] = (),
-        *,
-        key: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """z ~ q(z|h) `[*S, *B, K]` and log q(z|h) `[*S, *B]`; see
-        :func:`wakesleep_ext.ops.gaussian_rsample_log_prob`."""
-        return ops.gaussian_rsample_log_prob(*self.moments(h), sample_shape, key=key, generator=generator)
-
-    def log_prob(self, h: Tensor, z: Tensor) -> Tensor:
-        """log q(z|h), h `[*B, H]`, z `[*S, *B, K]`, to `[*S, *B]`; see :func:`wakesleep_ext.ops.gaussian_log_prob`."""
-        return ops.gaussian_log_prob(*self.moments(h), z)
+    def distribution(self, h: Tensor) -> Gaussian:
+        """q(z|h), `[*B, H]` to a distribution of `[*B, out_features / 2]` that reads the parameters in place."""
+        return Gaussian.from_packed(self(h))
 
 
 class Sequential(nn.Sequential):

@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from wakesleep_ext._files import write_atomically
 from wakesleep_ext.benchmark.result import Record, Result, ResultError, Row, place, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Suite
-from wakesleep_ext.training import checkpoint
 
 _BARS = {
     "fused": ("wakesleep_ext", "#d55e00"),
@@ -164,7 +164,7 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
     figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture, metadata={DIGEST: digest(result)})
-    checkpoint.write_atomically(path, picture.getvalue())
+    write_atomically(path, picture.getvalue())
 
 
 def digest(result: Result) -> str:

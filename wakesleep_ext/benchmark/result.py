@@ -15,7 +15,7 @@ from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints, i
 
 import torch
 
-from wakesleep_ext.training import checkpoint
+from wakesleep_ext._files import write_atomically
 
 _Record = TypedDict(
     "_Record",
@@ -95,7 +95,7 @@ def write(path: Path, result: Result) -> None:
     records = ",\n".join(f"    {json.dumps(record, allow_nan=False)}" for record in result["records"])
     head = {name: value for name, value in result.items() if name != "records"}
     text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "records": [\n{records}\n  ]\n}}\n'
-    checkpoint.write_atomically(path, text.encode())
+    write_atomically(path, text.encode())
 
 
 def read(path: Path) -> Result:

@@ -20,8 +20,9 @@ from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
 from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite
 from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
-from wakesleep_ext.training.trainer import TrainConfig, Trainer
+from wakesleep_ext.training.trainer import Trainer
 
 _Loss = Callable[..., Tensor]
 
@@ -71,7 +72,7 @@ class StepCase(Case[Inputs]):
     @property
     def _parameters(self) -> int:
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in HelmholtzMachine(self._model).parameters())
+            return sum(parameter.numel() for parameter in self._model.build().parameters())
 
     @property
     def _model(self) -> ModelConfig:
@@ -99,7 +100,7 @@ class StepCase(Case[Inputs]):
         """Networks of their own, always of the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1234)
-            machine = HelmholtzMachine(self._model, images.mean().cpu())
+            machine = self._model.build(images.mean().cpu())
         return machine.to(images.grey.device)
 
     def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:

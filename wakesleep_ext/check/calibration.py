@@ -20,7 +20,7 @@ def ranks(networks: Networks, num_dreams: int, seed: int = 1) -> Tensor:
     """How many of the draws lie below the dream's own z_1: int64 `[num_dreams, K]`, 0 to `NUM_SAMPLES`."""
     keys, (recognition, generative) = Keys(seed), networks
     latents, x = generative.dream(num_dreams, keys=keys(len(generative)))
-    draws = recognition.sample(x, NUM_SAMPLES, keys=keys(len(recognition)))
+    draws = recognition.rsample(x, NUM_SAMPLES, keys=keys(len(recognition)))
     return (draws[0] < latents[0]).sum(0)
 
 

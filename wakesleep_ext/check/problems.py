@@ -30,10 +30,11 @@ from wakesleep_ext.check.training import (
 from wakesleep_ext.evaluation.annealing import annealed_log_likelihood
 from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll, log_likelihood_bounds
 from wakesleep_ext.helmholtz.conditionals import GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, ModelConfig, RecognitionNetwork
 from wakesleep_ext.helmholtz.objectives import elbo_loss, sleep_phi_loss, wake_theta_loss
+from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
-from wakesleep_ext.training.trainer import TrainConfig, Trainer
+from wakesleep_ext.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def stationarity(check: Check) -> Iterator[Answer]:
     """What holds at any optimum of networks that have output biases, whatever else they can express."""
     problem = "6 moments at an optimum"
     torch.manual_seed(0)
-    whole = HelmholtzMachine(ModelConfig(16, (2,), (32,), (16,))).double()
+    whole = ModelConfig(16, (2,), (32,), (16,)).build().double()
     with torch.no_grad():
         for parameter in whole.generative.parameters():
             parameter.mul_(3)
@@ -272,7 +273,7 @@ def stationarity(check: Check) -> Iterator[Answer]:
     data[:, :8] = data[:, :1]
     losses = (wake_theta_loss(*networks, data, keys=keys(1)) for _ in range(effort.steps))
     minimise(losses, whole.generative.parameters(), effort.steps, 0.03)
-    latents = whole.recognition.sample(data, 50, keys=keys(1))
+    latents = whole.recognition.rsample(data, 50, keys=keys(1))
     means = whole.generative.pixel_means(latents[0]).mean((0, 1))
     yield from near(problem, "wake: largest |E s(a) - pixel mean|", 0.0, (means - data.mean(0)).abs().max(), 0.02)
 
@@ -320,7 +321,7 @@ def bars(check: Check) -> Iterator[Answer]:
     yield from near(problem, "NLL of independent pixels", 8.006439, torch.tensor(baseline), 1e-5)
 
     torch.manual_seed(0)
-    whole = HelmholtzMachine(ModelConfig(16, (8,), (64,), (64,)), images.mean())
+    whole = ModelConfig(16, (8,), (64,), (64,)).build(images.mean())
     config = TrainConfig(
         objective="reweighted-wake-sleep",
         num_samples=10,

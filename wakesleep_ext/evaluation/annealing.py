@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import ops, random
+from wakesleep_ext.densities import Family
 from wakesleep_ext.evaluation.importance import ImportanceWeights
-from wakesleep_ext.helmholtz.conditionals import Bernoulli, Gaussian, LinearBernoulli
 from wakesleep_ext.helmholtz.models import GenerativeNetwork
 
 _PILOT_CHAINS = 4
@@ -122,6 +122,8 @@ def annealed_log_likelihood(
 class _Chains(ABC):
     """Markov chains `[C, N]`, C for each image, that start from the prior."""
 
+    family: ClassVar[Family]
+    """Of the distributions whose values it moves."""
     first_step_size: ClassVar[float]
 
     state: Tensor
@@ -145,6 +147,7 @@ class _Chains(ABC):
 class _Hamiltonian(_Chains):
     """Over noise e ~ N(0, I), of which z_T, ..., z_1 are a function, as a draw from the prior makes them."""
 
+    family = "gaussian"
     first_step_size = 0.3
 
     def __init__(
@@ -181,8 +184,7 @@ class _Hamiltonian(_Chains):
         z: Tensor | None = None
         with torch.enable_grad():
             for conditional, e in zip(reversed(of_latents), reversed(noise.split(self._sizes, dim=-1)), strict=True):
-                p = conditional(z)
-                z = p.mu + torch.exp(p.logvar / 2) * e
+                z = conditional(z).from_noise(e)
             log_likelihood = of_x(z).log_prob(self._x)
             (gradient,) = torch.autograd.grad(log_likelihood.sum(), noise)
         return log_likelihood.detach(), gradient
@@ -191,6 +193,7 @@ class _Hamiltonian(_Chains):
 class _Flips(_Chains):
     """Over Bernoulli variables; the step size is how many of them a proposal flips, on average."""
 
+    family = "bernoulli"
     first_step_size = 1.0
 
     def __init__(
@@ -218,7 +221,7 @@ class _Flips(_Chains):
     def _log_probs(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """log p(z) and log p(x|z)."""
         factors = self._generative.factors(state.split(self._sizes, dim=-1), self._x)
-        log_likelihood, *of_latents = [conditional(given).log_prob(value) for conditional, value, given in factors]
+        log_likelihood, *of_latents = [factor.log_prob() for factor in factors]
         return reduce(torch.add, of_latents), log_likelihood
 
 
@@ -245,9 +248,9 @@ def _kind(generative: GenerativeNetwork, x: Tensor) -> type[_Chains]:
     """How its latent variables are moved."""
     latents = generative.sample_latents((1,), keys=[random.make_key(0, device=x.device)] * (len(generative) - 1))
     _, *factors = generative.factors(latents, x[:1])
-    found = [conditional(given) for conditional, _, given in factors]
-    for family, kind in (((Gaussian,), _Hamiltonian), ((Bernoulli, LinearBernoulli), _Flips)):
-        if all(isinstance(p, family) for p in found):
+    found = [factor.distribution for factor in factors]
+    for kind in (_Hamiltonian, _Flips):
+        if all(p.family == kind.family for p in found):
             return kind
     names = ", ".join(type(p).__name__ for p in found)
     raise ValueError(

@@ -97,9 +97,9 @@ def log_likelihood_bounds(
             samples = min(chunk_rows, num_samples - first)
             keys = [random.make_key(seed, number + layer, x.device) for layer in range(len(recognition))]
             number += len(recognition)
-            draws = recognition.sample_log_prob(images, samples, keys=keys)
+            draws = recognition.rsample_log_prob(images, samples, keys=keys)
             factors = generative.factors([draw.z for draw in draws], images)
-            of_x, *of_latents = [conditional(given).log_prob(value) for conditional, value, given in factors]
+            of_x, *of_latents = [factor.log_prob() for factor in factors]
             of_layers = [log_p - draw.log_q for log_p, draw in zip(of_latents, draws, strict=True)]
             terms = torch.stack((of_x, *of_layers)).double()
             total += terms.sum(1)
@@ -140,7 +140,7 @@ def activities(
     for number, images in enumerate(x.split(max(1, chunk_rows // num_samples))):
         offset = number * len(recognition)
         keys = [random.make_key(seed, offset + layer, x.device) for layer in range(len(recognition))]
-        for layer, draw in enumerate(recognition.sample_log_prob(images, num_samples, keys=keys)):
+        for layer, draw in enumerate(recognition.rsample_log_prob(images, num_samples, keys=keys)):
             mean = draw.q.mean.double().expand_as(draw.z)
             means[layer].append(mean.mean(0))
             noises[layer].append(mean.var(0) / num_samples)

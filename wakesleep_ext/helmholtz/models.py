@@ -11,21 +11,209 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from wakesleep_ext.densities import Distribution
 from wakesleep_ext.helmholtz.conditionals import (
     BernoulliConditional,
     Conditional,
-    Distribution,
     GaussianConditional,
+    LinearBernoulliConditional,
     StandardGaussianPrior,
 )
 from wakesleep_ext.helmholtz.networks import Activation, Constant, MultilayerPerceptron
 
 Latents = Literal["gaussian", "bernoulli"]
 Keys: TypeAlias = "Sequence[Tensor | None] | None"
-Factor: TypeAlias = "tuple[Conditional, Tensor, Tensor | None]"
 
 PIXEL_MEAN_CLIP = 1e-3
 """Pixel means are clipped to [0.001, 0.999] before their logit is taken."""
+
+
+class Factor(NamedTuple):
+    """One factor p(value | given) of a joint distribution, at a value."""
+
+    conditional: Conditional
+    value: Tensor
+    """`[*S, *B, K]`."""
+    given: Tensor | None
+    """`[*S, *B, J]`; None for a prior."""
+
+    @property
+    def distribution(self) -> Distribution:
+        """p(. | given)."""
+        distribution: Distribution = self.conditional(self.given)
+        return distribution
+
+    def log_prob(self) -> Tensor:
+        """log p(value | given), `[*S, *B]`, float32 or float64."""
+        return self.distribution.log_prob(self.value)
+
+
+class _Chain(nn.ModuleList):
+    """Conditionals whose product is a joint distribution."""
+
+    def __iter__(self) -> Iterator[Conditional]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
+        """The factors in the order of the conditionals.
+
+        Args:
+            latents: z_1, ..., z_T from x up, `[*S, *B, K]` each.
+            x: binary pixels `[*B, D]`: bool, uint8 or floating.
+        """
+        raise NotImplementedError
+
+    def log_prob(self, latents: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The sum over the :meth:`factors` of log p(value | given): `[*S, *B]`, float32 or float64."""
+        return reduce(torch.add, [factor.log_prob() for factor in self.factors(latents, x)])
+
+
+class Draw(NamedTuple):
+    """Of one stochastic layer, from the recognition network."""
+
+    q: Distribution
+    """What it was drawn from."""
+    z: Tensor
+    """`[L, *B, K]`."""
+    log_q: Tensor
+    """`[L, *B]`."""
+
+
+class RecognitionNetwork(_Chain):
+    """q(z|x) = q(z_1|x) q(z_2|z_1) ... q(z_T|z_{T-1}).
+
+    Args:
+        conditionals: in this order.
+    """
+
+    def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
+        return [Factor(*parts) for parts in zip(self, latents, (x, *latents[:-1]), strict=True)]
+
+    def rsample(self, x: Tensor, num_samples: int = 1, *, keys: Keys = None) -> tuple[Tensor, ...]:
+        """z ~ q(z|x).
+
+        Args:
+            x: binary pixels `[*B, D]`.
+            num_samples: L.
+            keys: one for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
+
+        Returns:
+            z_1, ..., z_T, `[L, *B, K]` each; differentiable where the conditionals' draws are.
+        """
+        given, latents = x, []
+        sample_shape: tuple[int, ...] = (num_samples,)
+        for conditional, key in zip(self, _keys(keys, self), strict=True):
+            given = conditional(given).rsample(sample_shape, key=key)
+            latents.append(given)
+            sample_shape = ()
+        return tuple(latents)
+
+    def rsample_log_prob(
+        self, x: Tensor, num_samples: int = 1, *, keys: Keys = None, detach: bool = False
+    ) -> list[Draw]:
+        """As :meth:`rsample`, with the log-probability of each layer's draw.
+
+        Args:
+            x, num_samples, keys: as there.
+            detach: take the draws for data: z has no gradient, and that of log q is taken at a fixed z. Otherwise it
+                is the total derivative, through z too.
+        """
+        given, draws = x, []
+        sample_shape: tuple[int, ...] = (num_samples,)
+        for conditional, key in zip(self, _keys(keys, self), strict=True):
+            q = conditional(given)
+            if detach:
+                with torch.no_grad():
+                    given = q.rsample(sample_shape, key=key)
+                log_q = q.log_prob(given)
+            else:
+                given, log_q = q.rsample_log_prob(sample_shape, key=key)
+            draws.append(Draw(q, given, log_q))
+            sample_shape = ()
+        return draws
+
+
+class Dream(NamedTuple):
+    """A draw from the generative network: z ~ p(z), then x ~ p(x|z)."""
+
+    latents: tuple[Tensor, ...]
+    """z_1, ..., z_T, `[N, K]` each."""
+    x: Tensor
+    """Binary pixels `[N, D]`, 0 or 1 in the dtype of the logits."""
+
+
+class GenerativeNetwork(_Chain):
+    """p(x, z) = p(x|z_1) p(z_1|z_2) ... p(z_T).
+
+    Args:
+        conditionals: in this order, the prior of z_T last, which is given nothing: None.
+    """
+
+    def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
+        return [Factor(*parts) for parts in zip(self, (x, *latents), (*latents, None), strict=True)]
+
+    def sample_latents(self, sample_shape: Sequence[int], *, keys: Keys = None) -> tuple[Tensor, ...]:
+        """z ~ p(z), without gradients.
+
+        Args:
+            sample_shape: S.
+            keys: one for each stochastic layer from z_T down, drawn if not given.
+
+        Returns:
+            z_1, ..., z_T, `[*S, K]` each.
+        """
+        given, latents, (_, *of_latents) = None, [], self
+        with torch.no_grad():
+            for conditional, key in zip(reversed(of_latents), _keys(keys, of_latents), strict=True):
+                given = conditional(given).rsample(sample_shape, key=key)
+                latents.append(given)
+                sample_shape = ()
+        return tuple(reversed(latents))
+
+    def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
+        """Ancestral sampling, without gradients.
+
+        Args:
+            num_dreams: N.
+            keys: one for each stochastic layer from z_T down, and one for x; drawn if not given.
+        """
+        *of_latents, of_x = _keys(keys, self)
+        latents = self.sample_latents((num_dreams,), keys=of_latents)
+        with torch.no_grad():
+            return Dream(latents, self[0](latents[0]).rsample(key=of_x))
+
+    @torch.no_grad()
+    def pixel_means(self, z: Tensor) -> Tensor:
+        """E[x | z_1]: `[*, K] -> [*, D]` in [0, 1]."""
+        means: Tensor = self[0](z).mean
+        return means
+
+
+def _keys(keys: Keys, conditionals: Iterable[nn.Module]) -> Sequence[Tensor | None]:
+    return [None for _ in conditionals] if keys is None else keys
+
+
+class HelmholtzMachine(nn.Module):
+    """A recognition and a generative network facing each other (Dayan, Hinton, Neal & Zemel 1995).
+
+    Args:
+        recognition: q(z|x).
+        generative: p(x, z), of the same latent variables.
+    """
+
+    def __init__(self, recognition: RecognitionNetwork, generative: GenerativeNetwork) -> None:
+        super().__init__()
+        self.recognition = recognition
+        self.generative = generative
+
+    def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
+        """Draw from the generative network; see :meth:`GenerativeNetwork.dream`."""
+        return self.generative.dream(num_dreams, keys=keys)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, *, keys: Keys = None) -> Tensor:
+        """E[x | z_1] at a z_1 ~ q(z_1|x): pixels in [0, 1], `[N, D] -> [N, D]`."""
+        return self.generative.pixel_means(self.recognition.rsample(x, keys=keys)[0][0])
 
 
 @dataclass(frozen=True)
@@ -71,183 +259,22 @@ class ModelConfig:
             if (given := getattr(self, name)) not in known:
                 raise ValueError(f"ModelConfig: expected {name} to be one of {', '.join(known)}, got {given!r}")
 
-
-class _Chain(nn.ModuleList):
-    """Conditionals whose product is a joint distribution."""
-
-    def __iter__(self) -> Iterator[Conditional]:
-        return super().__iter__()  # type: ignore[return-value]
-
-    def factors(self, latents: Sequence[Tensor], x: Tensor) -> Iterator[Factor]:
-        """Each conditional, the value that it is to score, and what is given."""
-        raise NotImplementedError
-
-    def log_prob(self, latents: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The sum over the factors of log p(value | given).
+    def build(self, pixel_mean: Tensor | None = None) -> HelmholtzMachine:
+        """Build the machine; its initial weights are drawn from torch's generator.
 
         Args:
-            latents: z_1, ..., z_T from x up, `[*S, *B, K]` each.
-            x: binary pixels `[*B, D]`: bool, uint8 or floating.
+            pixel_mean: `[D]`, the training set's mean of each pixel in [0, 1]. The output bias of p(x|z_1) starts at
+                its logit, the mean clipped to [0.001, 0.999]; without it, at zero.
 
-        Returns:
-            `[*S, *B]`, float32 or float64.
+        Raises:
+            ValueError: `pixel_mean` has another shape.
         """
-        log_probs = [conditional(given).log_prob(value) for conditional, value, given in self.factors(latents, x)]
-        return reduce(torch.add, log_probs)
-
-
-class Draw(NamedTuple):
-    """Of one stochastic layer, from the recognition network."""
-
-    q: Distribution
-    """What it was drawn from."""
-    z: Tensor
-    """`[L, *B, K]`."""
-    log_q: Tensor
-    """`[L, *B]`."""
-
-
-class RecognitionNetwork(_Chain):
-    """q(z|x) = q(z_1|x) q(z_2|z_1) ... q(z_T|z_{T-1}).
-
-    Args:
-        conditionals: in this order.
-    """
-
-    def factors(self, latents: Sequence[Tensor], x: Tensor) -> Iterator[Factor]:
-        return zip(self, latents, (x, *latents[:-1]), strict=True)
-
-    def sample(self, x: Tensor, num_samples: int = 1, *, keys: Keys = None) -> tuple[Tensor, ...]:
-        """z ~ q(z|x).
-
-        Args:
-            x: binary pixels `[*B, D]`.
-            num_samples: L.
-            keys: one for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
-
-        Returns:
-            z_1, ..., z_T, `[L, *B, K]` each; differentiable where the conditionals' draws are.
-        """
-        given, latents = x, []
-        sample_shape: tuple[int, ...] = (num_samples,)
-        for conditional, key in zip(self, _keys(keys, self), strict=True):
-            given = conditional(given).sample(sample_shape, key=key)
-            latents.append(given)
-            sample_shape = ()
-        return tuple(latents)
-
-    def sample_log_prob(
-        self, x: Tensor, num_samples: int = 1, *, keys: Keys = None, detach: bool = False
-    ) -> list[Draw]:
-        """As :meth:`sample`, with the log-probability of each layer's draw.
-
-        Args:
-            x, num_samples, keys: as there.
-            detach: take the draws for data: z has no gradient, and that of log q is taken at a fixed z. Otherwise it
-                is the total derivative, through z too.
-        """
-        given, draws = x, []
-        sample_shape: tuple[int, ...] = (num_samples,)
-        for conditional, key in zip(self, _keys(keys, self), strict=True):
-            q = conditional(given)
-            if detach:
-                with torch.no_grad():
-                    given = q.sample(sample_shape, key=key)
-                log_q = q.log_prob(given)
-            else:
-                given, log_q = q.sample_log_prob(sample_shape, key=key)
-            draws.append(Draw(q, given, log_q))
-            sample_shape = ()
-        return draws
-
-
-class Dream(NamedTuple):
-    """A draw from the generative network: z ~ p(z), then x ~ p(x|z)."""
-
-    latents: tuple[Tensor, ...]
-    """z_1, ..., z_T, `[N, K]` each."""
-    x: Tensor
-    """Binary pixels `[N, D]`, 0 or 1 in the dtype of the logits."""
-
-
-class GenerativeNetwork(_Chain):
-    """p(x, z) = p(x|z_1) p(z_1|z_2) ... p(z_T).
-
-    Args:
-        conditionals: in this order, the prior of z_T last, which is given nothing: None.
-    """
-
-    def factors(self, latents: Sequence[Tensor], x: Tensor) -> Iterator[Factor]:
-        return zip(self, (x, *latents), (*latents, None), strict=True)
-
-    def sample_latents(self, sample_shape: Sequence[int], *, keys: Keys = None) -> tuple[Tensor, ...]:
-        """z ~ p(z), without gradients.
-
-        Args:
-            sample_shape: S.
-            keys: one for each stochastic layer from z_T down, drawn if not given.
-
-        Returns:
-            z_1, ..., z_T, `[*S, K]` each.
-        """
-        given, latents, (_, *of_latents) = None, [], self
-        with torch.no_grad():
-            for conditional, key in zip(reversed(of_latents), _keys(keys, of_latents), strict=True):
-                given = conditional(given).sample(sample_shape, key=key)
-                latents.append(given)
-                sample_shape = ()
-        return tuple(reversed(latents))
-
-    def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
-        """Ancestral sampling, without gradients.
-
-        Args:
-            num_dreams: N.
-            keys: one for each stochastic layer from z_T down, and one for x; drawn if not given.
-        """
-        *of_latents, of_x = _keys(keys, self)
-        latents = self.sample_latents((num_dreams,), keys=of_latents)
-        with torch.no_grad():
-            return Dream(latents, self[0](latents[0]).sample(key=of_x))
-
-    @torch.no_grad()
-    def pixel_means(self, z: Tensor) -> Tensor:
-        """E[x | z_1]: `[*, K] -> [*, D]` in [0, 1]."""
-        means: Tensor = self[0](z).mean
-        return means
-
-
-def _keys(keys: Keys, conditionals: Iterable[nn.Module]) -> Sequence[Tensor | None]:
-    return [None for _ in conditionals] if keys is None else keys
-
-
-class HelmholtzMachine(nn.Module):
-    """A recognition and a generative network facing each other (Dayan, Hinton, Neal & Zemel 1995).
-
-    Args:
-        config: sizes, kind of the latent variables, activation.
-        pixel_mean: `[D]`, the training set's mean of each pixel in [0, 1]. The output bias of p(x|z_1) starts at its
-            logit, the mean clipped to [0.001, 0.999]; without it, at zero.
-    """
-
-    def __init__(self, config: ModelConfig, pixel_mean: Tensor | None = None) -> None:
-        super().__init__()
-        if pixel_mean is not None and pixel_mean.shape != (config.observed,):
+        if pixel_mean is not None and pixel_mean.shape != (self.observed,):
             raise ValueError(
-                f"HelmholtzMachine: expected pixel_mean to have shape [{config.observed}], got {list(pixel_mean.shape)}"
+                f"ModelConfig.build: expected pixel_mean to have shape [{self.observed}], got {list(pixel_mean.shape)}"
             )
-        self.config = config
-        self.recognition = RecognitionNetwork(_recognition(config))
-        self.generative = GenerativeNetwork(_generative(config, pixel_mean))
-
-    def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
-        """Draw from the generative network; see :meth:`GenerativeNetwork.dream`."""
-        return self.generative.dream(num_dreams, keys=keys)
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, *, keys: Keys = None) -> Tensor:
-        """E[x | z_1] at a z_1 ~ q(z_1|x): pixels in [0, 1], `[N, D] -> [N, D]`."""
-        return self.generative.pixel_means(self.recognition.sample(x, keys=keys)[0][0])
+        recognition = RecognitionNetwork(_recognition(self))
+        return HelmholtzMachine(recognition, GenerativeNetwork(_generative(self, pixel_mean)))
 
 
 def _recognition(config: ModelConfig) -> Iterator[Conditional]:
@@ -259,7 +286,7 @@ def _recognition(config: ModelConfig) -> Iterator[Conditional]:
 def _generative(config: ModelConfig, pixel_mean: Tensor | None) -> Iterator[Conditional]:
     output_bias = None if pixel_mean is None else torch.logit(pixel_mean, eps=PIXEL_MEAN_CLIP)
     sizes = (config.latent[0], *config.generative_hidden, config.observed)
-    yield BernoulliConditional(MultilayerPerceptron(sizes, config.activation, output_bias))
+    yield LinearBernoulliConditional(MultilayerPerceptron(sizes, config.activation, output_bias))
     for below, above in pairwise(config.latent):
         yield _latent(config, above, config.latent_hidden, below)
     if config.latents == "gaussian":
@@ -272,4 +299,4 @@ def _latent(config: ModelConfig, given: int, hidden: Sequence[int], size: int) -
     """The conditional of latent variables that are given others, or pixels."""
     if config.latents == "gaussian":
         return GaussianConditional(MultilayerPerceptron((given, *hidden, 2 * size), config.activation))
-    return BernoulliConditional(MultilayerPerceptron((given, *hidden, size), config.activation), hold_logits=True)
+    return BernoulliConditional(MultilayerPerceptron((given, *hidden, size), config.activation))

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from wakesleep_ext import ops
-from wakesleep_ext.helmholtz.conditionals import Conditional, Distribution, Gaussian, StandardGaussian
+from wakesleep_ext.densities import Distribution
 from wakesleep_ext.helmholtz.models import Factor, GenerativeNetwork, Keys, RecognitionNetwork
 
 
@@ -66,7 +66,7 @@ def wake_theta_loss(
         keys: of the draws, one for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
     """
     with torch.no_grad():
-        latents = recognition.sample(x, num_samples, keys=keys)
+        latents = recognition.rsample(x, num_samples, keys=keys)
     return _minus_mean_log_prob(generative.factors(latents, x), latents[-1])
 
 
@@ -101,7 +101,7 @@ def reweighted_wake_losses(
     x: Tensor,
     num_samples: int,
     *,
-    defensive: float = 0.0,
+    defensive_fraction: float = 0.0,
     keys: Keys = None,
 ) -> WakeLosses:
     r"""Reweighted wake phase, for both networks: samples count by their importance for the image they were drawn for.
@@ -116,16 +116,18 @@ def reweighted_wake_losses(
 
     Args:
         recognition, generative, x, num_samples: as for :func:`wake_theta_loss`.
-        defensive: probability with which a sample is drawn from p(z) instead, 0 to 1 exclusive: weights are then
-            those of the mixture, and bounded wherever the likelihood is (Hesterberg, "Weighted average importance
+        defensive_fraction: probability with which a sample is drawn from p(z) instead, 0 to 1 exclusive: weights are
+            then those of the mixture, and bounded wherever the likelihood is (Hesterberg, "Weighted average importance
             sampling and defensive mixture distributions", 1995).
         keys: one for each stochastic layer; if the mixture is defensive, one more to choose by, and one for each
             stochastic layer from z_T down.
     """
-    if defensive:
-        latents, log_q, log_proposal = _draw_defensively(recognition, generative, x, num_samples, defensive, keys)
+    if defensive_fraction:
+        latents, log_q, log_proposal = _draw_defensively(
+            recognition, generative, x, num_samples, defensive_fraction, keys
+        )
     else:
-        draws = recognition.sample_log_prob(x, num_samples, keys=keys, detach=True)
+        draws = recognition.rsample_log_prob(x, num_samples, keys=keys, detach=True)
         latents, log_q = [draw.z for draw in draws], _sum([draw.log_q for draw in draws])
         log_proposal = log_q.detach()
     log_w = generative.log_prob(latents, x) - log_proposal
@@ -151,14 +153,13 @@ def elbo_loss(
         recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`; the latent variables Gaussian.
     """
     require_rsample(recognition)
-    draws = recognition.sample_log_prob(x, num_samples, keys=keys)
-    *factors, (conditional, z, _) = generative.factors([draw.z for draw in draws], x)
-    (*below, top), prior = draws, conditional(None)
-    if isinstance(prior, StandardGaussian) and isinstance(top.q, Gaussian):
-        kl = ops.gaussian_kl(top.q.mu, top.q.logvar)
-    else:
-        kl = top.log_q - prior.log_prob(z)
-    return _sum([_minus_mean_log_prob(factors, z), kl.mean(), *(draw.log_q.mean() for draw in below)])
+    draws = recognition.rsample_log_prob(x, num_samples, keys=keys)
+    *factors, topmost = generative.factors([draw.z for draw in draws], x)
+    (*below, top), prior = draws, topmost.distribution
+    kl = prior.kl_from(top.q)
+    if kl is None:
+        kl = top.log_q - prior.log_prob(top.z)
+    return _sum([_minus_mean_log_prob(factors, top.z), kl.mean(), *(draw.log_q.mean() for draw in below)])
 
 
 def iwae_loss(
@@ -177,7 +178,7 @@ def iwae_loss(
         recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`; the latent variables Gaussian.
     """
     require_rsample(recognition)
-    draws = recognition.sample_log_prob(x, num_samples, keys=keys)
+    draws = recognition.rsample_log_prob(x, num_samples, keys=keys)
     return _minus_bound(generative.log_prob([draw.z for draw in draws], x) - _sum([draw.log_q for draw in draws]))
 
 
@@ -201,8 +202,8 @@ def dreg_loss(
     """
     require_rsample(recognition)
     # as the densities see them, apart from where they come from
-    latents = [z.view_as(z) for z in recognition.sample(x, num_samples, keys=keys)]
-    fixed_q = [_detached(conditional, given) for conditional, _, given in recognition.factors(latents, x)]
+    latents = [z.view_as(z) for z in recognition.rsample(x, num_samples, keys=keys)]
+    fixed_q = [_detached(factor) for factor in recognition.factors(latents, x)]
     log_q = _sum([q.log_prob(z) for q, z in zip(fixed_q, latents, strict=True)])
     log_w = generative.log_prob(latents, x) - log_q
     weights = _normalised(log_w)
@@ -224,13 +225,13 @@ def _draw_defensively(
     layers = len(recognition)
     keys = [None] * (2 * layers + 1) if keys is None else keys
     with torch.no_grad():
-        recognised = recognition.sample(x, num_samples, keys=keys[:layers])
+        recognised = recognition.rsample(x, num_samples, keys=keys[:layers])
         imagined = generative.sample_latents((num_samples, *x.shape[:-1]), keys=keys[layers + 1 :])
         odds = torch.full(x.shape[:-1], math.log(share / (1 - share)), dtype=torch.float32, device=x.device)
         chosen = ops.bernoulli_sample(odds, (num_samples,), dtype=torch.bool, key=keys[layers]).unsqueeze(-1)
         latents = [torch.where(chosen, *pair) for pair in zip(imagined, recognised, strict=True)]
         _, *of_latents = generative.factors(latents, x)
-        log_prior = _sum([conditional(given).log_prob(value) for conditional, value, given in of_latents])
+        log_prior = _sum([factor.log_prob() for factor in of_latents])
     log_q = recognition.log_prob(latents, x)
     log_proposal = torch.logaddexp(log_q.detach() + math.log(1 - share), log_prior + math.log(share))
     return latents, log_q, log_proposal
@@ -241,14 +242,14 @@ def _minus_mean_log_prob(factors: Iterable[Factor], like: Tensor) -> Tensor:
     rows, wide = math.prod(like.shape[:-1]), torch.promote_types(like.dtype, torch.float32)
     # a weight of the rows rather than a factor of their sum: the gradients are scaled as they are formed
     weight = torch.full((), -1 / rows if rows else math.nan, dtype=wide, device=like.device)
-    scored = ((conditional(given), value) for conditional, value, given in factors)
-    return _sum([p.log_prob_sum(value, weight) for p, value in scored if not isinstance(p, StandardGaussian)])
+    scored = ((factor.distribution, factor.value) for factor in factors)
+    return _sum([p.log_prob_sum(value, weight) for p, value in scored if not p.is_fixed])
 
 
-def _detached(conditional: Conditional, given: Tensor | None) -> Distribution:
-    """As a function of what is given, not of the parameters."""
-    parameters = {name: parameter.detach() for name, parameter in conditional.named_parameters()}
-    distribution: Distribution = functional_call(conditional, parameters, (given,))
+def _detached(factor: Factor) -> Distribution:
+    """The factor's distribution, as a function of what is given, not of the parameters."""
+    parameters = {name: parameter.detach() for name, parameter in factor.conditional.named_parameters()}
+    distribution: Distribution = functional_call(factor.conditional, parameters, (factor.given,))
     return distribution
 
 

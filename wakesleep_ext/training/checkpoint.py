@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
+from wakesleep_ext._files import FileError, write_atomically
 from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
 
 Config = TypeVar("Config")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint cannot be loaded; the message names the file and the reason."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
 
 
 class Checkpoint(NamedTuple):
@@ -33,25 +30,6 @@ class Checkpoint(NamedTuple):
     """Tensors by name, on the CPU."""
     description: dict[str, Any]
     """The JSON object that was saved with them."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content such that a crash at any moment leaves the old or the new."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or a power failure could still undo the rename
-    finally:
-        os.close(folder)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -70,20 +48,27 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: the file is missing, truncated or altered, or no checkpoint.
     """
-    import safetensors
+    import safetensors.torch
 
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = path.read_bytes()  # opened once, or the tensors could be those of a later file than the description
+        tensors = safetensors.torch.load(content)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(path, f"cannot be read: {error}") from error
+    metadata = _metadata(content)
     text = metadata.get("description")
     if text is None or "sha256" not in metadata:
         raise CheckpointError(path, "is a safetensors file, but not a wakesleep checkpoint")
     if _digest(tensors, text) != metadata["sha256"]:
         raise CheckpointError(path, "is damaged: its content does not have the SHA-256 it states")
     return Checkpoint(tensors, json.loads(text))
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Of a file in the safetensors format: after eight bytes, the size of a header, comes that, a JSON object."""
+    size = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    return metadata
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -105,7 +90,7 @@ def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
     try:
         config = restore(ModelConfig, description["model"])
         with torch.device("meta"):  # weights come from the file: none are drawn or allocated
-            machine = HelmholtzMachine(config)
+            machine = config.build()
         weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         machine.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -113,10 +98,24 @@ def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
     return machine, description
 
 
-def restore(config: type[Config], description: Mapping[str, Any]) -> Config:
+def restore(config: type[Config], description: Any) -> Config:
     """A dataclass from the JSON object that describes it, which has lists where it has tuples.
 
     Raises:
         TypeError, ValueError: it is not one of these.
     """
-    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in description.items()})
+    from typeguard import TypeCheckError, check_type
+
+    if not isinstance(description, Mapping):
+        raise TypeError(f"expected an object that describes a {config.__name__}, got {description!r}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in description.items()}
+    made = config(**values)
+    for name, hint in get_type_hints(config).items():
+        value = getattr(made, name)
+        try:
+            check_type(value, hint)
+        except TypeCheckError as error:
+            raise TypeError(f"{name}: {error}") from error
+        if isinstance(value, bool) and hint is not bool:  # which is an int to Python
+            raise TypeError(f"{name}: expected {hint}, got {value}")
+    return made

@@ -9,10 +9,12 @@ allocated on the word of a header.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import ops, random
+from wakesleep_ext._files import FileError
 
 DIGITS = "digits"
 """Name of the data set that ships with scikit-learn."""
@@ -37,11 +40,8 @@ _DEFLATE_MAX_RATIO = 1032  # what one byte of a deflate stream can expand to, at
 _READ_BYTES = 2**20
 
 
-class DataError(ValueError):
+class DataError(FileError):
     """A data set cannot be read; the message names the file and the reason."""
-
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(f"{os.fspath(path)}: {reason}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +84,14 @@ class Dataset:
     train: Images
     test: Images
 
+    def sha256(self) -> str:
+        """Digest of all images, and of their shape and levels."""
+        digest = hashlib.sha256()
+        for images in (self.train, self.test):
+            digest.update(repr((len(images), images.shape, images.white)).encode())
+            digest.update(images.grey.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
     def binary_test(self) -> Tensor:
         """The test set, binarised with `TEST_BINARIZATION_SEED`: always the same, uint8 `[N, D]`."""
         device = self.test.grey.device
@@ -116,7 +124,8 @@ def load(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Datas
     elif path.suffix == ".npz" and path.is_file():
         train, test = (_read_npz(path, name, max_bytes) for name in ("x_train", "x_test"))
     else:
-        raise DataError(path, f"expected {DIGITS!r}, a folder of IDX files, or a .npz file")
+        missing = "" if path.exists() else "; it does not exist"
+        raise DataError(path, f"expected {DIGITS!r}, a folder of IDX files, or a .npz file{missing}")
     if train.shape != test.shape:
         raise DataError(path, f"training images are {train.shape}, test images {test.shape}")
     return Dataset(path.resolve().stem, train, test)
@@ -191,12 +200,21 @@ def _read_idx(path: Path, max_bytes: int) -> Images:
             pixels = bytearray()
             while chunk := file.read(min(_READ_BYTES, size + 1 - len(pixels))):
                 pixels += chunk
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(path, f"cannot be read: {error}") from error
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(path, f"cannot be read: {error or type(error).__name__}") from error
     if len(pixels) != size:
         held = "more" if len(pixels) > size else f"{len(pixels):,}"
         raise DataError(path, f"the header declares {size:,} pixels, the file holds {held}")
     return _grey_images(path, "the file", torch.frombuffer(pixels, dtype=torch.uint8).view(*shape))
+
+
+# What gzip, zipfile and NumPy raise; NumPy reads the header of an array by Python's tokenizer and parser.
+_UNREADABLE = (
+    *(EOFError, MemoryError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error),
+    *(RecursionError, SyntaxError, tokenize.TokenError),
+)
 
 
 def _open(path: Path) -> io.BufferedIOBase:
@@ -234,8 +252,8 @@ def _read_npz(path: Path, name: str, max_bytes: int) -> Images:
                     raise DataError(path, f"{name} holds more than the sizes it declares")
     except DataError:
         raise
-    except (EOFError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(path, f"cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise DataError(path, f"cannot be read: {error or type(error).__name__}") from error
     if pixels.dim() == 2:
         side = math.isqrt(pixels.shape[1])
         rows = side if side * side == pixels.shape[1] else 1

@@ -1,0 +1,65 @@
+"""Which module imports which: prints the longest chain, and every import that points upwards."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "wakesleep_ext"
+
+FLOORS = ("", "helmholtz", "evaluation", "training", "report", "benchmark check", "cli")
+"""From the ground up, the ops. A module may import from its own floor and from those below."""
+
+CHAIN = ("helmholtz", "evaluation", "training", "report", "cli")
+"""Where the length of a chain counts."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name within the package."""
+    files = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
+
+
+@cache
+def imports(module: str) -> tuple[str, ...]:
+    """The modules of the package that a module imports, anywhere in it."""
+    known = modules()
+    return tuple(sorted({name for name in _imported(known[module]) if name in known} - {module}))
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
+            within = (node.module or "").split(".")[1:]
+            yield ".".join(within)
+            yield from (".".join([*within, alias.name]) for alias in node.names)
+
+
+def floor(module: str) -> int:
+    top = module.split(".")[0]
+    return next((number for number, names in enumerate(FLOORS) if top in names.split()), 0)
+
+
+def upward() -> list[str]:
+    """Imports from a floor above."""
+    return [f"{a} imports {b}" for a in modules() for b in imports(a) if floor(b) > floor(a)]
+
+
+@cache
+def longest_chain(module: str) -> tuple[str, ...]:
+    """From a module down."""
+    chains = [longest_chain(name) for name in imports(module) if name.split(".")[0] in CHAIN]
+    return (module, *max(chains, key=len, default=()))
+
+
+def main() -> None:
+    chain = max((longest_chain(module) for module in modules() if module.split(".")[0] in CHAIN), key=len)
+    print(f"{len(chain)} levels: {' -> '.join(chain)}")
+    for fault in upward():
+        print(f"upwards: {fault}")
+
+
+if __name__ == "__main__":
+    main()

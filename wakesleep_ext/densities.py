@@ -1,0 +1,163 @@
+"""Gaussian and Bernoulli distributions of vectors that draw and score by the fused ops.
+
+The heads of :mod:`wakesleep_ext.modules` and the conditionals of :mod:`wakesleep_ext.helmholtz.conditionals` return
+them. They check nothing and hold their parameters alone, since a distribution of `torch.distributions` takes longer to
+construct than the ops take to run. :mod:`wakesleep_ext.distributions` has the same as torch's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep_ext import ops, random
+
+Family = Literal["gaussian", "bernoulli"]
+
+
+class Distribution(ABC):
+    """A distribution of vectors for each element of a batch, `[*B]`."""
+
+    family: ClassVar[Family | None] = None
+    """What annealed importance sampling moves values by; None where it cannot."""
+    is_fixed: ClassVar[bool] = False
+    """Whether it has no parameters, so that a loss may leave it out."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """`[*B, K]`."""
+
+    @abstractmethod
+    def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
+        """Draws `[*S, *B, K]`, a function of the key, which is drawn if not given.
+
+        Gradients go through Gaussian draws to their parameters; Bernoulli draws have none.
+        """
+
+    @abstractmethod
+    def log_prob(self, value: Tensor) -> Tensor:
+        """`[*S, *B, K] -> [*S, *B]`, float32 or float64."""
+
+    def rsample_log_prob(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draws as :meth:`rsample`'s, and the log-probability of each."""
+        value = self.rsample(sample_shape, key=key)
+        return value, self.log_prob(value)
+
+    def log_prob_sum(self, value: Tensor, importance: Tensor | None = None) -> Tensor:
+        """The sum of `importance`, which broadcasts and is 1 if not given, times :meth:`log_prob`: 0-dimensional."""
+        log_prob = self.log_prob(value)
+        return (log_prob if importance is None else importance * log_prob).sum()
+
+    def kl_from(self, q: Distribution) -> Tensor | None:
+        """KL(q || self), `[*B]`; None where there is no formula for it."""
+        return None
+
+    def kl_to_standard_gaussian(self) -> Tensor | None:
+        """KL(self || N(0, I)), `[*B]`; None where there is no formula for it."""
+        return None
+
+
+@dataclass(frozen=True)
+class Gaussian(Distribution):
+    """N(mu, exp(logvar)), diagonal: `[*B, K]` each."""
+
+    family = "gaussian"
+
+    mu: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def from_packed(cls, parameters: Tensor) -> Gaussian:
+        """From `[mu | logvar]`, `[*B, 2K]`, read in place; see :func:`wakesleep_ext.ops.gaussian_parameters`."""
+        return cls(*ops.gaussian_parameters(parameters))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.mu
+
+    def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
+        return ops.gaussian_rsample(self.mu, self.logvar, sample_shape, key=key)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """The values that draws of N(0, I) become: `[*S, *B, K]`, both."""
+        return self.mu + torch.exp(self.logvar / 2) * noise
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return ops.gaussian_log_prob(self.mu, self.logvar, value)
+
+    def rsample_log_prob(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.gaussian_rsample_log_prob(self.mu, self.logvar, sample_shape, key=key)
+
+    def kl_to_standard_gaussian(self) -> Tensor:
+        return ops.gaussian_kl(self.mu, self.logvar)
+
+
+@dataclass(frozen=True)
+class StandardGaussian(Gaussian):
+    """N(0, I): a :class:`Gaussian` whose parameters need not be read."""
+
+    is_fixed = True
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return ops.standard_gaussian_log_prob(value)
+
+    def kl_from(self, q: Distribution) -> Tensor | None:
+        return q.kl_to_standard_gaussian()
+
+
+@dataclass(frozen=True)
+class Bernoulli(Distribution):
+    """Independent Bernoulli variables with log-odds `[*B, D]`."""
+
+    family = "bernoulli"
+
+    logits: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.logits.sigmoid()
+
+    def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
+        return ops.bernoulli_sample(self.logits, sample_shape, key=key)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return ops.bernoulli_log_prob(self.logits, value)
+
+
+@dataclass(frozen=True)
+class LinearBernoulli(Distribution):
+    """A :class:`Bernoulli` whose logits are a linear function of h `[*B, H]`, and are never held whole."""
+
+    family = "bernoulli"
+
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def logits(self) -> Tensor:
+        return nn.functional.linear(self.h, self.weight, self.bias)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.logits.sigmoid()
+
+    def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
+        key = random.draw_key(self.h) if key is None else key
+        if sample_shape:
+            return ops.bernoulli_sample(self.logits, sample_shape, key=key)
+        return ops.linear_bernoulli_sample(self.h, self.weight, self.bias, key=key)
+
+    def log_prob(self, value: Tensor, *, recompute: bool | None = None) -> Tensor:
+        """`[*S, *B, D] -> [*S, *B]`; see :func:`wakesleep_ext.ops.linear_bernoulli_log_prob` for `recompute`."""
+        return ops.linear_bernoulli_log_prob(self.h, self.weight, self.bias, value, recompute=recompute)
+
+    def log_prob_sum(self, value: Tensor, importance: Tensor | None = None) -> Tensor:
+        """As the other distributions' sums, its gradients formed in the same pass."""
+        return ops.linear_bernoulli_log_prob_sum(self.h, self.weight, self.bias, value, importance)

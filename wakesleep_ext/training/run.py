@@ -1,0 +1,237 @@
+"""A run's folder: which files it has, in which form, under which lock. Nobody else knows.
+
+`config.json` tells how the run was made. `checkpoint.safetensors` holds weights and optimizers, the same description,
+and the step that they are of. `metrics.jsonl` has an object for each epoch, and a last one for the result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wakesleep_ext._files import FileError, locked, write_atomically
+from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
+from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.training import checkpoint
+from wakesleep_ext.training.config import TrainConfig
+from wakesleep_ext.training.data import Dataset, load
+from wakesleep_ext.training.trainer import DivergedError, Trainer
+
+_CHECKPOINT = "checkpoint.safetensors"
+_CONFIG = "config.json"
+_METRICS = "metrics.jsonl"
+_PICTURES = ("samples", "reconstructions", "curves", "evaluation")
+_FILES = (_CHECKPOINT, _CONFIG, _METRICS, *(f"{name}.png" for name in _PICTURES))
+
+_SECONDS_BETWEEN_SAVES = 10.0
+
+
+class RunError(FileError):
+    """A run cannot be begun or continued; the message names the folder or file, and the reason."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is made.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    data: str
+    """What :func:`wakesleep_ext.training.data.load` loads."""
+    data_sha256: str
+    """Digest of its images."""
+    image_shape: tuple[int, int]
+    """Height and width."""
+    model: ModelConfig
+    training: TrainConfig
+    bound_samples: int
+    """Samples for each test image for the bound at the end."""
+
+    def __post_init__(self) -> None:
+        if self.bound_samples < 1:
+            raise ValueError(f"expected bound_samples of at least 1, got {self.bound_samples}")
+
+    @classmethod
+    def of(
+        cls, data: str, dataset: Dataset, model: ModelConfig, training: TrainConfig, bound_samples: int
+    ) -> RunConfig:
+        """With the facts of a data set.
+
+        Raises:
+            ValueError: it has fewer test images than an evaluation takes.
+        """
+        if len(dataset.test) < 2:
+            raise ValueError(f"expected two test images at least, got {len(dataset.test)}")
+        return cls(data, dataset.sha256(), dataset.train.shape, model, training, bound_samples)
+
+    @classmethod
+    def restore(cls, description: dict[str, Any]) -> RunConfig:
+        """From the JSON object that :func:`dataclasses.asdict` makes.
+
+        Raises:
+            TypeError, ValueError: it is not one.
+        """
+        parts: dict[str, type[Any]] = {"model": ModelConfig, "training": TrainConfig}
+        restored = {name: checkpoint.restore(part, description.get(name)) for name, part in parts.items()}
+        return checkpoint.restore(cls, description | restored)
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.folder, self.config = folder, config
+
+    @classmethod
+    @contextmanager
+    def begin(cls, folder: Path, config: RunConfig, overwrite: bool = False) -> Iterator[Run]:
+        """A new run, whose folder is this process's alone while it lasts.
+
+        Args:
+            overwrite: replace the run that the folder holds.
+
+        Raises:
+            RunError: the folder holds a run, or another process writes to it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            held = [name for name in _FILES if (folder / name).exists()]
+            if held and not overwrite:
+                raise RunError(
+                    folder, f"already holds a run ({', '.join(held)}); choose another folder, or overwrite it"
+                )
+            for name in held:
+                (folder / name).unlink()
+            write_atomically(folder / _CONFIG, json.dumps(asdict(config), indent=2).encode() + b"\n")
+            yield cls(folder, config)
+
+    @classmethod
+    @contextmanager
+    def resume(cls, folder: Path, device: torch.device) -> Iterator[tuple[Run, Trainer, Dataset]]:
+        """A run that was interrupted, its trainer as it was at the last checkpoint, and its data.
+
+        Raises:
+            FileError: the checkpoint or the data cannot be read, the data are not those of before, or another process
+                writes to the folder.
+        """
+        run, machine = cls.load(folder)
+        with locked(folder):
+            dataset = load(run.config.data)
+            if dataset.sha256() != run.config.data_sha256:
+                raise RunError(folder, f"was trained on other images than {run.config.data} has now")
+            tensors, description = checkpoint.load(folder / _CHECKPOINT)
+            trainer = Trainer(machine.to(device), dataset.train.to(device), run.config.training)
+            try:
+                trainer.load_state_dict(tensors)
+                trainer.step = description["step"]
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise checkpoint.CheckpointError(
+                    folder / _CHECKPOINT, f"does not tell how to go on: {error!r}"
+                ) from error
+            yield run, trainer, dataset
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple[Run, HelmholtzMachine]:
+        """A run, and its machine as of the last checkpoint, on the CPU.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        path = folder / _CHECKPOINT
+        machine, description = checkpoint.load_machine(path)
+        try:
+            step = description.pop("step")
+            if type(step) is not int or step < 0:
+                raise ValueError(f"expected step to be a number of steps, got {step!r}")
+            config = RunConfig.restore(description)
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(path, f"does not tell how the run was made: {error}") from error
+        return cls(folder, config), machine
+
+    def picture(self, name: str) -> Path:
+        """Where a picture of the run belongs."""
+        assert name in _PICTURES
+        return self.folder / f"{name}.png"
+
+    def train(self, trainer: Trainer, test: Tensor, on_step: Callable[[], object]) -> Iterator[dict[str, float]]:
+        """Trains from wherever the trainer stands, and keeps the folder up to date.
+
+        Args:
+            test: binary pixels `[N, D]`, uint8, on the device of the trainer.
+            on_step: called after each step.
+
+        Yields:
+            What is noted of each epoch, those before the last checkpoint first.
+
+        Raises:
+            DivergedError: as :meth:`Trainer.epochs`; names the last good checkpoint.
+        """
+        saved_step, saved_at = self._save(trainer), time.monotonic()
+        noted = read_metrics(self.folder)
+        records = [record for record in noted if "epoch" in record and record["step"] <= trainer.step]
+        write_atomically(self.folder / _METRICS, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+        yield from records
+        machine = trainer.machine
+        try:
+            for epoch in trainer.epochs(on_step):
+                elbo = log_likelihood_bounds(machine.recognition, machine.generative, test, 1).elbo.mean().item()
+                progress = {"epoch": epoch.epoch, "step": epoch.step, "seconds": epoch.seconds}
+                losses = {f"{name}_loss": loss for name, loss in epoch.losses.items()}
+                record = progress | losses | {"test_elbo": elbo}
+                self.note(record)
+                if time.monotonic() > saved_at + _SECONDS_BETWEEN_SAVES:
+                    saved_step, saved_at = self._save(trainer), time.monotonic()
+                yield record
+        except DivergedError as error:
+            raise DivergedError(
+                f"{error}; the last good checkpoint, of step {saved_step}, is {self.folder / _CHECKPOINT}"
+            ) from error
+        self._save(trainer)
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Adds a line to the metrics."""
+        with (self.folder / _METRICS).open("a") as metrics:
+            metrics.write(json.dumps(record) + "\n")
+
+    def _save(self, trainer: Trainer) -> int:
+        checkpoint.save(self.folder / _CHECKPOINT, trainer.state_dict(), asdict(self.config) | {"step": trainer.step})
+        return trainer.step
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a folder holds a run that can be resumed."""
+    return (folder / _CHECKPOINT).exists()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What has been noted of a run: of each epoch, and of the result once there is one.
+
+    A process that ends while it writes, as when the disk is full, leaves part of a last line, which is left out.
+
+    Raises:
+        RunError: another line is not what a run writes.
+    """
+    path = folder / _METRICS
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise ValueError(f"step is {record['step']!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise RunError(path, f"line {number} is not what a run writes: {error!r}") from error
+        records.append(record)
+    return records

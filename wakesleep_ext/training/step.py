@@ -1,0 +1,279 @@
+"""A step of training: losses, their gradients, an update of the weights.
+
+A step takes nothing from the host: keys and learning rates lie on the device. So it is recorded and replayed, as a CUDA
+graph on a GPU, and without Python on a CPU, where a step of few images would take twice as long with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep_ext import ops, random
+from wakesleep_ext.helmholtz import objectives
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
+from wakesleep_ext.helmholtz.objectives import WakeLosses
+from wakesleep_ext.replay import Replay, call
+from wakesleep_ext.training.config import SLEEP_WEIGHTS, TrainConfig
+from wakesleep_ext.training.data import Images
+
+
+class Descent:
+    """Adam on the parameters of a network, its state on their device from the start.
+
+    Between steps parameters may be frozen, or others may take their places.
+    """
+
+    def __init__(self, network: nn.Module, learning_rate: float, config: TrainConfig) -> None:
+        device = next(network.parameters()).device
+        dtype = torch.float32 if device.type == "cuda" else torch.float64  # which torch's kernel for the device reads
+        self.network = network
+        self.optimizer = torch.optim.Adam(
+            network.parameters(),
+            lr=torch.tensor(learning_rate, dtype=dtype, device=device),
+            betas=config.adam_betas,
+            eps=config.adam_epsilon,
+            fused=True,
+            capturable=True,
+        )
+        (group,) = self.optimizer.param_groups
+        self._start = learning_rate
+        self._steps = torch.zeros(len(group["params"]), device=device)
+        self._one = torch.ones((), device=device)  # to be added; the number 1 would be made into a tensor at every step
+        for parameter, step in zip(group["params"], self._steps, strict=True):
+            self.optimizer.state[parameter] = {
+                "step": step,
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def trained(self) -> list[Tensor]:
+        """The parameters that are not frozen.
+
+        Where others have taken their places, as `load_state_dict(assign=True)` has it, the optimizer's state is theirs.
+        """
+        parameters = list(self.network.parameters())
+        (group,) = self.optimizer.param_groups
+        for number, (old, new) in enumerate(zip(group["params"], parameters, strict=True)):
+            if old is not new:
+                group["params"][number] = new
+                self.optimizer.state[new] = self.optimizer.state.pop(old)
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """Of the trained parameters. What others may have left in .grad does not enter."""
+        trained = self.trained()
+        return torch.autograd.grad(loss, trained) if trained else ()
+
+    def set_learning_rate(self, factor: Tensor) -> None:
+        """To a multiple of that of the start."""
+        (group,) = self.optimizer.param_groups
+        group["lr"].copy_(self._start * factor)
+
+    @torch.no_grad()
+    def descend(self, gradients: Sequence[Tensor]) -> None:
+        """A step of Adam by these gradients of the trained parameters."""
+        trained = self.trained()
+        if not trained:
+            return
+        (group,) = self.optimizer.param_groups
+        states = [self.optimizer.state[parameter] for parameter in trained]
+        exp_avgs, exp_avg_sqs = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
+        beta1, beta2 = group["betas"]
+        self._steps.add_(self._one)
+        step = states[0]["step"]  # the same for all
+        ops.adam_(trained, gradients, exp_avgs, exp_avg_sqs, step, group["lr"], beta1, beta2, group["eps"])
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's tensors, by the name of a parameter and of what it is; not copies."""
+        for name, parameter in self.network.named_parameters():
+            for slot, value in self.optimizer.state[parameter].items():
+                yield f"{name}.{slot}", value
+
+
+class Step:
+    """One wake phase on a batch, then one sleep phase; whichever of them the objective has.
+
+    Every random draw is a function of the seed and of the number of the step.
+
+    Args:
+        machine: its `generative` network is trained in the wake phase, `recognition` in sleep; in the wake phase too,
+            if the objective says so.
+        images: on the device of the machine.
+        config: how to train.
+
+    Raises:
+        ValueError: the objective differentiates through draws, and the latent variables are discrete.
+    """
+
+    def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
+        self.machine, self.images, self.config = machine, images, config
+        self.batch_size = min(config.batch_size, len(images))
+        self.per_epoch = len(images) // self.batch_size
+        self._generative = Descent(machine.generative, config.generative_learning_rate, config)
+        self._recognition = Descent(machine.recognition, config.recognition_learning_rate, config)
+        self._dtype = next(machine.parameters()).dtype
+        device = images.grey.device
+        self._falls = torch.tensor(config.stages[1:], dtype=torch.float64, device=device) * self.per_epoch
+        self._wake_losses = self._objective()
+        chosen = config.sleep_weight
+        self._sleep_weight = SLEEP_WEIGHTS[config.objective] if chosen is None else chosen
+        self._draws = self._number_draws()
+        self._keys = torch.empty(sum(map(len, self._draws.values())), 2, dtype=torch.int64, device=device)
+        self._key = self._keys.unbind()
+        self._offsets = self._keys[:, 1]
+        self._number = torch.zeros((), dtype=torch.int64)  # in a tensor, since no step goes by it
+        self.number = 0
+        self.replays = {awake: Replay(partial(self._train, awake=awake)) for awake in (False, True)}
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """Takes the step; the losses as :attr:`names` has them.
+
+        Args:
+            index: int64 `[batch_size]`, which images the batch has.
+        """
+        awake = self.is_awake
+        run = self.replays[awake] if self.config.replay else partial(call, partial(self._train, awake=awake))
+        losses: Tensor = run(index)
+        self._number += 1
+        return losses
+
+    @property
+    def number(self) -> int:
+        """Steps completed; setting it sets the keys of the draws, too."""
+        return int(self._number)
+
+    @number.setter
+    def number(self, number: int) -> None:
+        count = len(self._keys)
+        keys = [random.make_key(self.config.seed, number * count + draw) for draw in range(count)]
+        self._keys.copy_(torch.stack(keys))
+        self._number.fill_(number)
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether the next step has a wake phase; the first epochs may have none."""
+        return self.number >= self.config.sleep_warm_up * self.per_epoch
+
+    @property
+    def names(self) -> list[str]:
+        """Of the losses that the next step returns."""
+        if not self.is_awake:
+            return ["sleep"]
+        both = self.config.objective == "reweighted-wake-sleep" and self._sleep_weight < 1
+        return ["wake"] + ["wake_phi"] * both + ["sleep"] * (self._sleep_weight > 0)
+
+    @property
+    def descents(self) -> dict[str, Descent]:
+        return {"generative": self._generative, "recognition": self._recognition}
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """The indices of the images of each batch of an epoch that begins now, in an order of its own."""
+        # An order from the sort of keyed draws is the same on every device, randperm's is not.
+        zeros = torch.zeros(len(self.images), dtype=torch.float64, device=self.images.grey.device)
+        (key,) = self._keys_of("order")
+        order = ops.gaussian_rsample(zeros, zeros, key=key).argsort()
+        return tuple(order.split(self.batch_size)[: self.per_epoch])
+
+    def _objective(self) -> Callable[[Tensor, Sequence[Tensor]], WakeLosses]:
+        """The losses of the wake phase, of images and the keys of its draws."""
+        recognition, generative = self.machine.recognition, self.machine.generative
+        config = self.config
+        if config.objective == "reweighted-wake-sleep":
+            return lambda x, keys: objectives.reweighted_wake_losses(
+                recognition,
+                generative,
+                x,
+                config.num_samples,
+                defensive_fraction=config.defensive_fraction,
+                keys=keys,
+            )
+        loss = {
+            "wake-sleep": objectives.wake_theta_loss,
+            "elbo": objectives.elbo_loss,
+            "iwae": objectives.iwae_loss,
+            "dreg": objectives.dreg_loss,
+        }[config.objective]
+        if config.objective != "wake-sleep":
+            objectives.require_rsample(recognition)
+        return lambda x, keys: WakeLosses(loss(recognition, generative, x, config.num_samples, keys=keys))
+
+    def _number_draws(self) -> dict[str, range]:
+        """The draws of a step, each with a key of its own."""
+        layers = len(self.machine.recognition)
+        counts = {
+            "order": 1,  # of the images; used by the first step of an epoch
+            "binarize": 1,
+            "wake": 2 * layers + 1 if self.config.defensive_fraction else layers,
+            "dream": layers + 1,
+        }
+        draws, first = {}, 0
+        for name, count in counts.items():
+            draws[name] = range(first, first + count)
+            first += count
+        return draws
+
+    def _keys_of(self, name: str) -> tuple[Tensor, ...]:
+        numbers = self._draws[name]
+        return self._key[numbers.start : numbers.stop]
+
+    def _train(self, index: Tensor, *, awake: bool) -> Tensor:
+        """The step itself, which may be recorded: what differs from step to step, it takes from tensors."""
+        losses: list[Tensor] = []
+        of_wake: Sequence[Tensor] | None = None
+        self._set_learning_rates()
+        if awake:
+            wake, of_wake = self._wake(index)
+            losses += wake
+        if not awake or self._sleep_weight > 0:
+            losses.append(self._sleep(of_wake))
+        elif of_wake is not None:
+            self._recognition.descend(of_wake)
+        self._offsets.add_(len(self._keys))
+        return torch.stack([loss.detach() for loss in losses])
+
+    def _wake(self, index: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
+        """Trains the generative network; returns the losses, and their gradient for the recognition network, if any."""
+        (key,) = self._keys_of("binarize")
+        x = self.images.binarize(key, index, self._dtype)
+        theta, phi = self._wake_losses(x, self._keys_of("wake"))
+        wake_weight = 1 - self._sleep_weight
+        if not wake_weight:
+            self._generative.descend(self._generative.gradients(theta))
+            return [theta], None
+        total = theta if phi is None else theta + wake_weight * phi
+        of_theta, of_phi = self._generative.trained(), self._recognition.trained()
+        gradients = torch.autograd.grad(total, [*of_theta, *of_phi]) if of_theta or of_phi else ()
+        self._generative.descend(gradients[: len(of_theta)])
+        return [theta] if phi is None else [theta, phi], gradients[len(of_theta) :]
+
+    def _sleep(self, of_wake: Sequence[Tensor] | None) -> Tensor:
+        """Trains the recognition network; to the gradient of the wake phase, if there is one, comes that of dreams."""
+        loss = objectives.sleep_phi_loss(
+            self.machine.recognition,
+            self.machine.generative,
+            self.config.num_dreams or self.batch_size,
+            keys=self._keys_of("dream"),
+        )
+        if of_wake is None:
+            self._recognition.descend(self._recognition.gradients(loss))
+        else:
+            gradients = self._recognition.gradients(self._sleep_weight * loss)
+            self._recognition.descend([a + b for a, b in zip(gradients, of_wake, strict=True)])
+        return loss
+
+    def _set_learning_rates(self) -> None:
+        """To what they have fallen to at this step."""
+        config = self.config
+        if config.learning_rate_decay == 1:
+            return
+        step = self._offsets[0].double() / len(self._keys)
+        if config.schedule == "exponential":
+            part = step / (config.epochs * self.per_epoch)
+        else:
+            part = (step >= self._falls).double().sum() / max(1, len(self._falls))
+        for descent in (self._generative, self._recognition):
+            descent.set_learning_rate(config.learning_rate_decay**part)
