@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,9 @@ def main() -> int:
         assert package.origin is not None
         status: int = runpy.run_path(str(Path(package.origin).with_name("info.py")))["main"]()
         return status
+    if sys.argv[1:] == ["--version"]:
+        print(f"wakesleep_ext {version('wakesleep_ext')}")
+        return 0
     try:
         from wakesleep_ext import cli
     except ImportError as error:

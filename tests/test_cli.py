@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
+import _wakesleep_command
 from wakesleep_ext import cli
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training import run as runs
@@ -295,6 +297,13 @@ def test_the_command_line_in_a_process_of_its_own(run):
     process = subprocess.run([*wakesleep, *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
     assert {"nll", "elbo"} <= json.loads(process.stdout).keys()
+
+
+def test_the_version_needs_no_torch(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "argv", ["wakesleep", "--version"])
+    assert _wakesleep_command.main() == 0
+    assert capsys.readouterr().out == f"wakesleep_ext {metadata.version('wakesleep_ext')}\n"
 
 
 def test_help_names_the_commands(capsys):
