@@ -19,8 +19,9 @@ class FileError(ValueError):
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content such that a crash at any moment leaves the old or the new.
 
-    Several processes may write at once: each replaces the whole. The new content is written to a file beside it, under
-    a lock. A process that is killed leaves that file to the next one; one with a name of its own would stay for good.
+    Several processes may write at once: each replaces the whole. A process writes the new content to
+    `<name>.partial`, which it locks, and then renames that. If it is killed, the next writer takes the file over; a
+    file with a unique name would stay for good.
     """
     partial = path.with_name(path.name + ".partial")
     while True:

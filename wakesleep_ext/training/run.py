@@ -1,4 +1,4 @@
-"""A run's folder: which files it has, in which form, under which lock. Nobody else knows.
+"""A run's folder: which files it has, in which form, under which lock. No other module knows.
 
 `config.json` tells how the run was made. `checkpoint.safetensors` holds weights and optimizers, the same description,
 and the step that they are of. `metrics.jsonl` has an object for each epoch, and a last one for the result.

@@ -43,8 +43,8 @@ class Trainer:
     Args:
         machine: its `generative` network is trained in the wake phase, `recognition` in sleep; in the wake phase too,
             if the objective says so.
-        images: binarised anew each time they are visited. A last batch that would be smaller than
-            the others is left out; which images that concerns changes with every epoch.
+        images: each visit binarises them again. A last batch that would be smaller than the others is left out; which
+            images that concerns changes with every epoch.
         config: how to train.
 
     Attributes:
