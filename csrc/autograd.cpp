@@ -8,6 +8,6 @@
 #include "autograd/gaussian_parameters.cpp"
 #include "autograd/gaussian_rsample.cpp"
 #include "autograd/linear_bernoulli_log_prob.cpp"
+#include "autograd/mlp.cpp"
 #include "autograd/not_differentiable.cpp"
-#include "autograd/perceptron.cpp"
 #include "autograd/standard_gaussian_log_prob.cpp"

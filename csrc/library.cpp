@@ -49,12 +49,12 @@ constexpr Operator kOperators[] = {
     {"bernoulli_log_prob_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor"},
 
     // layers f(h weight^T + bias), each of which gets what the one before returns: h [*B, H], weight [D, H], bias [D]
-    {"perceptron(Tensor h, Tensor[] weights, Tensor[] biases, str? activation=None, str? output_activation=None) "
+    {"mlp(Tensor h, Tensor[] weights, Tensor[] biases, str? activation=None, str? output_activation=None) "
      "-> Tensor"},
     // also what every layer but the last returns, [N, D]
-    {"perceptron_with_hidden(Tensor h, Tensor[] weights, Tensor[] biases, str? activation, str? output_activation) "
+    {"mlp_with_hidden(Tensor h, Tensor[] weights, Tensor[] biases, str? activation, str? output_activation) "
      "-> (Tensor, Tensor[])"},
-    {"perceptron_backward(Tensor grad, Tensor output, Tensor[] hidden, Tensor h, Tensor[] weights, Tensor[] biases, "
+    {"mlp_backward(Tensor grad, Tensor output, Tensor[] hidden, Tensor h, Tensor[] weights, Tensor[] biases, "
      "str? activation, str? output_activation, bool with_grad_h, bool with_grad_weights) "
      "-> (Tensor, Tensor[], Tensor[])"},
 
@@ -66,11 +66,11 @@ constexpr Operator kOperators[] = {
      "-> (Tensor, Tensor)"},
     {"linear_bernoulli_log_prob_backward(Tensor grad, Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? logits, "
      "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor)"},
-    // sum_n importance_n log p(x_n | h_n); the gradients that go with it
-    {"linear_bernoulli_log_prob_sum(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? importance=None) "
+    // sum_n sample_weight_n log p(x_n | h_n); the gradients that go with it
+    {"linear_bernoulli_log_prob_sum(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight=None) "
      "-> Tensor",
      Kind::composite},
-    {"linear_bernoulli_log_prob_and_gradients(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? importance, "
+    {"linear_bernoulli_log_prob_and_gradients(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight, "
      "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)"},
 
     // a step of an optimizer: tensors of any shapes, all in one pass

@@ -31,21 +31,21 @@ inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
 }
 
 // Up to so many rows a backend's own kernels multiply, by measurement; the environment may know better.
-inline int64_t few_rows(int64_t measured) {
-  const char* chosen = std::getenv("WAKESLEEP_FEW_ROWS");
+inline int64_t small_batch_limit(int64_t measured) {
+  const char* chosen = std::getenv("WAKESLEEP_SMALL_BATCH");
   if (chosen == nullptr) {
     return measured;
   }
   char* end = nullptr;
   const int64_t rows = std::strtoll(chosen, &end, 10);
-  TORCH_CHECK_VALUE(end != chosen && *end == '\0', "expected WAKESLEEP_FEW_ROWS to be a number, got '", chosen, "'");
+  TORCH_CHECK_VALUE(end != chosen && *end == '\0', "expected WAKESLEEP_SMALL_BATCH to be a number, got '", chosen, "'");
   return rows;
 }
 
-// What kernels inherit whose products are the platform's. Those that make a whole layer of few rows themselves say up
-// to how many, few_rows().
+// What kernels inherit whose products are the platform's. Those that make a whole layer of a small batch themselves say
+// up to how many rows, small_batch_limit().
 struct PlatformProducts {
-  static constexpr bool kOwnFewRows = false;
+  static constexpr bool kOwnSmallBatches = false;
 
   // a b, in the type `type`: from half types float32, to half types from float32.
   static at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
@@ -157,11 +157,11 @@ struct Linear : LinearCall, Layer {
   int64_t chunk_rows() const { return LinearCall::chunk_rows(D); }
 
   // body(first row, rows of h [rows, H], their products with weight [rows, D]) for every chunk of h [N, H]; or for all
-  // rows at once, of products that are to be kept, or if the rows are few.
+  // rows at once, of products that are to be kept, or if the batch is small.
   template <typename Kernels, typename Body>
   void for_products(const at::Tensor& h, bool at_once, const Body& body) const {
-    if constexpr (Kernels::kOwnFewRows) {
-      if (h.size(0) <= Kernels::few_rows()) {
+    if constexpr (Kernels::kOwnSmallBatches) {
+      if (h.size(0) <= Kernels::small_batch_limit()) {
         return body(0, h, Kernels::products(*this, h));
       }
     }

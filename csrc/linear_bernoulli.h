@@ -98,20 +98,20 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
   }
 
   // write_gradient(first row, products [rows, D] of h and weight, gradient of the logits [rows, D], its sums [pieces,
-  // D]) for every chunk. The gradient may be written where the products are. Of few rows, no sums are wanted: they come
-  // with the gradient of weight.
+  // D]) for every chunk. The gradient may be written where the products are. Of a small batch, no sums are wanted:
+  // they come with the gradient of weight.
   template <typename Kernels, typename WriteGradient>
   void accumulate(const WriteGradient& write_gradient) {
     const bool kept = logits.size(0) > 0;
-    if constexpr (Kernels::kOwnFewRows) {
-      if (N <= Kernels::few_rows()) {
+    if constexpr (Kernels::kOwnSmallBatches) {
+      if (N <= Kernels::small_batch_limit()) {
         const at::Tensor products = kept ? logits : Kernels::products(*this, h);
         const at::Tensor grad_logits = !kept && dtype == compute ? products : aten::empty({N, D}, options());
         write_gradient(0, products, grad_logits, at::Tensor());
         gradients.weight = aten::empty({with_grad_weight ? D : 0, H}, options());
         gradients.bias = aten::empty({D}, options());
         grad_h.tensor = aten::empty({with_grad_h ? N : 0, H}, options());
-        Kernels::gradients_of_few(*this, h, grad_logits, gradients.weight, gradients.bias, grad_h.tensor);
+        Kernels::small_batch_gradients(*this, h, grad_logits, gradients.weight, gradients.bias, grad_h.tensor);
         return;
       }
     }
@@ -166,8 +166,8 @@ struct LinearBernoulliSample : Linear {
 
 // The ops over a backend's kernels: write_log_prob(call, first row, products) and write_gradient<with_log_prob>(call,
 // ...), the arguments being those of accumulate(), with the sums over every rows_of_sum(compute) rows. And, where the
-// kernels take few rows themselves: products(layer, h), and gradients_of_few(layer, h, gradient of the logits,
-// gradients of weight, bias and h), which writes these three, those without elements not being wanted.
+// kernels take small batches themselves: products(layer, h), and small_batch_gradients(layer, h, gradient of the
+// logits, gradients of weight, bias and h), which writes these three, those without elements not being wanted.
 template <typename Kernels>
 struct LinearBernoulliOps {
   static at::Tensor log_prob(const at::Tensor& h,       // [*S, *B, H]
@@ -204,10 +204,10 @@ struct LinearBernoulliOps {
 
   static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> log_prob_and_gradients(
       const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
-      const std::optional<at::Tensor>& importance,  // broadcasts to [*S, *B]
+      const std::optional<at::Tensor>& sample_weight,  // broadcasts to [*S, *B]
       bool with_grad_h, bool with_grad_weight) {
-    const at::Tensor upstream = importance.value_or(at::Tensor());
-    LinearBernoulliGradients call("linear_bernoulli_log_prob_sum", h, weight, bias, x, {"importance", upstream}, {},
+    const at::Tensor upstream = sample_weight.value_or(at::Tensor());
+    LinearBernoulliGradients call("linear_bernoulli_log_prob_sum", h, weight, bias, x, {"sample_weight", upstream}, {},
                                   Kernels::rows_of_sum, with_grad_h, with_grad_weight);
     call.accumulate<Kernels>([&](auto&&... chunk) { Kernels::template write_gradient<true>(call, chunk...); });
     return std::tuple_cat(std::tuple(call.log_prob), call.result());

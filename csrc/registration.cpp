@@ -39,7 +39,7 @@ WAKESLEEP_SIGNATURE(Out(OptionalIn, OptionalIn, In, In, In, at::IntArrayRef));  
 WAKESLEEP_SIGNATURE(std::tuple<Out, Out>(In, In, In, In, bool));                // gaussian_log_prob_backward
 WAKESLEEP_SIGNATURE(Out(In, In, at::IntArrayRef, Dtype));                       // bernoulli_sample
 WAKESLEEP_SIGNATURE(Out(In, In, int64_t, OptionalIn, Dtype));                   // binarize
-WAKESLEEP_SIGNATURE(Out(In, at::TensorList, at::TensorList, Name, Name));       // perceptron
+WAKESLEEP_SIGNATURE(Out(In, at::TensorList, at::TensorList, Name, Name));       // mlp
 WAKESLEEP_SIGNATURE(std::tuple<Out, Outs>(In, at::TensorList, at::TensorList, Name, Name));  // ..._with_hidden
 WAKESLEEP_SIGNATURE(std::tuple<Out, Outs, Outs>(In, In, at::TensorList, In, at::TensorList,  // ..._backward
                                                 at::TensorList, Name, Name, bool, bool));

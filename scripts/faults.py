@@ -180,24 +180,24 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         Fault(
             "bias-added-after-activation",
-            "csrc/cpu/perceptron.cpp",
+            "csrc/cpu/mlp.cpp",
             "activation(product + b)",
             "activation(product) + b",
-            OPS.format("perceptron"),
+            OPS.format("mlp"),
         ),
         Fault(
             "last-feature-dropped",
             "csrc/cpu/products.cpp",
             "if (k < K) {",
             "if (k + 1 < K) {",
-            "tests/test_products.py -k test_products_of_few_rows",
+            "tests/test_products.py -k test_products_of_a_small_batch",
         ),
         Fault(
             "second-block-of-sums-starts-anew",
             "csrc/cpu/products.cpp",
             "from = k > 0 ? ",
             "from = k > kBlock ? ",
-            "tests/test_products.py -k test_products_of_few_rows",
+            "tests/test_products.py -k test_products_of_a_small_batch",
         ),
         Fault(
             "second-moment-overwritten-by-first",
@@ -238,7 +238,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         Fault(
             "weight-gradients-asked-for-by-h",
-            "csrc/autograd/perceptron.cpp",
+            "csrc/autograd/mlp.cpp",
             "with_grad_weights |= context->needs_input_grad(1 + l);",
             "with_grad_weights |= context->needs_input_grad(l);",
             "tests/test_layers.py -k test_gradients_of_a_layer_go_where_they_are_asked_for",
@@ -382,14 +382,14 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         Fault(
             "cuda-sums-overwritten-before-they-are-read",
-            "csrc/cuda/few_rows.cuh",
+            "csrc/cuda/small_batch.cuh",
             "__syncthreads();  // before the next block's sums",
             ";  // before the next block's sums",
             ON_CUDA.format("linear and tanh and not bernoulli"),
         ),
         Fault(
             "cuda-bias-gradient-of-last-row",
-            "csrc/cuda/few_rows.cuh",
+            "csrc/cuda/small_batch.cuh",
             "bias.value[c] += g[a].value[c];",
             "bias.value[c] = g[a].value[c];",
             ON_CUDA.format("linear and tanh and not bernoulli"),
@@ -417,10 +417,10 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         Fault(
             "cuda-activation-gradient-of-upstream",
-            "csrc/cuda/perceptron.cu",
+            "csrc/cuda/mlp.cu",
             "activation.gradient(of.upstream.value[i], of.y.value[i])",
             "activation.gradient(of.y.value[i], of.upstream.value[i])",
-            ON_CUDA.format("perceptron and tanh"),
+            ON_CUDA.format("mlp and tanh"),
         ),
     ),
     "ops": (
@@ -453,9 +453,9 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "tests/test_layers.py -k test_a_layer_without_bias",
         ),
         Fault(
-            "importance-ignored",
+            "sample_weight-ignored",
             "wakesleep_ext/ops.py",
-            "call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, importance)",
+            "call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, sample_weight)",
             "call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, None)",
             "tests/test_heads.py -k test_a_weighted_sum_is_exact",
         ),
@@ -847,7 +847,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "tests/test_evaluation.py -k test_dreams_know_the_divergence",
         ),
     ),
-    "importance": (
+    "sample_weight": (
         Fault(
             "effective-sample-size-not-squared",
             "wakesleep_ext/evaluation/importance.py",

@@ -19,8 +19,8 @@ from cases import SHAPES, Case
 
 def main() -> None:
     walk(SHAPES)
-    os.environ["WAKESLEEP_FEW_ROWS"] = "0"  # as if rows were many
-    walk(case for case in SHAPES if case.op.startswith(("linear", "perceptron")))
+    os.environ["WAKESLEEP_SMALL_BATCH"] = "0"  # as if rows were many
+    walk(case for case in SHAPES if case.op.startswith(("linear", "mlp")))
     torch.cuda.synchronize()
 
 

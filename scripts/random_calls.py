@@ -151,9 +151,9 @@ OPERATORS: dict[str, Callable[[Maker], list[Any]]] = {
     "gaussian_kl_backward": lambda m: [m.compute("B"), m.floats("BK"), m.floats("BK")],
     "bernoulli_log_prob": lambda m: [m.floats("SBD"), m.observed("BD")],
     "bernoulli_log_prob_backward": lambda m: [m.compute("SB"), m.floats("SBD"), m.observed("BD")],
-    "perceptron": lambda m: [*_layers(m), *_names(m)],
-    "perceptron_with_hidden": lambda m: [*_layers(m), *_names(m)],
-    "perceptron_backward": lambda m: (
+    "mlp": lambda m: [*_layers(m), *_names(m)],
+    "mlp_with_hidden": lambda m: [*_layers(m), *_names(m)],
+    "mlp_backward": lambda m: (
         lambda layers: [
             m.floats("BK"), m.floats("BK"), [m.floats("BD")], *layers, *_names(m), m.flag(), m.flag(),
         ]

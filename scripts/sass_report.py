@@ -23,7 +23,7 @@ REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 
 # the operands that a row kernel reads along the row, as indices of its template arguments
 OPERANDS = {
-    "PerceptronRows": (0, 0),  # products and bias
+    "MlpRows": (0, 0),  # products and bias
     "BernoulliLogProbRows": (0, 1),
     "BernoulliLogProbBackwardRows": (0, 1),
     "BernoulliSampleRows": (0,),
@@ -36,7 +36,7 @@ OPERANDS = {
     "LinearBernoulliLogProbRows": (0, 0, 1),  # products, bias and x
     "LinearBernoulliLogProbBackwardRows": (0, 0, 1),
     "LinearBernoulliSampleRows": (0, 0),
-    "PerceptronBackwardRows": (1, 1),  # gradients and activations
+    "MlpBackwardRows": (1, 1),  # gradients and activations
     "GaussianRsampleBackwardRows": (0,),  # its loop over samples reads the gradient of z alone
     "StandardGaussianLogProbRows": (0,),
     "StandardGaussianLogProbBackwardRows": (0,),

@@ -242,7 +242,7 @@ SHAPES = (
     *(Case("linear", shapes[:3], activation="tanh") for shapes in _HEADS),
     *(Case("linear", ((2, 3, 5), (37, 5), (37,)), activation=activation) for activation in (None, "relu", "sigmoid")),
     *(
-        Case("perceptron", (h, (13, *h[-1:]), (13,), (width, 13), (width,)), activation=activation)
+        Case("mlp", (h, (13, *h[-1:]), (13,), (width, 13), (width,)), activation=activation)
         for h in ((1,), (7,), (70, 5), (4, 3, 20), (0, 5), (3, 0), (2, 1, 4, 5))
         for width, activation in ((785, "tanh"), (1, "relu"), (0, None))
     ),
@@ -261,7 +261,7 @@ SHAPES = (
             Case("linear_bernoulli_log_prob", ((2, 4, 3, 5), (21, 5), (21,), (4, 3, 21)), x_dtype=torch.uint8),
             Case("linear_bernoulli_log_prob_sum", ((4, 3, 5), (21, 5), (21,), (4, 3, 21), (4, 3))),
             Case("linear", ((4, 3, 5), (21, 5), (21,)), activation="tanh"),
-            Case("perceptron", ((4, 3, 5), (21, 5), (21,), (9, 21), (9,)), activation="tanh"),
+            Case("mlp", ((4, 3, 5), (21, 5), (21,), (9, 21), (9,)), activation="tanh"),
             Case("linear_bernoulli_sample", ((4, 3, 5), (21, 5), (21,))),
         )
     ),

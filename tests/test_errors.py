@@ -56,16 +56,16 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ws.linear_bernoulli_log_prob(f(2, 3, 4), f(5, 4), f(5), f(4, 5)), ValueError,
      r"linear_bernoulli_log_prob: expected the leading dimensions of h and x to broadcast, got \[2, 3\] and \[4\]"),
     (lambda: ws.linear_bernoulli_log_prob_sum(f(2, 3), f(5, 3), f(5), f(2, 5), f(3)), ValueError,
-     r"linear_bernoulli_log_prob_sum: expected importance to broadcast to \[2\], the rows, got \[3\]"),
+     r"linear_bernoulli_log_prob_sum: expected sample_weight to broadcast to \[2\], the rows, got \[3\]"),
     (lambda: ws.linear_bernoulli_log_prob_sum(f(2, 3, requires_grad=True), f(5, 3), f(5), f(2, 5), f(3)), ValueError,
-     r"linear_bernoulli_log_prob_sum: expected importance to broadcast to \[2\], the rows, got \[3\]"),
+     r"linear_bernoulli_log_prob_sum: expected sample_weight to broadcast to \[2\], the rows, got \[3\]"),
     # dtypes
     (lambda: ws.linear_bernoulli_log_prob(f(3), f(5, 3, dtype=torch.int64), f(5), f(5)), TypeError,
      r"linear_bernoulli_log_prob: expected weight to be float64, float32, bfloat16 or float16, got Long"),
     (lambda: ws.linear_bernoulli_log_prob(f(3), f(5, 3), f(5), f(5, dtype=torch.int64)), TypeError,
      r"linear_bernoulli_log_prob: expected x to be bool, uint8 or floating, got Long"),
     (lambda: ws.linear_bernoulli_log_prob_sum(f(3), f(5, 3), f(5), f(5), f(1, dtype=torch.int64)), TypeError,
-     r"linear_bernoulli_log_prob_sum: expected importance to be float64"),
+     r"linear_bernoulli_log_prob_sum: expected sample_weight to be float64"),
     (lambda: ws.linear_bernoulli_sample(f(3), f(5, 3), f(5), dtype=torch.int32), TypeError,
      r"linear_bernoulli_sample: expected dtype to be bool, uint8 or floating, got Int"),
     (lambda: ws.gaussian_kl(f(3, dtype=torch.int64), f(3)), TypeError,
@@ -139,7 +139,7 @@ def test_devices_must_agree_with_meta() -> None:
         ws.gaussian_kl(f(3), meta(3))
     with pytest.raises(ValueError, match="adam_: expected lr on cpu, the device of "):
         ws.adam_([f(3)], [f(3)], [f(3)], [f(3)], f(()), meta(()), 0.9, 0.999, 1e-8)
-    with pytest.raises(ValueError, match=r"perceptron: expected biases\[0\] on meta, the device of h, got cpu"):
+    with pytest.raises(ValueError, match=r"mlp: expected biases\[0\] on meta, the device of h, got cpu"):
         ws.linear(meta(2, 3), meta(4, 3), f(4))
 
 

@@ -37,14 +37,14 @@ def tensors(*shapes: Sequence[int], grad: str = "", dtype: torch.dtype = torch.f
     ]
 
 
-def eager_perceptron(h: Tensor, *layers: Tensor) -> Tensor:
+def eager_mlp(h: Tensor, *layers: Tensor) -> Tensor:
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
         h = F.linear(h, weight, bias).tanh()
     return h
 
 
-def perceptron(h: Tensor, *layers: Tensor) -> Tensor:
-    return ws.perceptron(h, layers[::2], layers[1::2], "tanh", "tanh")
+def mlp(h: Tensor, *layers: Tensor) -> Tensor:
+    return ws.mlp(h, layers[::2], layers[1::2], "tanh", "tanh")
 
 
 @pytest.mark.parametrize("batch", [(B,), (), (2, 3), (0,), (400,)], ids=str)
@@ -55,17 +55,17 @@ def test_layers(batch: tuple[int, ...], sizes: tuple[int, ...], grad_h: str, gra
     layers = [shape for fan_in, fan_out in pairwise(sizes) for shape in ((fan_out, fan_in), (fan_out,))]
     arguments = tensors((*batch, sizes[0]), *layers, grad=grad_h + grad_layers * len(layers))
     backward = "1" in grad_h + grad_layers
-    expected = flops(eager_perceptron, *arguments, backward=backward)
-    assert flops(perceptron, *arguments, backward=backward) == expected
+    expected = flops(eager_mlp, *arguments, backward=backward)
+    assert flops(mlp, *arguments, backward=backward) == expected
     assert (expected > 0) == (0 not in batch)
 
 
 def test_all_weights_have_gradients_if_one_has() -> None:
     """The flag of the op is one for all, and so is what it computes."""
     arguments = tensors((B, 4), (5, 4), (5,), (6, 5), (6,), grad="00001")
-    assert flops(perceptron, *arguments, backward=True) == 2 * B * (20 + 30) + 2 * B * 30
+    assert flops(mlp, *arguments, backward=True) == 2 * B * (20 + 30) + 2 * B * 30
     arguments = tensors((B, 4), (5, 4), (5,), (6, 5), (6,), grad="00010")
-    assert flops(perceptron, *arguments, backward=True) == 2 * (2 * B * (20 + 30)) + 2 * B * 30
+    assert flops(mlp, *arguments, backward=True) == 2 * (2 * B * (20 + 30)) + 2 * B * 30
 
 
 def eager_log_prob(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -96,9 +96,9 @@ def test_a_head(shape_of_h: tuple[int, ...], grad: str, recompute: bool | None) 
 @GRAD
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_sum_forms_its_gradients_as_it_goes(shape_of_h: tuple[int, ...], grad: str, weighted: bool) -> None:
-    *arguments, x, importance = tensors(shape_of_h, (D, H), (D,), (D,), shape_of_h[:-1], grad=grad)
+    *arguments, x, sample_weight = tensors(shape_of_h, (D, H), (D,), (D,), shape_of_h[:-1], grad=grad)
     expected = flops(eager_log_prob, *arguments, x, backward="1" in grad)
-    others = (x, importance) if weighted else (x,)
+    others = (x, sample_weight) if weighted else (x,)
     assert flops(ws.linear_bernoulli_log_prob_sum, *arguments, *others) == expected
     assert flops(ws.linear_bernoulli_log_prob_sum, *arguments, *others, backward="1" in grad) == expected
     with torch.inference_mode():

@@ -41,10 +41,10 @@ def test_gradgradcheck(case: Case, device: str) -> None:
 def _arguments(case: Case, dtype: torch.dtype, device: str, requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
     """The operator behind an op, and what it is called with."""
     inputs = case.inputs(dtype, device, requires_grad)
-    if case.op in ("linear", "perceptron"):
+    if case.op in ("linear", "mlp"):
         h, *layers = inputs
         names = (None, case.activation) if case.op == "linear" else (case.activation, "sigmoid")
-        return torch.ops.wakesleep_ext.perceptron.default, (h, layers[::2], layers[1::2], *names)
+        return torch.ops.wakesleep_ext.mlp.default, (h, layers[::2], layers[1::2], *names)
     operator = getattr(torch.ops.wakesleep_ext, case.op).default
     if case.draws:
         sample_shape = () if case.op == "linear_bernoulli_sample" else (list(case.sample_shape),)
@@ -81,9 +81,9 @@ def test_opcheck_backward_operators(device: str) -> None:
         (o.standard_gaussian_log_prob_backward, (grad, z)),
         (o.gaussian_kl_backward, (grad[0], mu, logvar)),
         (o.bernoulli_log_prob_backward, (grad, z, z)),
-        (o.perceptron_with_hidden, (z, [z[0], z[1].mT], [grad[0], mu[0]], "relu", None)),
+        (o.mlp_with_hidden, (z, [z[0], z[1].mT], [grad[0], mu[0]], "relu", None)),
         (
-            o.perceptron_backward,
+            o.mlp_backward,
             (z, z, [hidden], z, [z[0], z[1].mT.contiguous()], [grad[0], mu[0]], "relu", None, True, False),
         ),
         (o.linear_bernoulli_log_prob_and_logits, (*head, 0)),

@@ -61,9 +61,9 @@ def test_a_gradient_for_one_argument_alone_is_the_same(recompute: bool | None, d
 
 def test_a_weighted_sum_is_exact(device: str, one_thread: None) -> None:
     h, weight, bias, x = _several_chunks(device)
-    importance = torch.randn(h.shape[:-1], dtype=torch.float64, device=device, requires_grad=True)
+    sample_weight = torch.randn(h.shape[:-1], dtype=torch.float64, device=device, requires_grad=True)
     log_prob = ws.bernoulli_log_prob(F.linear(h, weight, bias), x)
-    for weights, expected in ((importance, (importance * log_prob).sum()), (None, log_prob.sum())):
+    for weights, expected in ((sample_weight, (sample_weight * log_prob).sum()), (None, log_prob.sum())):
         found = ws.linear_bernoulli_log_prob_sum(h, weight, bias, x, weights)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
         parameters = (h, weight, bias) if weights is None else (h, weight, bias, weights)
@@ -187,17 +187,17 @@ def test_gradients_of_each_row_by_vmap(device: str) -> None:
 def test_peak_memory(op: str) -> None:
     """At least 4 times below eager's, at the size of a step with 50 samples."""
     h, weight, bias, x = _head((50, 100), 200, 784, torch.float32)
-    importance = torch.rand(50, 100)
+    sample_weight = torch.rand(50, 100)
 
     def eager() -> Tensor:
         logits = F.linear(h, weight, bias)
         losses = F.binary_cross_entropy_with_logits(logits, x.float().expand_as(logits), reduction="none")
-        return -(importance * losses.sum(-1)).sum()
+        return -(sample_weight * losses.sum(-1)).sum()
 
     def ours() -> Tensor:
         if op == "sum":
-            return ws.linear_bernoulli_log_prob_sum(h, weight, bias, x, importance)
-        return (importance * ws.linear_bernoulli_log_prob(h, weight, bias, x)).sum()
+            return ws.linear_bernoulli_log_prob_sum(h, weight, bias, x, sample_weight)
+        return (sample_weight * ws.linear_bernoulli_log_prob(h, weight, bias, x)).sum()
 
     def peak(function: Callable[[], Tensor]) -> int:
         return peak_bytes(lambda: torch.autograd.grad(function(), (h, weight, bias)), torch.device("cpu"))

@@ -121,19 +121,19 @@ def test_dreams_take_the_dtype_of_the_generative_network():
     assert z.dtype == x.dtype == torch.float64
 
 
-def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
+def test_an_mlp_is_scored_and_drawn_from_without_its_logits():
     """As any other network is by way of them, with the same gradients."""
     network = SMALL.build().generative[0].network.double()
-    perceptron, any_other = LinearBernoulliConditional(network), BernoulliConditional(network)
+    mlp, any_other = LinearBernoulliConditional(network), BernoulliConditional(network)
     z, x = torch.randn(4, 3, 2, dtype=torch.float64), torch.randint(2, (3, 6))
     x = x.to(torch.uint8)
-    torch.testing.assert_close(perceptron(z).log_prob(x), any_other(z).log_prob(x))
+    torch.testing.assert_close(mlp(z).log_prob(x), any_other(z).log_prob(x))
     for sample_shape in ((), (2,)):
-        draws = [conditional(z).rsample(sample_shape, key=make_key(1)) for conditional in (perceptron, any_other)]
+        draws = [conditional(z).rsample(sample_shape, key=make_key(1)) for conditional in (mlp, any_other)]
         assert torch.equal(*draws)
-    assert type(perceptron(z)) is LinearBernoulli
+    assert type(mlp(z)) is LinearBernoulli
     weights = torch.randn(4, 1, dtype=torch.float64)
-    ours, theirs = (conditional(z).log_prob_sum(x, weights) for conditional in (perceptron, any_other))
+    ours, theirs = (conditional(z).log_prob_sum(x, weights) for conditional in (mlp, any_other))
     torch.testing.assert_close(ours, theirs)
     parameters = tuple(network.parameters())
     torch.testing.assert_close(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters))
@@ -141,7 +141,7 @@ def test_a_perceptron_is_scored_and_drawn_from_without_its_logits():
     seen = []
     for module in (network, network.head):
         module.register_forward_hook(lambda *call: seen.append(call[-1]))
-    torch.testing.assert_close(perceptron(z).log_prob_sum(x, weights), theirs)
+    torch.testing.assert_close(mlp(z).log_prob_sum(x, weights), theirs)
     assert [tuple(logits.shape) for logits in seen] == [(4, 3, 6)] * 2  # a hook still gets what it waits for
 
 

@@ -29,13 +29,13 @@ BIAS = pytest.mark.parametrize("bias", [True, False])
 def calls_of_the_op(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each call of the op has computed."""
     found: list[int] = []
-    original = ops.perceptron
+    original = ops.mlp
 
-    def perceptron(h: Tensor, weights: Sequence[Tensor], *rest: Any) -> Tensor:
+    def mlp(h: Tensor, weights: Sequence[Tensor], *rest: Any) -> Tensor:
         found.append(len(weights))
         return original(h, weights, *rest)
 
-    monkeypatch.setattr(ops, "perceptron", perceptron)
+    monkeypatch.setattr(ops, "mlp", mlp)
     return found
 
 
@@ -74,9 +74,9 @@ def test_what_layers_compute_is_what_the_ops_compute(bias: bool) -> None:
     p = pixels.distribution(h)
     for recompute in (None, True, False):
         torch.testing.assert_close(p.log_prob(x, recompute=recompute), ws.bernoulli_log_prob(output, x))
-    importance = torch.randn(5)
-    expected = (importance * ws.bernoulli_log_prob(output, x)).sum()
-    torch.testing.assert_close(p.log_prob_sum(x, importance), expected)
+    sample_weight = torch.randn(5)
+    expected = (sample_weight * ws.bernoulli_log_prob(output, x)).sum()
+    torch.testing.assert_close(p.log_prob_sum(x, sample_weight), expected)
     torch.testing.assert_close(p.log_prob_sum(x), ws.bernoulli_log_prob(output, x).sum())
     assert torch.equal(p.rsample(key=key), ws.bernoulli_sample(output, key=key))
 
@@ -373,7 +373,7 @@ class Tempered(MultilayerPerceptron):
         return super().forward(input) / 4
 
 
-PERCEPTRON_CHANGES: dict[str, Callable[[MultilayerPerceptron], Any]] = {
+MLP_CHANGES: dict[str, Callable[[MultilayerPerceptron], Any]] = {
     "forward": _with_forward,
     "forward of the head": lambda network: _with_forward(network.head),
     "subclass": lambda network: setattr(network, "__class__", Tempered),
@@ -382,14 +382,14 @@ PERCEPTRON_CHANGES: dict[str, Callable[[MultilayerPerceptron], Any]] = {
 }
 
 
-@pytest.mark.parametrize("change", PERCEPTRON_CHANGES)
+@pytest.mark.parametrize("change", MLP_CHANGES)
 @pytest.mark.parametrize("activation", ["tanh", "gelu"])
 def test_the_logits_of_a_conditional_are_those_of_its_network(change: str, activation: Literal["tanh", "gelu"]) -> None:
     network, z, x = MultilayerPerceptron((3, 8, 5, 6), activation), torch.randn(4, 2, 3), torch.randint(2, (2, 6))
     conditional, x = LinearBernoulliConditional(network), x.bool()
     assert type(conditional(z)) is LinearBernoulli
     before = conditional(z).log_prob(x)
-    PERCEPTRON_CHANGES[change](network)
+    MLP_CHANGES[change](network)
     expected = ws.bernoulli_log_prob(network(z), x)
     assert not torch.allclose(expected, before)
     torch.testing.assert_close(conditional(z).log_prob(x), expected)
@@ -420,7 +420,7 @@ def test_an_exported_model_has_the_op(strict: bool) -> None:
     model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3)
     expected = model(x)
     program = torch.export.export(fuse(model), (x,), strict=strict)
-    assert torch.ops.wakesleep_ext.perceptron.default in [node.target for node in program.graph.nodes]
+    assert torch.ops.wakesleep_ext.mlp.default in [node.target for node in program.graph.nodes]
     torch.testing.assert_close(program.module()(x), expected)
 
 

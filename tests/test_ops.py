@@ -45,7 +45,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> No
         i.detach().double().requires_grad_(i.requires_grad) if i.is_floating_point() else i for i in inputs
     )
     results, exact = case(*inputs), case.reference(*exact_inputs)
-    roundings = 8 if case.op == "perceptron" else 1  # of what passes between layers
+    roundings = 8 if case.op == "mlp" else 1  # of what passes between layers
     for name, got, expected in zip(case.row.outputs, results, exact, strict=True):
         assert got.dtype == case.row.output_dtype(name, dtype)
         if case.is_binary:

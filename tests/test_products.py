@@ -1,4 +1,4 @@
-"""The CPU's own products of few rows, by way of the layers that are made of them."""
+"""The CPU's own products of small batches, by way of the layers that are made of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import wakesleep_ext as ws
 
-FEW_ROWS = 64
+SMALL_BATCH = 64
 # rows, features and width of a layer: whole tiles and vectors, and every kind of end that they have
 SHAPES = [
     (1, 1, 1),
@@ -62,7 +62,7 @@ def _assert_exact(found: list[Tensor], layer: tuple[Tensor, ...], upstream: Tens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_of_few_rows(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_products_of_a_small_batch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     layer = _layer(*shape, dtype)
     upstream = torch.randn(shape[0], shape[2], dtype=dtype)
     _assert_exact(_results(layer, upstream), layer, upstream)
@@ -101,7 +101,7 @@ def test_infinity_stays_where_it_is() -> None:
 
 
 def test_products_are_the_same_on_any_number_of_threads() -> None:
-    layer, upstream = _layer(FEW_ROWS, 400, 300), torch.randn(FEW_ROWS, 300)
+    layer, upstream = _layer(SMALL_BATCH, 400, 300), torch.randn(SMALL_BATCH, 300)
     threads, results = torch.get_num_threads(), []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
@@ -113,23 +113,23 @@ def test_products_are_the_same_on_any_number_of_threads() -> None:
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
 def test_a_row_is_the_same_by_itself() -> None:
-    h, weight, bias = _layer(FEW_ROWS, 50, 30)
+    h, weight, bias = _layer(SMALL_BATCH, 50, 30)
     whole = ws.linear(h, weight, bias)
-    for row in range(FEW_ROWS):
+    for row in range(SMALL_BATCH):
         assert torch.equal(ws.linear(h[row : row + 1], weight, bias), whole[row : row + 1])
 
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
-@pytest.mark.parametrize(("rows", "chosen"), [(FEW_ROWS, None), (FEW_ROWS + 1, None), (20, "0"), (200, "200")])
+@pytest.mark.parametrize(("rows", "chosen"), [(SMALL_BATCH, None), (SMALL_BATCH + 1, None), (20, "0"), (200, "200")])
 def test_who_multiplies(rows: int, chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """We do for up to 64 rows, or as many as the environment says; torch for more."""
     if chosen is not None:
-        monkeypatch.setenv("WAKESLEEP_FEW_ROWS", chosen)
+        monkeypatch.setenv("WAKESLEEP_SMALL_BATCH", chosen)
     layer, upstream = _layer(rows, 70, 90), torch.randn(rows, 90)
     with torch.profiler.profile() as profile:
         found = _results(layer, upstream)
     by_torch = sum(event.name == "aten::mm" for event in profile.events())
-    assert by_torch == (3 if rows > int(chosen or FEW_ROWS) else 0)
+    assert by_torch == (3 if rows > int(chosen or SMALL_BATCH) else 0)
     _assert_exact(found, layer, upstream)
 
 

@@ -192,13 +192,13 @@ def with_noise(x: Tensor) -> Tensor:
     return x + torch.rand_like(x) + torch.nn.functional.dropout(x)
 
 
-def of_a_perceptron(x: Tensor) -> Tensor:
+def of_an_mlp(x: Tensor) -> Tensor:
     layer = torch.arange(12.0).view(2, 6).sin()
     return ws.linear_bernoulli_log_prob_sum(x[None], layer, None, torch.ones(1, 2)).exp() + with_gradient(x)
 
 
 @pytest.mark.parametrize(
-    "function", [in_lists, by_index, with_gradient, in_half, with_noise, of_a_perceptron], ids=lambda f: f.__name__
+    "function", [in_lists, by_index, with_gradient, in_half, with_noise, of_an_mlp], ids=lambda f: f.__name__
 )
 def test_operators_of_every_kind_are_repeated(function: Callable[[Tensor], Tensor]) -> None:
     values = torch.randn(5, 6)

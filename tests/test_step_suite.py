@@ -66,7 +66,7 @@ def test_every_op_is_measured_by_itself_or_in_a_step(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(ops, name, spy(name, getattr(ops, name)))
     call_of(SMALL, "fused")()
     not_measured = {
-        "linear",  # a perceptron of one layer
+        "linear",  # an MLP of one layer
         "linear_bernoulli_log_prob",  # training takes linear_bernoulli_log_prob_sum
     }
     assert set(OPS) - set(TRAFFIC) - called == not_measured

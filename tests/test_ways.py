@@ -139,7 +139,7 @@ def autocast(case: Case, device: str) -> None:
         found = case(*inputs)
     multiplies = "weight" in case.row.inputs
     lower = [
-        tensor.bfloat16() if multiplies and name not in ("x", "importance") else tensor
+        tensor.bfloat16() if multiplies and name not in ("x", "sample_weight") else tensor
         for name, tensor in zip(case.row.inputs, inputs, strict=True)
     ]
     with torch.autocast(device, enabled=False):

@@ -26,7 +26,7 @@ from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered 
     linear_bernoulli_log_prob,
     linear_bernoulli_log_prob_sum,
     linear_bernoulli_sample,
-    perceptron,
+    mlp,
     standard_gaussian_log_prob,
 )
 
@@ -53,8 +53,8 @@ __all__ = [
     "linear_bernoulli_log_prob",
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
+    "mlp",
     "modules",
-    "perceptron",
     "random",
     "reference",
     "standard_gaussian_log_prob",

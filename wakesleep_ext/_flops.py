@@ -27,12 +27,12 @@ def _product(rows: int, weight: Shape) -> int:
     return 2 * rows * math.prod(weight)
 
 
-def perceptron(h: Shape, weights: Sequence[Shape], *others: Any, **named: Any) -> int:
+def mlp(h: Shape, weights: Sequence[Shape], *others: Any, **named: Any) -> int:
     rows = math.prod(h[:-1])
     return sum(_product(rows, weight) for weight in weights)
 
 
-def perceptron_backward(
+def mlp_backward(
     grad: Shape,
     output: Shape,
     hidden: Sequence[Shape],
@@ -46,8 +46,8 @@ def perceptron_backward(
     **named: Any,
 ) -> int:
     """What a layer hands down is a product, but for the first, where nothing asks for it."""
-    of_weights = perceptron(h, weights) if with_grad_weights else 0
-    return of_weights + perceptron(h, weights if with_grad_h else weights[1:])
+    of_weights = mlp(h, weights) if with_grad_weights else 0
+    return of_weights + mlp(h, weights if with_grad_h else weights[1:])
 
 
 def linear_bernoulli_sample(h: Shape, weight: Shape, *others: Any, **named: Any) -> int:
@@ -79,7 +79,7 @@ def linear_bernoulli_log_prob_and_gradients(
     weight: Shape,
     bias: Shape,
     x: Shape,
-    importance: Shape | None,
+    sample_weight: Shape | None,
     with_grad_h: bool,
     with_grad_weight: bool,
     **named: Any,
@@ -92,9 +92,9 @@ def _rows(h: Shape, x: Shape) -> int:
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
-    "perceptron": perceptron,
-    "perceptron_with_hidden": perceptron,
-    "perceptron_backward": perceptron_backward,
+    "mlp": mlp,
+    "mlp_with_hidden": mlp,
+    "mlp_backward": mlp_backward,
     "linear_bernoulli_sample": linear_bernoulli_sample,
     "linear_bernoulli_log_prob": linear_bernoulli_log_prob,
     "linear_bernoulli_log_prob_and_logits": linear_bernoulli_log_prob,

@@ -75,7 +75,7 @@ def _check_devices(op: str, named: Mapping[str, Any]) -> None:
             raise ValueError(f"{op}: expected {name} on {tensor.device}, the device of {first}, got {other.device}")
 
 
-_FLOATING = {"mu", "logvar", "z", "logits", "h", "weight", "bias", "importance"}
+_FLOATING = {"mu", "logvar", "z", "logits", "h", "weight", "bias", "sample_weight"}
 _HALF_OR_MORE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -308,7 +308,7 @@ def _layer_gradients(
     return grad_h, grad_weight, torch.empty_like(bias, dtype=dtype)
 
 
-@_fake("perceptron")
+@_fake("mlp")
 def _(
     h: Tensor,
     weights: Sequence[Tensor],
@@ -319,7 +319,7 @@ def _(
     return h.new_empty((*h.shape[:-1], weights[-1].shape[0]), dtype=_promoted(h, *weights, *biases))
 
 
-@_fake("perceptron_with_hidden")
+@_fake("mlp_with_hidden")
 def _(
     h: Tensor,
     weights: Sequence[Tensor],
@@ -327,12 +327,12 @@ def _(
     activation: str | None,
     output_activation: str | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    output = _ops.perceptron.default(h, weights, biases)
+    output = _ops.mlp.default(h, weights, biases)
     rows = math.prod(h.shape[:-1])
     return output, [output.new_empty((rows, weight.shape[0])) for weight in weights[:-1]]
 
 
-@_fake("perceptron_backward")
+@_fake("mlp_backward")
 def _(
     grad: Tensor,
     output: Tensor,
@@ -399,13 +399,13 @@ def _(
     weight: Tensor,
     bias: Tensor,
     x: Tensor,
-    importance: Tensor | None,
+    sample_weight: Tensor | None,
     with_grad_h: bool,
     with_grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if importance is not None:
+    if sample_weight is not None:
         batch = _check_head("linear_bernoulli_log_prob_sum", h, weight, bias, x)
-        _check_row_weights("linear_bernoulli_log_prob_sum", "importance", importance, batch)
+        _check_row_weights("linear_bernoulli_log_prob_sum", "sample_weight", sample_weight, batch)
     log_prob = _ops.linear_bernoulli_log_prob.default(h, weight, bias, x)
     gradients = _ops.linear_bernoulli_log_prob_backward.default(
         log_prob, h, weight, bias, x, None, with_grad_h, with_grad_weight
@@ -483,9 +483,9 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
     return operator(h, weight, bias, x, *others), 0
 
 
-@torch.library.register_vmap("wakesleep_ext::perceptron")
+@torch.library.register_vmap("wakesleep_ext::mlp")
 def _(info: Any, in_dims: tuple[Any, ...], h: Tensor, *others: Any) -> tuple[Any, Any]:
-    operator = _ops.perceptron.default
+    operator = _ops.mlp.default
     if any(isinstance(dim, int) for dim in tree_flatten(in_dims[1:])[0]):
         return _one_by_one(operator)(info, in_dims, h, *others)
     return operator(*_aligned((h,), in_dims[:1]), *others), 0
@@ -528,7 +528,7 @@ for _op in (
     _ops.standard_gaussian_log_prob_backward.default,
     _ops.gaussian_kl_backward.default,
     _ops.bernoulli_log_prob_backward.default,
-    _ops.perceptron_backward.default,
+    _ops.mlp_backward.default,
     _ops.linear_bernoulli_sample.default,
     _ops.linear_bernoulli_log_prob_backward.default,
 ):
@@ -602,7 +602,7 @@ def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tu
     return grad_logits, grad_x
 
 
-def _perceptron(
+def _mlp(
     h: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -617,14 +617,14 @@ def _perceptron(
 
 
 def _layer_op(h: Tensor, weight: Tensor, bias: Tensor, activation: str | None) -> Tensor:
-    output: Tensor = _ops.perceptron.default(h, [weight], [bias], None, activation)
+    output: Tensor = _ops.mlp.default(h, [weight], [bias], None, activation)
     return output
 
 
 def _layer_gradients_of(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     h, weight, bias, activation = arguments
-    output: Tensor = _perceptron(h, [weight], [bias], None, activation)
-    grad_h, (grad_weight,), (grad_bias,) = _ops.perceptron_backward.default(
+    output: Tensor = _mlp(h, [weight], [bias], None, activation)
+    grad_h, (grad_weight,), (grad_bias,) = _ops.mlp_backward.default(
         grads[0], output, [], h, [weight], [bias], None, activation, True, True
     )
     return grad_h, grad_weight, grad_bias
@@ -644,10 +644,10 @@ def _linear_bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]
 
 
 def _linear_bernoulli_log_prob_sum(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, importance: Tensor | None
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, sample_weight: Tensor | None
 ) -> Tensor:
     log_prob: Tensor = call(_ops.linear_bernoulli_log_prob.default, h, weight, bias, x, None)
-    return (log_prob if importance is None else importance * log_prob).sum()
+    return (log_prob if sample_weight is None else sample_weight * log_prob).sum()
 
 
 _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
@@ -663,5 +663,5 @@ _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
     }.items()
 }
 _UNDER_FUNCTORCH[_ops.gaussian_parameters.default] = lambda packed: packed.chunk(2, -1)
-_UNDER_FUNCTORCH[_ops.perceptron.default] = _perceptron
+_UNDER_FUNCTORCH[_ops.mlp.default] = _mlp
 _UNDER_FUNCTORCH[_ops.linear_bernoulli_log_prob_sum.default] = _linear_bernoulli_log_prob_sum

@@ -95,7 +95,7 @@ def values(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype:
     return normal
 
 
-def _call_perceptron(function: Callable[..., Tensor], h: Tensor, *layers: Tensor, **options: Any) -> Tensor:
+def _call_mlp(function: Callable[..., Tensor], h: Tensor, *layers: Tensor, **options: Any) -> Tensor:
     return function(h, layers[::2], layers[1::2], **options)
 
 
@@ -129,14 +129,14 @@ OPS = {
         ),
         Op("linear", _LAYER, {"y": "S B D"}, options={"activation": "tanh"}),
         Op(
-            "perceptron",
+            "mlp",
             {**_LAYER, "next_weight": "D D", "next_bias": "D"},
             {"y": "S B D"},
             options={"activation": "tanh", "output_activation": "sigmoid"},
-            call=_call_perceptron,
+            call=_call_mlp,
         ),
         Op("linear_bernoulli_log_prob", {**_LAYER, "x": "B D"}, {"log_prob": "S B"}),
-        Op("linear_bernoulli_log_prob_sum", {**_LAYER, "x": "B D", "importance": "S B"}, {"sum": ""}),
+        Op("linear_bernoulli_log_prob_sum", {**_LAYER, "x": "B D", "sample_weight": "S B"}, {"sum": ""}),
         Op(
             "linear_bernoulli_sample",
             _LAYER,

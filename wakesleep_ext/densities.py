@@ -24,7 +24,7 @@ class Distribution(ABC):
     """A distribution of vectors for each element of a batch, `[*B]`."""
 
     family: ClassVar[Family | None] = None
-    """What annealed importance sampling moves values by; None where it cannot."""
+    """What annealed sample_weight sampling moves values by; None where it cannot."""
     is_fixed: ClassVar[bool] = False
     """Whether it has no parameters, so that a loss may leave it out."""
 
@@ -49,10 +49,10 @@ class Distribution(ABC):
         value = self.rsample(sample_shape, key=key)
         return value, self.log_prob(value)
 
-    def log_prob_sum(self, value: Tensor, importance: Tensor | None = None) -> Tensor:
-        """The sum of `importance`, which broadcasts and is 1 if not given, times :meth:`log_prob`: 0-dimensional."""
+    def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The sum of `sample_weight`, which broadcasts and is 1 if not given, times :meth:`log_prob`: 0-dimensional."""
         log_prob = self.log_prob(value)
-        return (log_prob if importance is None else importance * log_prob).sum()
+        return (log_prob if sample_weight is None else sample_weight * log_prob).sum()
 
     def kl_from(self, q: Distribution) -> Tensor | None:
         """KL(q || self), `[*B]`; None where there is no formula for it."""
@@ -158,6 +158,6 @@ class LinearBernoulli(Distribution):
         """`[*S, *B, D] -> [*S, *B]`; see :func:`wakesleep_ext.ops.linear_bernoulli_log_prob` for `recompute`."""
         return ops.linear_bernoulli_log_prob(self.h, self.weight, self.bias, value, recompute=recompute)
 
-    def log_prob_sum(self, value: Tensor, importance: Tensor | None = None) -> Tensor:
+    def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """As the other distributions' sums, its gradients formed in the same pass."""
-        return ops.linear_bernoulli_log_prob_sum(self.h, self.weight, self.bias, value, importance)
+        return ops.linear_bernoulli_log_prob_sum(self.h, self.weight, self.bias, value, sample_weight)

@@ -129,7 +129,7 @@ class GaussianHead(_Linear):
 
 
 class Sequential(nn.Sequential):
-    """As `nn.Sequential`, but :func:`wakesleep_ext.ops.perceptron` computes linear layers and their activations.
+    """As `nn.Sequential`, but :func:`wakesleep_ext.ops.mlp` computes linear layers and their activations.
 
     Layers that follow each other are one call. A layer is called itself if it is not plain: it has hooks or a `forward`
     of its own, global module hooks are registered, it is of another class, or its parameters are of a tensor subclass.
@@ -142,7 +142,7 @@ class Sequential(nn.Sequential):
 
 
 def fuse(model: Model) -> Model:
-    """Give a model's linear layers to :func:`wakesleep_ext.ops.perceptron`, in place; the model itself is returned.
+    """Give a model's linear layers to :func:`wakesleep_ext.ops.mlp`, in place; the model itself is returned.
 
     Every `nn.Sequential` in it becomes a :class:`Sequential`, by a change of class alone. Everything else stays what it
     is: the layers and their classes, by which tools such as `quantize_dynamic` find them, parameters, state dicts and
@@ -178,7 +178,7 @@ def _through_layers(layers: list[nn.Module], names: list[ops.Activation | None],
             return layers[0](input)
         weights = [layer._parameters["weight"] for layer in layers[:count]]
         biases = [layer._parameters["bias"] for layer in layers[:count]]
-        input = ops.perceptron(input, weights, biases, names[0], names[:count][-1])  # type: ignore[arg-type]
+        input = ops.mlp(input, weights, biases, names[0], names[:count][-1])  # type: ignore[arg-type]
         layers, names = layers[count:], names[count:]
     return input
 

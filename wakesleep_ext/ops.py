@@ -41,7 +41,7 @@ __all__ = [
     "linear_bernoulli_log_prob",
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
-    "perceptron",
+    "mlp",
     "standard_gaussian_log_prob",
 ]
 
@@ -254,8 +254,8 @@ def binarize(
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
     r"""Layer :math:`y = f(hW^\top + b)` of a network, as ``torch.tanh(F.linear(h, weight, bias))`` in fewer passes: the
     bias is added and f taken where the matrix product has left its result, and the backward pass forms the gradient of
-    the bias on its way. Few rows are multiplied by kernels of our own. Many are, on a CPU, by oneDNN where that is
-    worthwhile: float32, beside a BLAS that does without the processor's AVX-512.
+    the bias on its way. Small batches are multiplied by kernels of our own. Large ones are, on a CPU, by oneDNN where
+    that is worthwhile: float32, next to a BLAS that does without the processor's AVX-512.
 
     Args:
         h: ``[*B, H]``.
@@ -273,10 +273,10 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     Raises:
         ValueError: ``activation`` is none of these.
     """
-    return call(_ops.perceptron.default, h, (weight,), (_bias(weight, bias),), None, activation)
+    return call(_ops.mlp.default, h, (weight,), (_bias(weight, bias),), None, activation)
 
 
-def perceptron(
+def mlp(
     h: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -305,7 +305,7 @@ def perceptron(
         ValueError: there are no layers, they do not fit each other, or an activation is none of these.
     """
     biases = [_bias(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return call(_ops.perceptron.default, h, weights, biases, activation, output_activation)
+    return call(_ops.mlp.default, h, weights, biases, activation, output_activation)
 
 
 def linear_bernoulli_log_prob(
@@ -340,30 +340,30 @@ def linear_bernoulli_log_prob(
 
 
 def linear_bernoulli_log_prob_sum(
-    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, importance: Tensor | None = None
+    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, sample_weight: Tensor | None = None
 ) -> Tensor:
     r"""Weighted sum of log-likelihoods under a Bernoulli head, :math:`\sum_n w_n \log p(x_n \mid h_n)`, for training.
 
-    As ``(importance * linear_bernoulli_log_prob(h, weight, bias, x)).sum()``, in chunks whose logits stay in cache. The
-    weights being known, the gradients are formed in the forward pass, from the same logits: nothing of their size is
-    kept, and nothing is recomputed.
+    As ``(sample_weight * linear_bernoulli_log_prob(h, weight, bias, x)).sum()``, in chunks whose logits stay in cache.
+    The weights being known, the gradients are formed in the forward pass, from the same logits: nothing of their size
+    is kept, and nothing is recomputed.
 
     Args:
         h: the last hidden layer, ``[*S, *B, H]``.
         weight: W, ``[D, H]``.
         bias: b, ``[D]``, or None.
         x: the observation, ``[*B, D]``; bool, uint8 holding 0 and 1, or floating.
-        importance: the weights :math:`w_n` of the rows, such as normalised importance weights; broadcasts to
+        sample_weight: the weights :math:`w_n` of the rows, such as normalised importance weights; broadcasts to
             ``[*S, *B]``. Ones if not given.
 
     Returns:
         The sum, 0-dimensional, float32 or float64.
 
     Gradients: as those of :func:`linear_bernoulli_log_prob` with w for g, and :math:`\log p(x_n \mid h_n)` for
-    importance, times the upstream gradient. Gradients of gradients (``create_graph=True``) recompute the logits.
+    sample_weight, times the upstream gradient. Gradients of gradients (``create_graph=True``) recompute the logits.
     """
     bias = _bias(weight, bias)
-    return call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, importance)
+    return call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, sample_weight)
 
 
 def linear_bernoulli_sample(

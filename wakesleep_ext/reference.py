@@ -116,7 +116,7 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return (output if activation is None else getattr(torch, activation)(output)).to(dtype)
 
 
-def perceptron(
+def mlp(
     h: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -138,11 +138,11 @@ def linear_bernoulli_log_prob(
 
 
 def linear_bernoulli_log_prob_sum(
-    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, importance: Tensor | None = None
+    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, sample_weight: Tensor | None = None
 ) -> Tensor:
-    """sum of importance * linear_bernoulli_log_prob."""
+    """sum of sample_weight * linear_bernoulli_log_prob."""
     log_prob = linear_bernoulli_log_prob(h, weight, bias, x)
-    return (log_prob if importance is None else importance.to(log_prob.dtype) * log_prob).sum()
+    return (log_prob if sample_weight is None else sample_weight.to(log_prob.dtype) * log_prob).sum()
 
 
 def linear_bernoulli_sample(

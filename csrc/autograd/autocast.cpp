@@ -19,15 +19,15 @@ at::Tensor with_cast(const at::Tensor& h, const Body& body) {
   });
 }
 
-at::Tensor perceptron(const at::Tensor& h, at::TensorList weights, at::TensorList biases,
-                      std::optional<std::string_view> activation, std::optional<std::string_view> output_activation) {
+at::Tensor mlp(const at::Tensor& h, at::TensorList weights, at::TensorList biases,
+               std::optional<std::string_view> activation, std::optional<std::string_view> output_activation) {
   return with_cast(h, [&](const auto& cast) {
     const auto cast_all = [&](at::TensorList tensors) {
       std::vector<at::Tensor> all;
       std::transform(tensors.begin(), tensors.end(), std::back_inserter(all), cast);
       return all;
     };
-    return autograd::perceptron().call(cast(h), cast_all(weights), cast_all(biases), activation, output_activation);
+    return autograd::mlp().call(cast(h), cast_all(weights), cast_all(biases), activation, output_activation);
   });
 }
 
@@ -44,8 +44,8 @@ at::Tensor log_prob(const at::Tensor& h, const at::Tensor& weight, const at::Ten
 }
 
 at::Tensor log_prob_sum(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
-                        const std::optional<at::Tensor>& importance) {
-  return cast_head(autograd::linear_bernoulli_log_prob_sum(), h, weight, bias, x, importance);
+                        const std::optional<at::Tensor>& sample_weight) {
+  return cast_head(autograd::linear_bernoulli_log_prob_sum(), h, weight, bias, x, sample_weight);
 }
 
 at::Tensor sample(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& key,
@@ -54,7 +54,7 @@ at::Tensor sample(const at::Tensor& h, const at::Tensor& weight, const at::Tenso
 }
 
 void implement(torch::Library& m) {
-  m.impl("perceptron", perceptron);
+  m.impl("mlp", mlp);
   m.impl("linear_bernoulli_log_prob", log_prob);
   m.impl("linear_bernoulli_log_prob_sum", log_prob_sum);
   m.impl("linear_bernoulli_sample", sample);

@@ -86,13 +86,13 @@ Triple linear_bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& h
           rows(grad_logits).sum(0)};
 }
 
-// sum_n importance_n log_prob_n.
-Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& importance) {
-  if (!importance) {
+// sum_n sample_weight_n log_prob_n.
+Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& sample_weight) {
+  if (!sample_weight) {
     return log_prob.sum();
   }
-  check_row_weights("linear_bernoulli_log_prob_sum", {"importance", *importance}, log_prob.sym_sizes());
-  return (log_prob * importance->to(log_prob.scalar_type())).sum();
+  check_row_weights("linear_bernoulli_log_prob_sum", {"sample_weight", *sample_weight}, log_prob.sym_sizes());
+  return (log_prob * sample_weight->to(log_prob.scalar_type())).sum();
 }
 
 // Where that can be told without waiting for a GPU or breaking a trace.
@@ -116,22 +116,22 @@ variable_list times(c10::IValue& formed, const Tensor& scalar) {
 
 struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogProbSum> {
   static Tensor forward(AutogradContext* context, const Tensor& h, const Tensor& weight, const Tensor& bias,
-                        const Tensor& x, const OptionalTensor& importance) {
+                        const Tensor& x, const OptionalTensor& sample_weight) {
     const auto [log_prob, grad_h, grad_weight, grad_bias] =
-        below(linear_bernoulli_log_prob_and_gradients(), h, weight, bias, x, importance, h.requires_grad(),
+        below(linear_bernoulli_log_prob_and_gradients(), h, weight, bias, x, sample_weight, h.requires_grad(),
               weight.requires_grad());
-    context->save_for_backward({h, weight, bias, x, importance.value_or(Tensor()), log_prob});
+    context->save_for_backward({h, weight, bias, x, sample_weight.value_or(Tensor()), log_prob});
     context->saved_data["formed"] =
         variable_list{h.requires_grad() ? sum_like(grad_h, h) : grad_h, grad_weight, grad_bias};
-    return weighted_sum(log_prob, importance);
+    return weighted_sum(log_prob, sample_weight);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    const Tensor &h = saved[0], &weight = saved[1], &bias = saved[2], &x = saved[3], &importance = saved[4];
+    const Tensor &h = saved[0], &weight = saved[1], &bias = saved[2], &x = saved[3], &sample_weight = saved[4];
     const Tensor &log_prob = saved[5], &grad = grads[0];
     const auto grad_log_prob = [&] {
-      const Tensor weighted = importance.defined() ? grad * importance.to(grad.scalar_type()) : grad;
+      const Tensor weighted = sample_weight.defined() ? grad * sample_weight.to(grad.scalar_type()) : grad;
       return weighted.expand_symint(log_prob.sym_sizes());
     };
     const bool differentiable = at::GradMode::is_enabled();  // the result, in its turn
@@ -140,19 +140,19 @@ struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogP
                                : times(context->saved_data["formed"], grad);
     result.push_back(context->needs_input_grad(3) ? grad_x(grad_log_prob(), h, weight, bias, x) : Tensor());
     result.emplace_back();
-    if (importance.defined() && context->needs_input_grad(4)) {
+    if (sample_weight.defined() && context->needs_input_grad(4)) {
       const Tensor value = differentiable ? linear_bernoulli_log_prob().call(h, weight, bias, x, true) : log_prob;
-      result.back() = sum_like(grad * value, importance);
+      result.back() = sum_like(grad * value, sample_weight);
     }
     return result;
   }
 };
 
 Tensor linear_bernoulli_log_prob_sum_of(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
-                                        const OptionalTensor& importance) {
+                                        const OptionalTensor& sample_weight) {
   return needs_gradient(h, weight, bias)
-             ? LinearBernoulliLogProbSum::apply(h, weight, bias, x, importance)
-             : weighted_sum(linear_bernoulli_log_prob().call(h, weight, bias, x, std::nullopt), importance);
+             ? LinearBernoulliLogProbSum::apply(h, weight, bias, x, sample_weight)
+             : weighted_sum(linear_bernoulli_log_prob().call(h, weight, bias, x, std::nullopt), sample_weight);
 }
 
 }  // namespace

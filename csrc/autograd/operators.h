@@ -41,13 +41,12 @@ WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(perceptron, Tensor(const Tensor&, at::TensorList, at::TensorList, OptionalName, OptionalName))
-WAKESLEEP_OPERATOR(perceptron_with_hidden,
-                   std::tuple<Tensor, std::vector<Tensor>>(const Tensor&, at::TensorList, at::TensorList, OptionalName,
-                                                           OptionalName))
-WAKESLEEP_OPERATOR(perceptron_backward, std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>(
-                                            const Tensor&, const Tensor&, at::TensorList, const Tensor&, at::TensorList,
-                                            at::TensorList, OptionalName, OptionalName, bool, bool))
+WAKESLEEP_OPERATOR(mlp, Tensor(const Tensor&, at::TensorList, at::TensorList, OptionalName, OptionalName))
+WAKESLEEP_OPERATOR(mlp_with_hidden, std::tuple<Tensor, std::vector<Tensor>>(const Tensor&, at::TensorList,
+                                                                            at::TensorList, OptionalName, OptionalName))
+WAKESLEEP_OPERATOR(mlp_backward, std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>(
+                                     const Tensor&, const Tensor&, at::TensorList, const Tensor&, at::TensorList,
+                                     at::TensorList, OptionalName, OptionalName, bool, bool))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<bool>))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,

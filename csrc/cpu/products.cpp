@@ -1,8 +1,8 @@
-// Products of matrices on the CPU. Those of few rows are made here.
+// Products of matrices on the CPU. Those of small batches (skinny GEMMs) are made here.
 //
 // The platform's BLAS copies its operands into an order that suits it, and scales the result before it adds to it: that
 // pays where each of the copies is read many times. A weight matrix that meets 20 rows is read five times, from where
-// it is; a gradient of it is the sum of 20 outer products, written once. So a product of few rows is made in tiles
+// it is; a gradient of it is the sum of 20 outer products, written once. So a skinny product is made in tiles
 // whose sums stay in registers, and what the next tiles will read is asked for meanwhile.
 #include "products.h"
 
@@ -17,7 +17,7 @@ namespace wakesleep::cpu {
 namespace {
 
 // Up to so many rows our own kernels are no slower than MKL's, measured on a Zen 3 with AVX2.
-constexpr int64_t kFewRows = 64;
+constexpr int64_t kSmallBatch = 64;
 
 // ---- vectors ----------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ struct Vector {
 
 // A tile of the product: as many sums as hide the time that a multiply-add takes, where two begin in every cycle; with
 // what they are made of they fit 16 registers. A column is an element forwards, a vector of them backwards.
-constexpr int kTileRows = 4, kTileColumns = 3;
+constexpr int kRegisterRows = 4, kRegisterColumns = 3;
 
 // body(n) for n = count, or the most if these are more; n is known to the compiler.
 template <int most, typename Body>
@@ -220,20 +220,22 @@ C10_ALWAYS_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T
 template <typename T>
 void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                    const Strided<T>& y) {
-  const int64_t row_tiles = (M + kTileRows - 1) / kTileRows, column_tiles = (N + kTileColumns - 1) / kTileColumns;
-  vectorized_parallel_for(column_tiles, grain_of(M * K * kTileColumns), [&](auto bytes, int64_t begin, int64_t end) {
-    for (int64_t n = begin * kTileColumns; n < std::min(N, end * kTileColumns); n += kTileColumns) {
-      for_at_most<kTileColumns>(N - n, [&](auto columns) {
-        for (int64_t tile = 0; tile < row_tiles; ++tile) {
-          const int64_t k = K * tile / row_tiles, m = tile * kTileRows;
-          prefetch(b, n + columns, std::min(N, n + 2 * columns), k, K * (tile + 1) / row_tiles - k);
-          for_at_most<kTileRows>(M - m, [&](auto rows) {
-            dot_tile<T, bytes, rows, columns>(a.from(m, 0), b.from(n, 0), K, y.from(m, n));
+  const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows,
+                column_tiles = (N + kRegisterColumns - 1) / kRegisterColumns;
+  vectorized_parallel_for(
+      column_tiles, grain_of(M * K * kRegisterColumns), [&](auto bytes, int64_t begin, int64_t end) {
+        for (int64_t n = begin * kRegisterColumns; n < std::min(N, end * kRegisterColumns); n += kRegisterColumns) {
+          for_at_most<kRegisterColumns>(N - n, [&](auto columns) {
+            for (int64_t tile = 0; tile < row_tiles; ++tile) {
+              const int64_t k = K * tile / row_tiles, m = tile * kRegisterRows;
+              prefetch(b, n + columns, std::min(N, n + 2 * columns), k, K * (tile + 1) / row_tiles - k);
+              for_at_most<kRegisterRows>(M - m, [&](auto rows) {
+                dot_tile<T, bytes, rows, columns>(a.from(m, 0), b.from(n, 0), K, y.from(m, n));
+              });
+            }
           });
         }
       });
-    }
-  });
 }
 
 // ---- a b, b row by row: backwards ----------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ constexpr int64_t kBlock = 32;
 // to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile; `count` is how many elements the last vector has, if it is
 // not full.
 template <typename T, int bytes, int rows, int vectors, typename... Count>
-C10_ALWAYS_INLINE void outer_tile(const T (&a)[kBlock][kTileRows], const Strided<const T>& b, int64_t K,
+C10_ALWAYS_INLINE void outer_tile(const T (&a)[kBlock][kRegisterRows], const Strided<const T>& b, int64_t K,
                                   const Strided<const T>& from, const Strided<T>& to, Count... count) {
   using V = Vector<T, bytes>;
   constexpr int full = vectors - static_cast<int>(sizeof...(count));
@@ -283,23 +285,23 @@ C10_ALWAYS_INLINE void outer_tile(const T (&a)[kBlock][kTileRows], const Strided
 template <typename T>
 void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                       const Strided<T>& y) {
-  constexpr int64_t kWidest = kTileColumns * 64 / sizeof(T);
+  constexpr int64_t kWidest = kRegisterColumns * 64 / sizeof(T);
   static constexpr T kZeros[kWidest] = {};
-  const int64_t row_tiles = (M + kTileRows - 1) / kTileRows, strips = (N + kWidest - 1) / kWidest;
+  const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows, strips = (N + kWidest - 1) / kWidest;
   const int64_t parts = std::max(row_tiles, strips);
   const auto multiply_part = [&](auto bytes, int64_t first_row, int64_t last_row, int64_t first, int64_t last) {
-    constexpr int64_t width = Vector<T, bytes>::width, strip = kTileColumns * width;
+    constexpr int64_t width = Vector<T, bytes>::width, strip = kRegisterColumns * width;
     for (int64_t k = 0; k < K; k += kBlock) {
       const int64_t count = std::min(kBlock, K - k), following = std::min(kBlock, K - k - count);
-      for (int64_t m = first_row; m < last_row; m += kTileRows) {
-        for_at_most<kTileRows>(last_row - m, [&](auto rows) {
-          T of_a[kBlock][kTileRows];
+      for (int64_t m = first_row; m < last_row; m += kRegisterRows) {
+        for_at_most<kRegisterRows>(last_row - m, [&](auto rows) {
+          T of_a[kBlock][kRegisterRows];
           for (int64_t i = 0; i < count; ++i) {
             for (int r = 0; r < rows; ++r) {
               of_a[i][r] = *a.at(m + r, k + i);
             }
           }
-          const int64_t tile = m / kTileRows, next = k + count + following * tile / row_tiles;
+          const int64_t tile = m / kRegisterRows, next = k + count + following * tile / row_tiles;
           const int64_t next_end = k + count + following * (tile + 1) / row_tiles;
           for (int64_t n = first; n < last; n += strip) {
             prefetch(b, next, next_end, n, strip);
@@ -307,7 +309,7 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
             const Strided<T> to = y.from(m, n);
             const Strided<const T> from = k > 0 ? Strided<const T>{to.data, to.row, 1} : Strided<const T>{kZeros, 0, 1};
             const int64_t left = last - n;
-            for_at_most<kTileColumns>((left + width - 1) / width, [&](auto vectors) {
+            for_at_most<kRegisterColumns>((left + width - 1) / width, [&](auto vectors) {
               const auto tile = [&](auto... ragged) {
                 outer_tile<T, bytes, rows, vectors>(of_a, b.from(k, n), count, from, to, ragged...);
               };
@@ -320,24 +322,24 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
   };
   vectorized_parallel_for(parts, grain_of(M * K * N / parts), [&](auto bytes, int64_t begin, int64_t end) {
     const bool by_rows = parts == row_tiles;
-    multiply_part(bytes, by_rows ? begin * kTileRows : 0, by_rows ? std::min(M, end * kTileRows) : M,
+    multiply_part(bytes, by_rows ? begin * kRegisterRows : 0, by_rows ? std::min(M, end * kRegisterRows) : M,
                   by_rows ? 0 : begin * kWidest, by_rows ? N : std::min(N, end * kWidest));
   });
 }
 
 // ---- who multiplies ------------------------------------------------------------------------------------------------
 
-bool is_few(int64_t rows) { return rows <= few_rows(kFewRows); }
+bool is_small_batch(int64_t rows) { return rows <= small_batch_limit(kSmallBatch); }
 
-// Whether our own kernels make a b. Few are the rows of the product; or, where it is the gradient of a weight, those
-// that are summed over.
+// Whether our own kernels make a b. Small is the number of rows of the product; or, where it is the gradient of a
+// weight, of those that are summed over.
 bool is_ours(const at::Tensor& a, const at::Tensor& b) {
   if (instruction_set() == InstructionSet::baseline || a.scalar_type() != b.scalar_type() || a.numel() == 0 ||
       b.numel() == 0) {
     return false;
   }
-  return b.stride(1) == 1 ? is_few(a.size(0)) || (a.stride(0) == 1 && is_few(a.size(1)))
-                          : b.stride(0) == 1 && a.stride(1) == 1 && is_few(a.size(0));
+  return b.stride(1) == 1 ? is_small_batch(a.size(0)) || (a.stride(0) == 1 && is_small_batch(a.size(1)))
+                          : b.stride(0) == 1 && a.stride(1) == 1 && is_small_batch(a.size(0));
 }
 
 template <typename T>

@@ -5,10 +5,10 @@
 
 namespace wakesleep::cpu {
 
-// What kernels inherit. Our own kernels multiply where rows are few; of the platform's two libraries the faster one
+// What kernels inherit. Our own kernels multiply small batches; of the platform's two libraries the faster one
 // does where they are many.
 struct Products {
-  static constexpr bool kOwnFewRows = false;
+  static constexpr bool kOwnSmallBatches = false;
 
   // a b, of type `type`; a and b float32 or float64.
   static at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);

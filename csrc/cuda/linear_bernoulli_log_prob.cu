@@ -2,7 +2,7 @@
 #include "../activations.h"
 #include "../linear_bernoulli.h"
 #include "bernoulli_rows.cuh"
-#include "few_rows.cuh"
+#include "small_batch.cuh"
 
 namespace wakesleep::cuda {
 namespace {
@@ -141,8 +141,8 @@ struct WriteProduct {
 };
 
 struct Kernels : PlatformProducts {
-  static constexpr bool kOwnFewRows = true;
-  static int64_t few_rows() { return cuda::few_rows(); }
+  static constexpr bool kOwnSmallBatches = true;
+  static int64_t small_batch_limit() { return cuda::small_batch_limit(); }
   static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }
 
   static void write_log_prob(const LinearBernoulliLogProb& call, int64_t first,
@@ -182,7 +182,7 @@ struct Kernels : PlatformProducts {
             call.D};
         if (sums.defined()) {
           launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), products.size(0), call.D);
-        } else {  // of few rows, which have a block each
+        } else {  // of a small batch, whose rows have a block each
           launch_teams(Team<kBlockThreads>{}, products.size(0), rows);
         }
       };
@@ -206,12 +206,12 @@ struct Kernels : PlatformProducts {
     return products;
   }
 
-  static void gradients_of_few(const Linear& call,
-                               const at::Tensor& h,            // [N, H]
-                               const at::Tensor& grad_logits,  // [N, D]
-                               const at::Tensor& grad_weight,  // [D, H]
-                               const at::Tensor& grad_bias,    // [D]
-                               const at::Tensor& grad_h) {     // [N, H]
+  static void small_batch_gradients(const Linear& call,
+                                    const at::Tensor& h,            // [N, H]
+                                    const at::Tensor& grad_logits,  // [N, D]
+                                    const at::Tensor& grad_weight,  // [D, H]
+                                    const at::Tensor& grad_bias,    // [D]
+                                    const at::Tensor& grad_h) {     // [N, H]
     const FewRows operands(h, call.weight, call.dtype);
     dispatch_floating(call.op, call.dtype, [&](auto type) {
       using scalar_t = typename decltype(type)::type;

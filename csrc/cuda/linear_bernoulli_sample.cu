@@ -2,7 +2,7 @@
 #include "../linear_bernoulli.h"
 #include "../registration.h"
 #include "bernoulli_rows.cuh"
-#include "few_rows.cuh"
+#include "small_batch.cuh"
 
 namespace wakesleep::cuda {
 namespace {
@@ -51,7 +51,7 @@ at::Tensor linear_bernoulli_sample(const at::Tensor& h,       // [*B, H]
                                    const at::Tensor& key,     // [2]
                                    std::optional<at::ScalarType> dtype) {
   const LinearBernoulliSample call(h, weight, bias, key, dtype);
-  if (call.N <= few_rows()) {
+  if (call.N <= small_batch_limit()) {
     const FewRows operands(call.h, call.weight, call.dtype);
     dispatch_floating_and_written(call.op, call.dtype, call.x.scalar_type(), [&](auto type, auto x_type) {
       using scalar_t = typename decltype(type)::type;

@@ -34,10 +34,10 @@ def test_every_operator_has_a_cuda_kernel(device: str) -> None:
 
 
 def _launches(case: Case) -> tuple[int, int]:
-    """Forward and backward, of few rows, whose products are launches of ours."""
+    """Forward and backward, of a small batch, whose products are launches of ours."""
     return {
         "linear": (1, 1 if case.activation is None else 2),  # the gradient of a last activation comes first
-        "perceptron": (2, 3),
+        "mlp": (2, 3),
         "linear_bernoulli_log_prob": (2, 3 if case.recompute else 2),
         "linear_bernoulli_log_prob_sum": (3, 0),  # its gradients come with it
     }.get(case.op, (1, 1))

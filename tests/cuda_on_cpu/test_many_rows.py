@@ -17,20 +17,20 @@ globals().update(device_tests(test_heads, test_layers))
 
 
 @pytest.fixture(autouse=True)
-def _no_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WAKESLEEP_FEW_ROWS", "0")
+def _no_batch_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAKESLEEP_SMALL_BATCH", "0")
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_one_launch_for_a_product_forward_and_one_backward(case: Case, device: str) -> None:
     """Beside the products themselves."""
-    products = 2 if case.op == "perceptron" else 1
+    products = 2 if case.op == "mlp" else 1
     formed_before = case.op == "linear_bernoulli_log_prob_sum"  # its gradients, in the forward pass
     backward = None if case.is_binary else 0 if formed_before else products
     assert count_launches(case.wide(40, 85)) == (products, backward)
 
 
 def test_what_is_no_number_of_rows(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setenv("WAKESLEEP_FEW_ROWS", "12 or so")
-    with pytest.raises(ValueError, match="expected WAKESLEEP_FEW_ROWS to be a number, got '12 or so'"):
+    monkeypatch.setenv("WAKESLEEP_SMALL_BATCH", "12 or so")
+    with pytest.raises(ValueError, match="expected WAKESLEEP_SMALL_BATCH to be a number, got '12 or so'"):
         ws.linear(torch.zeros(2, 3), torch.zeros(4, 3), None)

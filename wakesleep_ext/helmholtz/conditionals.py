@@ -55,10 +55,10 @@ class BernoulliConditional(Conditional):
 
 
 class LinearBernoulliConditional(BernoulliConditional):
-    """Independent Bernoulli variables whose logits a perceptron returns, which are computed whenever they are needed.
+    """Independent Bernoulli variables whose logits an MLP returns, which are computed whenever they are needed.
 
     The many pixels of an image are better not kept. Latent variables are, of which several samples are drawn for each
-    given row: these have a :class:`BernoulliConditional`. So has a perceptron whose last layer is not plain.
+    given row: these have a :class:`BernoulliConditional`. So has an MLP whose last layer is not plain.
 
     Args:
         network: maps what is given, `[*B, J]`, to logits `[*B, D]`.

@@ -1,13 +1,13 @@
 // Layers f(h weight^T + bias) and their gradients, on CUDA.
-#include "../perceptron.h"
+#include "../mlp.h"
 
-#include "few_rows.cuh"
+#include "small_batch.cuh"
 
 namespace wakesleep::cuda {
 namespace {
 
 template <typename compute_t, typename scalar_t, typename F>
-struct PerceptronRows {
+struct MlpRows {
   const compute_t* products;
   const compute_t* __restrict__ bias;
   scalar_t* output;  // may lie where the products do
@@ -32,7 +32,7 @@ struct PerceptronRows {
 
 // The gradient of the products: row by row, or with its sum over rows.
 template <typename compute_t, typename scalar_t, typename grad_t, typename F>
-struct PerceptronBackwardRows {
+struct MlpBackwardRows {
   static constexpr int kSpan = kPacket<scalar_t>;
   const scalar_t* grad;
   const scalar_t* __restrict__ output;
@@ -96,11 +96,11 @@ struct WriteOutput {
 };
 
 struct Kernels : PlatformProducts {
-  static constexpr bool kOwnFewRows = true;
-  static int64_t few_rows() { return cuda::few_rows(); }
+  static constexpr bool kOwnSmallBatches = true;
+  static int64_t small_batch_limit() { return cuda::small_batch_limit(); }
   static int64_t rows_of_sum(at::ScalarType compute) { return cuda::rows_of_sum(compute); }
 
-  static void write_output(const Perceptron& call, size_t l,
+  static void write_output(const Mlp& call, size_t l,
                            const at::Tensor& products,  // [rows, D]
                            const at::Tensor& output) {  // [rows, D]
     const Layer& layer = call.layers[l];
@@ -108,13 +108,13 @@ struct Kernels : PlatformProducts {
       using scalar_t = typename decltype(type)::type;
       using compute_t = at::opmath_type<scalar_t>;
       launch_rows(products.size(0), layer.D,
-                  PerceptronRows<compute_t, scalar_t, decltype(activation)>{
+                  MlpRows<compute_t, scalar_t, decltype(activation)>{
                       products.const_data_ptr<compute_t>(), layer.bias.const_data_ptr<compute_t>(),
                       output.mutable_data_ptr<scalar_t>(), products.stride(0), output.stride(0), layer.D, activation});
     });
   }
 
-  static void write_gradient(const Perceptron& call, size_t l,
+  static void write_gradient(const Mlp& call, size_t l,
                              const at::Tensor& grad,     // [rows, D]
                              const at::Tensor& output,   // [rows, D]
                              const at::Tensor& written,  // [rows, D]
@@ -125,7 +125,7 @@ struct Kernels : PlatformProducts {
       const int64_t N = grad.size(0), D = call.layers[l].D;
       const auto launch_for = [&](auto written_type) {
         using grad_t = typename decltype(written_type)::type;
-        using Rows = PerceptronBackwardRows<compute_t, scalar_t, grad_t, decltype(activation)>;
+        using Rows = MlpBackwardRows<compute_t, scalar_t, grad_t, decltype(activation)>;
         const Rows rows = {grad.const_data_ptr<scalar_t>(),
                            output.const_data_ptr<scalar_t>(),
                            written.mutable_data_ptr<grad_t>(),
@@ -134,7 +134,7 @@ struct Kernels : PlatformProducts {
                            activation};
         if (sums.defined()) {
           launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), N, D);
-        } else {  // of few rows, which have a block each
+        } else {  // of a small batch, whose rows have a block each
           launch_teams(Team<kBlockThreads>{}, N, rows);
         }
       };
@@ -142,7 +142,7 @@ struct Kernels : PlatformProducts {
     });
   }
 
-  static at::Tensor output_of_few(const Perceptron& call, size_t l, const at::Tensor& h) {  // [N, H]
+  static at::Tensor small_batch_output(const Mlp& call, size_t l, const at::Tensor& h) {  // [N, H]
     const Layer& layer = call.layers[l];
     const FewRows operands(h, layer.weight, call.dtype);
     at::Tensor output = aten::empty({h.size(0), layer.D}, operands.h.options());
@@ -156,9 +156,9 @@ struct Kernels : PlatformProducts {
     return output;
   }
 
-  static at::Tensor gradient_of_few(const Perceptron& call,
-                                    const at::Tensor& grad,      // [N, D]
-                                    const at::Tensor& output) {  // [N, D]
+  static at::Tensor small_batch_gradient(const Mlp& call,
+                                         const at::Tensor& grad,      // [N, D]
+                                         const at::Tensor& output) {  // [N, D]
     const at::Tensor upstream = grad.contiguous();
     if (std::holds_alternative<Identity>(call.output_activation)) {
       return upstream;
@@ -168,18 +168,18 @@ struct Kernels : PlatformProducts {
     return written;
   }
 
-  static void gradients_of_few(const Perceptron& call, size_t l,
-                               const at::Tensor& h,            // [N, H]
-                               const at::Tensor& grad,         // [N, D]
-                               const at::Tensor& grad_weight,  // [D, H]
-                               const at::Tensor& grad_bias,    // [D]
-                               const at::Tensor& grad_h) {     // [N, H]
+  static void small_batch_gradients(const Mlp& call, size_t l,
+                                    const at::Tensor& h,            // [N, H]
+                                    const at::Tensor& grad,         // [N, D]
+                                    const at::Tensor& grad_weight,  // [D, H]
+                                    const at::Tensor& grad_bias,    // [D]
+                                    const at::Tensor& grad_h) {     // [N, H]
     const FewRows operands(h, call.layers[l].weight, call.dtype);
     const auto launch_for = [&](auto activation, auto type) {
       using scalar_t = typename decltype(type)::type;
       launch_layer_gradients<scalar_t>(operands, grad, grad_weight, grad_bias, grad_h, activation);
     };
-    if (l == 0) {  // h is what the perceptron gets
+    if (l == 0) {  // h is what the MLP gets
       return dispatch_floating(call.op, call.dtype, [&](auto type) { launch_for(Identity{}, type); });
     }
     call.dispatch(l - 1, launch_for);
@@ -188,6 +188,6 @@ struct Kernels : PlatformProducts {
 
 }  // namespace
 
-WAKESLEEP_KERNELS(CUDA, m) { PerceptronOps<Kernels>::implement(m); }
+WAKESLEEP_KERNELS(CUDA, m) { MlpOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cuda

@@ -1,4 +1,4 @@
-// Perceptrons: layers y = f(h weight^T + bias), each of which gets what the one before returns, f being an activation.
+// MLPs: layers y = f(h weight^T + bias), each of which gets what the one before returns, f being an activation.
 // Checked operands of a call, and the ops over a backend's kernels.
 //
 // A chunk of rows goes through all layers, forwards or backwards, before the next one does: what one layer leaves, the
@@ -12,10 +12,10 @@
 
 namespace wakesleep {
 
-// The name in messages: a perceptron of one layer is known to callers as a linear one.
-inline const char* perceptron_name(at::TensorList weights) { return weights.size() == 1 ? "linear" : "perceptron"; }
+// The name in messages: an MLP of one layer is known to callers as a linear one.
+inline const char* mlp_name(at::TensorList weights) { return weights.size() == 1 ? "linear" : "mlp"; }
 
-struct Perceptron : LinearCall {
+struct Mlp : LinearCall {
   c10::SmallVector<Layer, 4> layers;
   Activation hidden_activation, output_activation;
   at::DimVector batch;  // leading dimensions of h
@@ -23,9 +23,9 @@ struct Perceptron : LinearCall {
   at::Tensor h;         // [N, H]
   int64_t rows;         // in a chunk
 
-  Perceptron(const at::Tensor& h_in, at::TensorList weights, at::TensorList biases,
-             std::optional<std::string_view> activation_in, std::optional<std::string_view> output_activation_in)
-      : LinearCall(perceptron_name(weights), h_in, weights, biases),
+  Mlp(const at::Tensor& h_in, at::TensorList weights, at::TensorList biases,
+      std::optional<std::string_view> activation_in, std::optional<std::string_view> output_activation_in)
+      : LinearCall(mlp_name(weights), h_in, weights, biases),
         hidden_activation(activation_of(op, "activation", activation_in)),
         output_activation(
             activation_of(op, weights.size() == 1 ? "activation" : "output_activation", output_activation_in)),
@@ -54,26 +54,26 @@ struct Perceptron : LinearCall {
 // of y [rows, D], y [rows, D], gradient of the products [rows, D], its sums over every rows_of_sum(compute) rows
 // [pieces, D]). y may lie where the products do, and the gradient of the products where that of y does.
 //
-// And, where the kernels take few rows themselves: output_of_few(call, layer's number, h [N, H]), which returns y
-// [N, D]; gradient_of_few(call, gradient of the last y, that y), which returns the gradient of the products that it is
-// made of; gradients_of_few(call, layer's number, h, gradient of the products, gradients of weight, bias and of what h
-// is an activation of), which writes the three, those without elements not being wanted.
+// And, where the kernels take small batches themselves: small_batch_output(call, layer's number, h [N, H]), which
+// returns y [N, D]; small_batch_gradient(call, gradient of the last y, that y), which returns the gradient of the
+// products that it is made of; small_batch_gradients(call, layer's number, h, gradient of the products, gradients of
+// weight, bias and of what h is an activation of), which writes the three, those without elements not being wanted.
 template <typename Kernels>
-struct PerceptronOps {
+struct MlpOps {
   using Tensors = std::vector<at::Tensor>;
   using Name = std::optional<std::string_view>;
 
-  static at::Tensor perceptron(const at::Tensor& h,     // [*B, H]
-                               at::TensorList weights,  // [D, H] each, H being the D of the one before
-                               at::TensorList biases,   // [D] each
-                               Name activation, Name output_activation) {
+  static at::Tensor mlp(const at::Tensor& h,     // [*B, H]
+                        at::TensorList weights,  // [D, H] each, H being the D of the one before
+                        at::TensorList biases,   // [D] each
+                        Name activation, Name output_activation) {
     return forward({h, weights, biases, activation, output_activation}, nullptr);
   }
 
   // What the last layer returns, and what each of the others does, [N, D].
   static std::tuple<at::Tensor, Tensors> with_hidden(const at::Tensor& h, at::TensorList weights, at::TensorList biases,
                                                      Name activation, Name output_activation) {
-    const Perceptron call(h, weights, biases, activation, output_activation);
+    const Mlp call(h, weights, biases, activation, output_activation);
     Tensors hidden(call.last());
     const at::Tensor output = forward(call, &hidden);
     return {output, hidden};
@@ -86,7 +86,7 @@ struct PerceptronOps {
                                                            at::TensorList biases, Name activation,
                                                            Name output_activation, bool with_grad_h,
                                                            bool with_grad_weights) {
-    const Perceptron call(h, weights, biases, activation, output_activation);
+    const Mlp call(h, weights, biases, activation, output_activation);
     const size_t last = call.last();
     check_result(call, {"grad", grad}, concat(call.batch, {call.layers[last].D}));
     check_result(call, {"output", output}, concat(call.batch, {call.layers[last].D}));
@@ -95,9 +95,9 @@ struct PerceptronOps {
     for (size_t l = 0; l < last; ++l) {
       check_result(call, {"hidden", hidden[l], l}, at::DimVector{call.N, call.layers[l].D});
     }
-    if constexpr (Kernels::kOwnFewRows) {
-      if (call.N <= Kernels::few_rows()) {
-        return backward_of_few(call, grad, output, hidden, with_grad_h, with_grad_weights);
+    if constexpr (Kernels::kOwnSmallBatches) {
+      if (call.N <= Kernels::small_batch_limit()) {
+        return small_batch_backward(call, grad, output, hidden, with_grad_h, with_grad_weights);
       }
     }
     c10::SmallVector<LayerGradients, 4> gradients;
@@ -139,17 +139,17 @@ struct PerceptronOps {
   }
 
   static void implement(Registrar& m) {
-    m.impl("perceptron", perceptron);
-    m.impl("perceptron_with_hidden", with_hidden);
-    m.impl("perceptron_backward", backward);
+    m.impl("mlp", mlp);
+    m.impl("mlp_with_hidden", with_hidden);
+    m.impl("mlp_backward", backward);
   }
 
  private:
-  static at::Tensor forward(const Perceptron& call, Tensors* hidden) {
+  static at::Tensor forward(const Mlp& call, Tensors* hidden) {
     const size_t last = call.last();
-    if constexpr (Kernels::kOwnFewRows) {
-      if (call.N <= Kernels::few_rows()) {
-        return forward_of_few(call, hidden);
+    if constexpr (Kernels::kOwnSmallBatches) {
+      if (call.N <= Kernels::small_batch_limit()) {
+        return small_batch_forward(call, hidden);
       }
     }
     Rows output{call.N, call.dtype};
@@ -177,10 +177,10 @@ struct PerceptronOps {
     return in_batch(output.all(call.layers[last].D, call.h.options()), call.batch);
   }
 
-  static at::Tensor forward_of_few(const Perceptron& call, Tensors* hidden) {
+  static at::Tensor small_batch_forward(const Mlp& call, Tensors* hidden) {
     at::Tensor y = call.h;
     for (size_t l = 0; l <= call.last(); ++l) {
-      y = Kernels::output_of_few(call, l, y);
+      y = Kernels::small_batch_output(call, l, y);
       if (hidden != nullptr && l < call.last()) {
         (*hidden)[l] = y;
       }
@@ -188,18 +188,19 @@ struct PerceptronOps {
     return in_batch(y, call.batch);
   }
 
-  static std::tuple<at::Tensor, Tensors, Tensors> backward_of_few(const Perceptron& call, const at::Tensor& grad,
-                                                                  const at::Tensor& output, at::TensorList hidden,
-                                                                  bool with_grad_h, bool with_grad_weights) {
+  static std::tuple<at::Tensor, Tensors, Tensors> small_batch_backward(const Mlp& call, const at::Tensor& grad,
+                                                                       const at::Tensor& output, at::TensorList hidden,
+                                                                       bool with_grad_h, bool with_grad_weights) {
     Tensors of_weights(call.layers.size()), of_biases(call.layers.size());
     const auto options = grad.options();
-    at::Tensor upstream = Kernels::gradient_of_few(call, as_rows(grad, call.N), as_rows(output, call.N));
+    at::Tensor upstream = Kernels::small_batch_gradient(call, as_rows(grad, call.N), as_rows(output, call.N));
     for (size_t l = call.last();; --l) {
       const Layer& layer = call.layers[l];
       const at::Tensor of_h = aten::empty({l > 0 || with_grad_h ? call.N : 0, layer.H}, options);
       of_weights[l] = aten::empty({with_grad_weights ? layer.D : 0, layer.H}, options);
       of_biases[l] = aten::empty({layer.D}, options);
-      Kernels::gradients_of_few(call, l, l == 0 ? call.h : hidden[l - 1], upstream, of_weights[l], of_biases[l], of_h);
+      Kernels::small_batch_gradients(call, l, l == 0 ? call.h : hidden[l - 1], upstream, of_weights[l], of_biases[l],
+                                     of_h);
       upstream = of_h;
       if (l == 0) {
         return {with_grad_h ? in_batch(of_h, call.batch) : of_h, of_weights, of_biases};
@@ -207,7 +208,7 @@ struct PerceptronOps {
     }
   }
 
-  static void check_result(const Perceptron& call, const Argument& argument, at::IntArrayRef shape) {
+  static void check_result(const Mlp& call, const Argument& argument, at::IntArrayRef shape) {
     check_same_device(call.op, {"h", call.h}, argument);
     TORCH_CHECK_VALUE(argument.tensor.sizes() == shape, call.op, "_backward: expected ", argument, " to have shape ",
                       shape, ", got ", argument.tensor.sizes());

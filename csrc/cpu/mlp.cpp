@@ -1,5 +1,5 @@
 // Layers f(h weight^T + bias) and their gradients, on the CPU.
-#include "../perceptron.h"
+#include "../mlp.h"
 
 #include "products.h"
 #include "summed_rows.h"
@@ -10,7 +10,7 @@ namespace {
 struct Kernels : Products {
   static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
 
-  static void write_output(const Perceptron& call, size_t l,
+  static void write_output(const Mlp& call, size_t l,
                            const at::Tensor& products,  // [rows, D]
                            const at::Tensor& output) {  // [rows, D]
     const Layer& layer = call.layers[l];
@@ -37,7 +37,7 @@ struct Kernels : Products {
     });
   }
 
-  static void write_gradient(const Perceptron& call, size_t l,
+  static void write_gradient(const Mlp& call, size_t l,
                              const at::Tensor& grad,     // [rows, D]
                              const at::Tensor& output,   // [rows, D]
                              const at::Tensor& written,  // [rows, D]
@@ -70,6 +70,6 @@ struct Kernels : Products {
 
 }  // namespace
 
-WAKESLEEP_KERNELS(CPU, m) { PerceptronOps<Kernels>::implement(m); }
+WAKESLEEP_KERNELS(CPU, m) { MlpOps<Kernels>::implement(m); }
 
 }  // namespace wakesleep::cpu

@@ -1,4 +1,4 @@
-// Gradients of a perceptron, layers y = f(h weight^T + bias). With g = f' times what comes from upstream, each has g^T
+// Gradients of an MLP, layers y = f(h weight^T + bias). With g = f' times what comes from upstream, each has g^T
 // h for weight, the sum of g for bias, and hands g weight down. What is kept for the backward is the y of every layer
 // but a last one without activation.
 #include <ATen/ops/linear.h>
@@ -17,10 +17,10 @@ using Tensors = std::vector<Tensor>;
 
 c10::IValue name_value(OptionalName name) { return name ? c10::IValue(std::string(*name)) : c10::IValue(); }
 
-struct Perceptron : torch::autograd::Function<Perceptron> {
+struct Mlp : torch::autograd::Function<Mlp> {
   static Tensor forward(AutogradContext* context, const Tensor& h, at::TensorList weights, at::TensorList biases,
                         OptionalName activation, OptionalName output_activation) {
-    const auto [output, hidden] = below(perceptron_with_hidden(), h, weights, biases, activation, output_activation);
+    const auto [output, hidden] = below(mlp_with_hidden(), h, weights, biases, activation, output_activation);
     variable_list saved = {h, output_activation ? output : Tensor()};
     for (const at::TensorList of : {weights, biases, at::TensorList(hidden)}) {
       saved.insert(saved.end(), of.begin(), of.end());
@@ -44,8 +44,8 @@ struct Perceptron : torch::autograd::Function<Perceptron> {
     }
     const bool with_grad_h = context->needs_input_grad(0);
     auto [grad_h, of_weights, of_biases] =
-        perceptron_backward().call(grads[0], saved[1].defined() ? saved[1] : grads[0], hidden, saved[0], weights,
-                                   biases, activation, output_activation, with_grad_h, with_grad_weights);
+        mlp_backward().call(grads[0], saved[1].defined() ? saved[1] : grads[0], hidden, saved[0], weights, biases,
+                            activation, output_activation, with_grad_h, with_grad_weights);
     variable_list result = {with_grad_h ? grad_h : Tensor()};
     for (size_t l = 0; l < layers; ++l) {
       result.push_back(context->needs_input_grad(1 + l) ? of_weights[l] : Tensor());
@@ -60,11 +60,11 @@ bool needs_gradients(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return needs_gradient(tensor); });
 }
 
-Tensor perceptron_of(const Tensor& h, at::TensorList weights, at::TensorList biases, OptionalName activation,
-                     OptionalName output_activation) {
+Tensor mlp_of(const Tensor& h, at::TensorList weights, at::TensorList biases, OptionalName activation,
+              OptionalName output_activation) {
   return needs_gradient(h) || needs_gradients(weights) || needs_gradients(biases)
-             ? Perceptron::apply(h, weights, biases, activation, output_activation)
-             : below(perceptron(), h, weights, biases, activation, output_activation);
+             ? Mlp::apply(h, weights, biases, activation, output_activation)
+             : below(mlp(), h, weights, biases, activation, output_activation);
 }
 
 // f(a), and the gradient of a, given that of y = f(a), as functions of a that can be differentiated.
@@ -85,20 +85,19 @@ struct DifferentiableGradient {
 };
 
 // The backward itself differentiates through the formula.
-std::tuple<Tensor, Tensors, Tensors> perceptron_backward_of(const Tensor& grad, const Tensor& output,
-                                                            at::TensorList hidden, const Tensor& h,
-                                                            at::TensorList weights, at::TensorList biases,
-                                                            OptionalName activation, OptionalName output_activation,
-                                                            bool with_grad_h, bool with_grad_weights) {
+std::tuple<Tensor, Tensors, Tensors> mlp_backward_of(const Tensor& grad, const Tensor& output, at::TensorList hidden,
+                                                     const Tensor& h, at::TensorList weights, at::TensorList biases,
+                                                     OptionalName activation, OptionalName output_activation,
+                                                     bool with_grad_h, bool with_grad_weights) {
   if (!needs_gradient(grad, output, h) && !needs_gradients(hidden) && !needs_gradients(weights) &&
       !needs_gradients(biases)) {
-    return below(perceptron_backward(), grad, output, hidden, h, weights, biases, activation, output_activation,
-                 with_grad_h, with_grad_weights);
+    return below(mlp_backward(), grad, output, hidden, h, weights, biases, activation, output_activation, with_grad_h,
+                 with_grad_weights);
   }
   const size_t layers = weights.size();
   const auto type = output.scalar_type();
   const auto activation_at = [&](size_t l) {
-    return activation_of("perceptron_backward", "activation", l + 1 == layers ? output_activation : activation);
+    return activation_of("mlp_backward", "activation", l + 1 == layers ? output_activation : activation);
   };
   Tensors given = {h.to(type)}, a;  // of each layer: what it gets, and its result before the activation
   for (size_t l = 0; l < layers; ++l) {
@@ -121,8 +120,8 @@ std::tuple<Tensor, Tensors, Tensors> perceptron_backward_of(const Tensor& grad, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
-  m.impl("perceptron", perceptron_of);
-  m.impl("perceptron_backward", perceptron_backward_of);
+  m.impl("mlp", mlp_of);
+  m.impl("mlp_backward", mlp_backward_of);
 }
 
 }  // namespace wakesleep::autograd

@@ -1,4 +1,4 @@
-// Layers of a few rows: products with what comes before and after them in one launch.
+// Layers of small batches: products with what comes before and after them in one launch.
 //
 // A product of tens of rows is too little work to fill a GPU, and takes as long as it takes to start it, to fetch its
 // operands and to add up: the platform's BLAS cuts it into tiles that are made for many rows, or into parts that a
@@ -13,7 +13,7 @@
 namespace wakesleep::cuda {
 
 // Measured on an H200.
-inline int64_t few_rows() { return wakesleep::few_rows(256); }
+inline int64_t small_batch_limit() { return wakesleep::small_batch_limit(256); }
 
 // n consecutive elements, on a boundary of as many.
 template <typename compute_t, int n, typename T>
