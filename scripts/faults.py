@@ -453,7 +453,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "tests/test_layers.py -k test_a_layer_without_bias",
         ),
         Fault(
-            "sample_weight-ignored",
+            "sample-weight-ignored",
             "wakesleep_ext/ops.py",
             "call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, sample_weight)",
             "call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, None)",
@@ -847,7 +847,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "tests/test_evaluation.py -k test_dreams_know_the_divergence",
         ),
     ),
-    "sample_weight": (
+    "importance": (
         Fault(
             "effective-sample-size-not-squared",
             "wakesleep_ext/evaluation/importance.py",
