@@ -1,12 +1,29 @@
-"""The `wakesleep` command, a module beside the package: `wakesleep info` answers where the package does not import."""
+"""The `wakesleep` command, a module next to the package.
+
+`wakesleep info` answers where the package does not import, and `--help` and `--version` where torch is not imported.
+"""
 
 from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+
+_EXTRA_PACKAGES = {
+    "docstring_parser": "docstring_parser",
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "safetensors": "safetensors",
+    "sklearn": "scikit-learn",
+    "tqdm": "tqdm",
+    "typeguard": "typeguard",
+    "tyro": "tyro",
+}
+"""The modules of the extra `train`, and the packages that they come from."""
 
 
 def main() -> int:
@@ -20,12 +37,38 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"wakesleep_ext {version('wakesleep_ext')}")
         return 0
+    if missing := [package for module, package in _EXTRA_PACKAGES.items() if find_spec(module) is None]:
+        packages = " ".join(missing)
+        return _fail(f"the commands need packages that are not installed. Install them: pip install {packages}")
+    run_package = _put_in_place("wakesleep_ext")
+    from wakesleep_ext import cli
+
+    command = cli.parse(sys.argv[1:])
     try:
-        from wakesleep_ext import cli
+        run_package()
     except ImportError as error:
-        print(f"wakesleep: {error}", file=sys.stderr)
-        return 1
-    return cli.main()
+        return _fail(str(error))
+    return cli.run(command)
+
+
+def _put_in_place(name: str) -> Callable[[], None]:
+    """Make a package's modules importable before its `__init__.py` has run, which imports torch.
+
+    Returns:
+        What runs it.
+    """
+    if name in sys.modules:
+        return lambda: None
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    package = sys.modules[name] = module_from_spec(spec)
+    return partial(spec.loader.exec_module, package)
+
+
+def _fail(message: str) -> int:
+    print(f"wakesleep: {message}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def steps(python: str, site: Path, out: Path, capability: str) -> list[Step]:
     small_pass = (python, str(ROOT / "scripts" / "gpu_small_pass.py"))
     # called as functions: the command line's own packages may not be there
     bench = (
-        "import sys; from pathlib import Path; from wakesleep_ext.benchmark import Plan, bench, run, write; "
+        "import sys; from pathlib import Path; from wakesleep_ext.benchmark.command import bench; "
+        "from wakesleep_ext.benchmark.plan import Plan; from wakesleep_ext.benchmark.result import write; "
+        "from wakesleep_ext.benchmark.run import run; "
         f"path = Path({str(out / 'benchmark.json')!r}); write(path, run(Plan(device='cuda', quick=True))); "
         "sys.exit(bench(Plan(), show=path))"
     )

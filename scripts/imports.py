@@ -24,13 +24,23 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str) -> tuple[str, ...]:
-    """The modules of the package that a module imports, anywhere in it."""
+    """The modules of the package that a module imports when it runs, anywhere in it."""
     known = modules()
     return tuple(sorted({name for name in _imported(known[module]) if name in known} - {module}))
 
 
 def _imported(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
             within = (node.module or "").split(".")[1:]
             yield ".".join(within)

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import torch
 
-from wakesleep_ext.helmholtz.models import ModelConfig
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.random import make_key
 
 
@@ -29,7 +30,7 @@ def is_discrete(machine):
 def random_machine(latent, latents="gaussian", observed=3):
     """In float64, its weights and biases far from zero, but q everywhere broad enough for importance sampling."""
     torch.manual_seed(0)
-    machine = ModelConfig(observed, latent, (4,), (4,), (4,), latents).build().double()
+    machine = HelmholtzMachine.from_config(ModelConfig(observed, latent, (4,), (4,), (4,), latents)).double()
     with torch.no_grad():
         for parameter in machine.parameters():
             parameter += 0.5 * torch.randn_like(parameter)

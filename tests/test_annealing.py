@@ -10,7 +10,8 @@ from torch import nn
 from wakesleep_ext.check.problems import bar_images
 from wakesleep_ext.evaluation.annealing import annealed_log_likelihood
 from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.helmholtz.models import GenerativeNetwork, ModelConfig
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine
 from wakesleep_ext.helmholtz.networks import Constant
 from wakesleep_ext.helmholtz.objectives import reweighted_wake_losses, sleep_phi_loss
 
@@ -54,7 +55,7 @@ def test_a_machine_that_has_learnt_bars(latents, latent):
     images = bar_images().grey
     x, counts = images.double().unique(dim=0, return_counts=True)
     probability = counts.double() / len(images)
-    machine = ModelConfig(16, latent, (16,), (16,), (8,), latents).build(images.float().mean(0))
+    machine = HelmholtzMachine.from_config(ModelConfig(16, latent, (16,), (16,), (8,), latents), images.float().mean(0))
     optimizer = torch.optim.Adam(machine.parameters(), lr=0.01)
     for _ in range(400):
         optimizer.zero_grad()

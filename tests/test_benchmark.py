@@ -23,9 +23,11 @@ from torch import Tensor
 
 from wakesleep_ext import cli, ops
 from wakesleep_ext._table import OPS
-from wakesleep_ext.benchmark import Plan, bench, command, goals, measure, report
+from wakesleep_ext.benchmark import goals, measure, report, run
 from wakesleep_ext.benchmark import result as results
+from wakesleep_ext.benchmark.command import bench
 from wakesleep_ext.benchmark.op_suite import GOALS, SUITE, TRAFFIC, OpCase, cases, headline
+from wakesleep_ext.benchmark.plan import Plan
 
 CPU = torch.device("cpu")
 
@@ -278,9 +280,9 @@ def test_what_is_ours_is_never_left_out() -> None:
 @pytest.fixture
 def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [case for case in SMALL if case.shape[1:] == (64,) and case.dtype == torch.float32]
-    monkeypatch.setitem(command._SUITES, "ops", replace(SUITE, cases=lambda device, quick: few))
-    monkeypatch.setattr(command, "_BLOCKS_PER_CASE", {"cpu": 0})
-    monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
+    monkeypatch.setitem(run._SUITES, "ops", replace(SUITE, cases=lambda device, quick: few))
+    monkeypatch.setattr(run, "_BLOCKS_PER_CASE", {"cpu": 0})
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)  # would outlast the test
 
 
 @pytest.mark.usefixtures("small_suite")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from wakesleep_ext import cli, ops
-from wakesleep_ext.check import calibration, command, problems, training
+from wakesleep_ext.check import calibration, problems, training
 from wakesleep_ext.check.problems import Answer, Check
 from wakesleep_ext.densities import Gaussian
 from wakesleep_ext.helmholtz.objectives import elbo_loss
@@ -81,7 +81,7 @@ def wrong(check: Check) -> Iterator[Answer]:
 
 
 def test_a_wrong_answer_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "PROBLEMS", (wrong,))
+    monkeypatch.setattr(problems, "PROBLEMS", (wrong,))
     assert cli.main(["check"]) == 1
     titles, pi, p_value, lost, _, verdict = capsys.readouterr().out.splitlines()
     assert titles.split() == ["problem", "quantity", "expected", "got", "tolerance"]

@@ -15,7 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from wakesleep_ext.helmholtz.models import ModelConfig
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.checkpoint import CheckpointError
 
@@ -221,7 +222,7 @@ for step in range(1_000_000):
 
 @pytest.fixture
 def machine():
-    return MODEL.build()
+    return HelmholtzMachine.from_config(MODEL)
 
 
 def save_machine(path, machine, **model):

@@ -127,7 +127,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_end(tmp_path, data, monkeypat
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert cli.main([*command, "--out", str(whole)]) == 0
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(cli, "Trainer", Interrupted)
+        interrupted.setattr(runs, "Trainer", Interrupted)
         assert cli.main([*command, "--out", str(broken)]) == 130
     assert len(read_metrics(broken)) == 2
     with (broken / "metrics.jsonl").open("a") as metrics:  # of an epoch that the checkpoint has not seen
@@ -159,11 +159,66 @@ def test_a_checkpoint_that_does_not_tell_how_to_go_on_is_refused(tmp_path, run, 
         (["--recipe=burda"], {"epochs": 3280, "batch_size": 20, "schedule": "staged"}),
     ],
 )
-def test_a_recipe_is_what_the_flags_default_to(tmp_path, data, monkeypatch, arguments, expected):
-    monkeypatch.setattr(cli, "_finish", lambda *run: None)
+@pytest.mark.usefixtures("not_trained")
+def test_a_recipe_is_what_the_flags_default_to(tmp_path, data, arguments, expected):
     assert cli.main(["train", "--data", str(data), "--out", str(tmp_path), *arguments]) == 0
     training = json.loads((tmp_path / "config.json").read_text())["training"]
     assert training.items() >= expected.items()
+
+
+@pytest.fixture
+def not_trained(monkeypatch):
+    """Runs are begun, and that is all."""
+    monkeypatch.setattr(cli, "_finish", lambda *run: None)
+
+
+@pytest.mark.usefixtures("not_trained")
+def test_the_config_of_a_run_makes_another_like_it(tmp_path, run, data):
+    again, changed = tmp_path / "again", tmp_path / "changed"
+    assert cli.main(["train", "--config", str(run / "config.json"), "--out", str(again)]) == 0
+    assert (again / "config.json").read_text() == (run / "config.json").read_text()
+
+    other = ["--epochs", "9", "--latent", "4", "2", "--data", "digits"]
+    assert cli.main(["train", "--config", str(run / "config.json"), "--out", str(changed), *other]) == 0
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (run, changed))
+    assert after["training"] == {**before["training"], "epochs": 9}
+    assert after["model"] == {**before["model"], "latent": [4, 2], "observed": 64}
+    assert (after["data"], after["image_shape"]) == ("digits", [8, 8])
+
+
+@pytest.mark.usefixtures("not_trained")
+def test_a_config_may_be_written_by_hand(tmp_path, data):
+    config = tmp_path / "mine.json"
+    config.write_text('{"training": {"objective": "iwae", "num_samples": 5, "replay": false}, "bound_samples": 7}')
+    command = ["train", "--config", str(config), "--data", str(data), "--out", str(tmp_path / "run"), "--replay"]
+    assert cli.main(command) == 0
+    made = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert made["bound_samples"] == 7
+    assert made["training"].items() >= {"objective": "iwae", "num_samples": 5, "replay": True, "epochs": 500}.items()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "mine.json: cannot be read as JSON: "),
+        ("[1]", "mine.json: expected the file to be a JSON object, got [1]"),
+        ('{"training": 3}', "mine.json: expected training to be a JSON object, got 3"),
+        ('{"training": {"epoch": 3}, "model": {}}', "mine.json: has unknown keys: training.epoch"),
+        ('{"seed": 3}', "mine.json: has unknown keys: seed"),
+        ('{"training": {"epochs": "three"}}', "mine.json: epochs: "),
+        ('{"training": {"epochs": -3}}', "mine.json: TrainConfig: epochs is out of range, got -3"),
+        ('{"data": "digits", "data_sha256": "0"}', "mine.json: expected the images that data_sha256 is of"),
+        ('{"bound_samples": 1.5}', "mine.json: bound_samples: "),
+    ],
+)
+def test_a_config_that_is_none_is_refused(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text(content)
+    assert cli.main(["train", "--config", "mine.json"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"wakesleep: {message}")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
 
 def test_an_unknown_recipe_is_refused(capsys):
@@ -243,6 +298,10 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
     ("arguments", "message"),
     [
         (["train", "--data", "nowhere"], "nowhere: expected 'digits', a folder of IDX files"),
+        (["train", "--epochs", "-1"], "TrainConfig: epochs is out of range, got -1"),
+        (["train", "--objective", "elbo", "--sleep-weight", "0.5"], "expected sleep_weight 0 with objective 'elbo'"),
+        (["train", "--recipe", "mnist", "--config", "x.json"], "expected --recipe or --config, got both"),
+        (["train", "--config", "x.json"], "x.json: cannot be read as JSON"),
         (["train", "--latent", "0"], "expected latent > 0, got (0,)"),
         (["train", "--latents", "bernoulli", "--objective", "elbo"], "differentiable draws"),
         (["resume", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
@@ -282,12 +341,20 @@ def test_a_diverging_run_names_its_last_good_checkpoint(tmp_path, data, capsys):
     assert checkpoint.load(tmp_path / "checkpoint.safetensors").description["step"] == 0
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "typeguard", "tyro"])
+PACKAGES = {
+    module: "scikit-learn" if module == "sklearn" else module
+    for module in ("docstring_parser", "matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "typeguard", "tyro")
+}
+
+
+@pytest.mark.parametrize("module", PACKAGES)
 def test_a_missing_extra_is_named_with_its_cure(tmp_path, monkeypatch, capsys, module):
     monkeypatch.setitem(sys.modules, module, None)
-    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 1
-    expected = f"wakesleep: {module} missing; install with: pip install 'wakesleep_ext[train]'\n"
-    assert capsys.readouterr().err == expected
+    monkeypatch.setattr(sys, "argv", ["wakesleep", "train", "--out", str(tmp_path / "run")])
+    assert _wakesleep_command.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("wakesleep: ")
+    assert error.endswith(f"Install them: pip install {PACKAGES[module]}\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -306,10 +373,46 @@ def test_the_version_needs_no_torch(monkeypatch, capsys):
     assert capsys.readouterr().out == f"wakesleep_ext {metadata.version('wakesleep_ext')}\n"
 
 
+COMMANDS = ("train", "resume", "evaluate", "sample", "bench", "check", "selftest", "info")
+
+
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
-    for command in ("train", "resume", "evaluate", "sample"):
+    for command in COMMANDS:
         assert command in told
+
+
+def test_help_shows_what_each_recipe_has(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Passes over the training images. (digits: 500, mnist: 100, burda: 3280)" in told
+    assert "(default: 200 200)" in told
+    assert "tyro" not in told
+
+
+WITHOUT_TORCH = """
+import contextlib, io, sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition(".")[0] != "torch"
+
+sys.meta_path.insert(0, NoTorch())
+import _wakesleep_command
+for command in sys.argv[1:]:
+    sys.argv[1:] = [command, "--help"] if command != "all" else ["--help"]
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        _wakesleep_command.main()
+    assert "usage: wakesleep" in told.getvalue(), command
+"""
+
+
+def test_help_needs_no_torch():
+    command = [sys.executable, "-c", WITHOUT_TORCH, "all", *COMMANDS]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 0, process.stderr

@@ -12,15 +12,16 @@ from wakesleep_ext.helmholtz.conditionals import (
     LinearBernoulliConditional,
     StandardGaussianPrior,
 )
-from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, ModelConfig, RecognitionNetwork
-from wakesleep_ext.helmholtz.networks import Activation, MultilayerPerceptron
+from wakesleep_ext.helmholtz.config import Activation, ModelConfig
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, RecognitionNetwork
+from wakesleep_ext.helmholtz.networks import MultilayerPerceptron
 from wakesleep_ext.random import make_key
 
 SMALL = ModelConfig(observed=6, latent=(2,), recognition_hidden=(5,), generative_hidden=(4, 3))
 
 
 def test_packed_parameters_are_split_without_copying():
-    q = SMALL.build().recognition[0](torch.ones(7, 6))
+    q = HelmholtzMachine.from_config(SMALL).recognition[0](torch.ones(7, 6))
     mu, logvar = q.mu, q.logvar
     assert mu.shape == logvar.shape == (7, 2)
     assert mu.untyped_storage().data_ptr() == logvar.untyped_storage().data_ptr()
@@ -28,7 +29,7 @@ def test_packed_parameters_are_split_without_copying():
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float64])
 def test_pixels_of_any_dtype_are_recognised_alike(dtype):
-    machine = SMALL.build()
+    machine = HelmholtzMachine.from_config(SMALL)
     x = torch.tensor([[0, 1, 1, 0, 1, 0]])
     one, other = (machine.recognition[0](pixels) for pixels in (x.to(dtype), x.float()))
     torch.testing.assert_close((one.mu, one.logvar), (other.mu, other.logvar), rtol=0, atol=0)
@@ -37,7 +38,7 @@ def test_pixels_of_any_dtype_are_recognised_alike(dtype):
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_widths_and_activation_are_the_users(activation):
     config = ModelConfig(6, (2,), (5,), (4, 3), activation=activation)
-    machine = config.build()
+    machine = HelmholtzMachine.from_config(config)
     assert [tuple(p.shape) for p in machine.recognition.parameters() if p.dim() == 2] == [
         (5, 6),
         (4, 5),
@@ -52,7 +53,7 @@ def test_widths_and_activation_are_the_users(activation):
 
 
 def test_no_hidden_layers_give_linear_networks():
-    machine = ModelConfig(6, (2,), (), ()).build()
+    machine = HelmholtzMachine.from_config(ModelConfig(6, (2,), (), ()))
     z = torch.randn(3, 2)
     logits = machine.generative[0].network
     torch.testing.assert_close(logits(2 * z), 2 * logits(z))
@@ -60,14 +61,14 @@ def test_no_hidden_layers_give_linear_networks():
 
 def test_the_generative_bias_starts_at_the_logit_of_the_clipped_pixel_mean():
     mean = torch.tensor([0.0, 0.0005, 0.25, 0.5, 0.9995, 1.0])
-    bias = SMALL.build(mean).generative[0].network.head.bias
+    bias = HelmholtzMachine.from_config(SMALL, mean).generative[0].network.head.bias
     expected = torch.tensor([0.001, 0.001, 0.25, 0.5, 0.999, 0.999])
     torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-5, atol=0)
 
 
 def test_a_pixel_mean_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"pixel_mean to have shape \[6\], got \[5\]"):
-        SMALL.build(torch.zeros(5))
+        HelmholtzMachine.from_config(SMALL, torch.zeros(5))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_impossible_sizes_are_refused(change, message):
 
 
 def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
-    machine = SMALL.build(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.99]))
+    machine = HelmholtzMachine.from_config(SMALL, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.99]))
     count = 100_000
     (z,), x = machine.dream(count, keys=(make_key(0, 0), make_key(0, 1)))
     assert not z.requires_grad
@@ -108,7 +109,7 @@ def test_a_dream_is_drawn_from_the_prior_and_then_from_the_pixels():
 
 
 def test_a_dream_is_a_function_of_its_keys():
-    machine = SMALL.build()
+    machine = HelmholtzMachine.from_config(SMALL)
     keys = make_key(3, 0), make_key(3, 1)
     first, second = machine.dream(9, keys=keys), machine.dream(9, keys=keys)
     assert torch.equal(first.latents[0], second.latents[0])
@@ -117,13 +118,13 @@ def test_a_dream_is_a_function_of_its_keys():
 
 
 def test_dreams_take_the_dtype_of_the_generative_network():
-    (z,), x = SMALL.build().double().dream(3)
+    (z,), x = HelmholtzMachine.from_config(SMALL).double().dream(3)
     assert z.dtype == x.dtype == torch.float64
 
 
 def test_an_mlp_is_scored_and_drawn_from_without_its_logits():
     """As any other network is by way of them, with the same gradients."""
-    network = SMALL.build().generative[0].network.double()
+    network = HelmholtzMachine.from_config(SMALL).generative[0].network.double()
     mlp, any_other = LinearBernoulliConditional(network), BernoulliConditional(network)
     z, x = torch.randn(4, 3, 2, dtype=torch.float64), torch.randint(2, (3, 6))
     x = x.to(torch.uint8)
@@ -152,7 +153,7 @@ def test_a_layer_of_somebodys_own_computes_what_it_computes():
 
     z, x = torch.randn(3, 2), torch.randint(2, (3, 6)).float()
     for name in ("0", "2"):
-        network = SMALL.build().generative[0].network
+        network = HelmholtzMachine.from_config(SMALL).generative[0].network
         plain = getattr(network, name)
         setattr(network, name, Doubled(plain.in_features, plain.out_features))
         getattr(network, name).load_state_dict(plain.state_dict())
@@ -179,7 +180,7 @@ def test_a_machine_is_made_of_any_two_networks():
 
 
 def test_reconstructions_are_pixel_means_and_a_function_of_the_key():
-    machine = SMALL.build()
+    machine = HelmholtzMachine.from_config(SMALL)
     x = torch.randint(2, (8, 6), dtype=torch.uint8)
     first, second = (machine.reconstruct(x, keys=[make_key(1)]) for _ in range(2))
     assert torch.equal(first, second)

@@ -13,7 +13,8 @@ from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 from wakesleep_ext.densities import Bernoulli as Logits
 from wakesleep_ext.densities import Gaussian, StandardGaussian
 from wakesleep_ext.helmholtz.conditionals import BernoulliConditional, GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.helmholtz.models import GenerativeNetwork, ModelConfig, RecognitionNetwork
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, RecognitionNetwork
 from wakesleep_ext.helmholtz.networks import Constant
 from wakesleep_ext.helmholtz.objectives import (
     dreg_loss,
@@ -40,7 +41,7 @@ DIFFERENTIABLE = [name for name, config in CONFIGS.items() if config.latents == 
 def make_machine(name):
     """Small, and far enough from its start to have something to say."""
     torch.manual_seed(0)
-    machine = CONFIGS[name].build(torch.tensor([0.2, 0.5, 0.7]))
+    machine = HelmholtzMachine.from_config(CONFIGS[name], torch.tensor([0.2, 0.5, 0.7]))
     with torch.no_grad():
         for parameter in machine.parameters():
             parameter += 0.3 * torch.randn_like(parameter)

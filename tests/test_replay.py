@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 from unittest.mock import MagicMock
 
-import another_file
+import imported_by_test_replay
 import numpy
 import pytest
 import torch
@@ -159,7 +159,7 @@ def test_a_recording_that_fails_leaves_no_trace(recorded: list[Any]) -> None:
     for number in (1, 2):
         assert torch.equal(replayed(torch.ones(3)), torch.full((3,), 2.0 * number))
     assert not recorded
-    assert replayed.reason == "it does not run where its calls are noted: ArithmeticError()"
+    assert replayed.reason == "it fails while its calls are recorded: ArithmeticError()"
     assert torch.equal(running.total, torch.full((3,), 2.0))
 
 
@@ -243,7 +243,7 @@ def by_dlpack(x: Tensor) -> Tensor:
 
 
 def of_another_file(x: Tensor) -> Tensor:
-    return x * another_file.scale()
+    return x * imported_by_test_replay.scale()
 
 
 def is_not_to_be_watched(x: Tensor) -> Tensor:
@@ -258,12 +258,12 @@ def is_not_to_be_watched(x: Tensor) -> Tensor:
         (looks_at_values, "it looks at values, by aten::"),
         (has_as_many_as_it_finds, "it looks at values, by aten::"),
         (counts, "a call changes what it refers to: __defaults__[0][4] changed from nothing to 1"),
-        (counts_unseen, "its recording does not repeat what it does"),
+        (counts_unseen, "replaying it does not reproduce its results"),
         (as_numpy, "it looks at values, by Tensor.numpy"),
         (as_list, "it looks at values, by Tensor.tolist"),
         (by_dlpack, "it looks at values, by Tensor.__dlpack__"),
         (of_another_file, "it uses a tensor torch.float32 [] that it does not refer to"),
-        (is_not_to_be_watched, "it does not run where its calls are noted"),
+        (is_not_to_be_watched, "it fails while its calls are recorded"),
     ],
     ids=lambda item: getattr(item, "__name__", ""),
 )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from wakesleep_ext._files import FileError, locked
-from wakesleep_ext.helmholtz.models import ModelConfig
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import DIGITS, DataError, load
@@ -25,10 +26,14 @@ def digits():
     return load(DIGITS)
 
 
+def described(bound_samples=3):
+    return {"data": DIGITS, "model": asdict(MODEL), "training": asdict(TRAINING), "bound_samples": bound_samples}
+
+
 def begin(folder, digits, **options):
     """A run of two epochs, made to its end."""
-    config = RunConfig.of(DIGITS, digits, MODEL, TRAINING, 3)
-    trainer = Trainer(MODEL.build(digits.train.mean()), digits.train, TRAINING)
+    config = RunConfig.of(described(), digits)
+    trainer = Trainer(HelmholtzMachine.from_config(MODEL, digits.train.mean()), digits.train, TRAINING)
     with Run.begin(folder, config, **options) as run:
         return list(run.train(trainer, digits.binary_test(), on_step=lambda: None))
 
@@ -123,16 +128,16 @@ def test_a_description_that_describes_no_run_is_refused(run, change):
 
 def test_a_description_is_restored_as_it_was(run, digits):
     found, _ = Run.load(run)
-    assert found.config == RunConfig.of(DIGITS, digits, MODEL, TRAINING, 3)
+    assert found.config == RunConfig.of(described(), digits)
     assert RunConfig.restore(json.loads(json.dumps(asdict(found.config)))) == found.config
 
 
 def test_what_cannot_be_evaluated_is_refused_before_training(digits):
     with pytest.raises(ValueError, match="bound_samples of at least 1, got 0"):
-        RunConfig.of(DIGITS, digits, MODEL, TRAINING, 0)
+        RunConfig.of(described(0), digits)
     one = replace(digits, test=replace(digits.test, grey=digits.test.grey[:1]))
     with pytest.raises(ValueError, match="two test images at least, got 1"):
-        RunConfig.of(DIGITS, one, MODEL, TRAINING, 5)
+        RunConfig.of(described(5), one)
 
 
 def test_a_folder_is_one_process_at_a_time(run, digits):

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep_ext import cli, ops
 from wakesleep_ext._table import OPS
-from wakesleep_ext.benchmark import command, goals, measure, step_suite
+from wakesleep_ext.benchmark import goals, measure, run, step_suite
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.op_suite import TRAFFIC
 from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, StepCase, cases
@@ -199,8 +199,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_suite, "_BATCHES", (2, 3, 5))
     monkeypatch.setattr(step_suite, "_NUM_SAMPLES", (1, 2, 3))
     monkeypatch.setattr(StepCase, "block_seconds", 1e-3)
-    monkeypatch.setattr(command, "_BLOCKS_PER_CASE", {"cpu": 0})
-    monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # would outlast the test
+    monkeypatch.setattr(run, "_BLOCKS_PER_CASE", {"cpu": 0})
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)  # would outlast the test
 
 
 @pytest.mark.usefixtures("tiny")
@@ -272,9 +272,9 @@ Abacus 3000, AVX2, 1 thread; torch 2.13.0, commit 0123456; copies at 20.0 GB/s. 
 GPU_GOALS = """\
 | what                                                     | measured | goal     |              |
 |----------------------------------------------------------|----------|----------|--------------|
-| speed beside eager, batches of 256 or less               | 5.2×     | ≥ 5×     | met          |
-| speed beside compile, batches of 256 or less             | 1.8×     | ≥ 2×     | missed       |
-| speed beside compile with graphs, batches of 256 or less | –        | ≥ 1×     | not measured |
+| speed versus eager, batches of 256 or less               | 5.2×     | ≥ 5×     | met          |
+| speed versus compile, batches of 256 or less             | 1.8×     | ≥ 2×     | missed       |
+| speed versus compile with graphs, batches of 256 or less | –        | ≥ 1×     | not measured |
 | kernels of a step, batch 20, L = 1                       | 40       | ≤ 39     | missed       |
 | the whole of Burda's protocol                            | 16 min   | ≤ 20 min | met          |
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wakesleep_ext import densities, modules, random, reference
 from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
 from wakesleep_ext.helmholtz import objectives
-from wakesleep_ext.helmholtz.models import ModelConfig
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.helmholtz.objectives import (
     dreg_loss,
     elbo_loss,
@@ -37,7 +38,7 @@ BARS = Images(
 def make_trainer(images=BARS, device="cpu", model=None, **config):
     torch.manual_seed(0)
     model = ModelConfig(images.grey.shape[1], (2,), (8,), (8,)) if model is None else model
-    machine = model.build(images.mean()).to(device)
+    machine = HelmholtzMachine.from_config(model, images.mean()).to(device)
     return Trainer(machine, images.to(device), TrainConfig(**{"batch_size": 5, "epochs": 3, **config}))
 
 
@@ -250,7 +251,9 @@ def losses_of_100_steps(device, latent=(3,), **config):
     generator = torch.Generator().manual_seed(2)
     images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
     torch.manual_seed(0)
-    machine = ModelConfig(12, latent, (9, 8), (8, 9), (7,)).build(images.mean()).double().to(device)
+    machine = (
+        HelmholtzMachine.from_config(ModelConfig(12, latent, (9, 8), (8, 9), (7,)), images.mean()).double().to(device)
+    )
     config = {"batch_size": 8, "epochs": 20, "num_samples": 2, "learning_rate_decay": 0.1, **config}
     trainer = Trainer(machine, images.to(device), TrainConfig(**config))
     batches = (index for _ in range(20) for index in trainer.take_step.batches())
@@ -483,7 +486,7 @@ def test_the_digits_are_learnt():
     """A few epochs take the ELBO past the independent-Bernoulli baseline of 27 nats."""
     digits = load(DIGITS)
     torch.manual_seed(0)
-    machine = ModelConfig(64).build(digits.train.mean())
+    machine = HelmholtzMachine.from_config(ModelConfig(64), digits.train.mean())
     list(Trainer(machine, digits.train, TrainConfig(epochs=25)).epochs())
     bounds = log_likelihood_bounds(machine.recognition, machine.generative, digits.binary_test(), 100)
     assert -bounds.log_likelihood.mean() < 26

@@ -115,8 +115,8 @@ CHANGES: dict[str, tuple[str, Callable[[Training], object]]] = {
     "a number in a config": ("self.config.samples changed from 1 to 2", lambda t: setattr(t.config, "samples", 2)),
     "another config": ("self.config", lambda t: setattr(t, "config", SimpleNamespace(scale=2.0, samples=1))),
     "other data": ("self.targets changed", lambda t: setattr(t, "targets", torch.ones(4, 3))),
-    "a hook of a parameter": ("_backward_hooks is called with it", double_gradients),
-    "a hook of a module": ("_forward_hooks is called with it", triple_outputs),
+    "a hook of a parameter": ("_backward_hooks would not run in a replay", double_gradients),
+    "a hook of a module": ("_forward_hooks would not run in a replay", triple_outputs),
     "another activation": ("self.model._modules['1']", lambda t: t.model.__setitem__(1, nn.ReLU())),
     "a class that is changed": ("self.model._modules['1']", lambda t: setattr(t.model[1], "__class__", nn.Sigmoid)),
     "a forward of its own": (

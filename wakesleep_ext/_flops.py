@@ -1,7 +1,7 @@
-"""How many floating-point operations the ops' matrix products take, for `torch.utils.flop_counter`.
+"""Count the floating-point operations of the ops' GEMMs, for `torch.utils.flop_counter`.
 
-A product [m, k] [k, n] counts 2 m k n, as torch counts it; what is done element by element counts nothing. Composite
-ops are counted by the ops that they call. A formula gets shapes in the place of tensors.
+A GEMM [m, k] [k, n] counts 2 m k n, as in torch; element-wise work counts nothing. Composite ops are counted by the ops
+that they call. A formula receives shapes in place of tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Shape = Sequence[int]
 
 
 def _product(rows: int, weight: Shape) -> int:
-    """[rows, H] [H, D], or one of the two products of its gradients, which are as large; weight is [D, H]."""
+    """Count [rows, H] [H, D], or either GEMM of its backward pass, which is equally large; weight is [D, H]."""
     return 2 * rows * math.prod(weight)
 
 
@@ -45,7 +45,7 @@ def mlp_backward(
     with_grad_weights: bool,
     **named: Any,
 ) -> int:
-    """What a layer hands down is a product, but for the first, where nothing asks for it."""
+    """Count the gradients of weights and inputs; the first layer's input may not need one."""
     of_weights = mlp(h, weights) if with_grad_weights else 0
     return of_weights + mlp(h, weights if with_grad_h else weights[1:])
 
@@ -69,7 +69,7 @@ def linear_bernoulli_log_prob_backward(
     with_grad_weight: bool,
     **named: Any,
 ) -> int:
-    """Logits that were not kept are recomputed."""
+    """Count the gradients, and the recomputation of logits that were not kept."""
     recomputes = logits is None or logits[0] == 0
     return (recomputes + with_grad_h + with_grad_weight) * _product(_rows(h, x), weight)
 
@@ -104,9 +104,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def register_when_counted() -> None:
-    """Registers the formulas: now if torch's counter is imported, otherwise as soon as it is.
+    """Register the formulas now if torch's counter is imported, otherwise as soon as it is.
 
-    The counter imports Triton where that is installed, which would slow down the import of this package.
+    The counter imports Triton if that is installed, which would slow down the import of this package.
     """
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
@@ -120,7 +120,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Registering(MetaPathFinder):
-    """Finds torch's counter as the other finders do, and registers the formulas once it is executed."""
+    """Finds torch's counter through the other finders, and registers the formulas once it has been executed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _COUNTER:

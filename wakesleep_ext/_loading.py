@@ -1,4 +1,4 @@
-"""Loads the compiled operators, and says what to do where that fails."""
+"""Load the compiled operators, or explain how to fix a failure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from wakesleep_ext.info import reinstall_command
 
 
 def load_kernels() -> None:
-    """Imports ``wakesleep_ext._C``, which registers ``torch.ops.wakesleep_ext.*``.
+    """Import ``wakesleep_ext._C``, which registers ``torch.ops.wakesleep_ext.*``.
 
-    Warns if the kernels are for the CPU alone, although torch could use a GPU.
+    Warns if the kernels were built for the CPU only, although torch could use a GPU.
 
     Raises:
-        ImportError: naming the cause: no compiled module, or one that was built for another torch.
+        ImportError: there is no compiled module, or it was built for another torch. The message names the cause.
     """
     import torch
 
@@ -50,15 +50,15 @@ def load_kernels() -> None:
 
 
 def _sees_a_gpu(torch: Any) -> bool:
-    """Whether the driver's NVML counts a GPU. CUDA is not initialised, so the process may still fork."""
+    """True if the driver's NVML counts a GPU. This does not initialise CUDA, so the process can still fork."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, where there is no NVML
+            warnings.simplefilter("ignore")  # torch warns if there is no NVML
             return bool(torch.cuda._device_count_nvml() > 0)
-    except Exception:  # an import must not fail for want of an answer
+    except Exception:  # the import must not fail because of this check
         return False
 
 
 def _series(version: str) -> str:
-    """The part of a torch version within which binaries keep working: '2.13.0+cpu' -> '2.13'."""
+    """Return the part of a torch version within which binaries are compatible: '2.13.0+cpu' -> '2.13'."""
     return ".".join(version.split("+")[0].split(".")[:2])

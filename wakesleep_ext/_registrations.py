@@ -1,8 +1,8 @@
-"""What the operators need on the Python side: shapes without data, and the way through functorch's transforms.
+"""Register the Python side of the operators: fake kernels, vmap rules and functorch support.
 
-Kernels and first-order gradients are registered in C++. Here stand the fake kernels, by which torch.compile and meta
-tensors learn shapes and dtypes; the batching rules of vmap; and an autograd.Function for each operator, by which
-``torch.func.grad`` and its kin go, since they refuse C++ ones.
+Kernels and first-order gradients are registered in C++. The fake kernels here tell torch.compile and meta tensors the
+shapes and dtypes of results. ``torch.func.grad`` and similar transforms refuse C++ autograd functions, so each operator
+also has a Python autograd.Function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ops = torch.ops.wakesleep_ext
 
 
 def call(op: Any, *arguments: Any) -> Any:
-    """Calls an operator, by its autograd.Function where a functorch transform is active."""
+    """Call an operator, through its autograd.Function if a functorch transform is active."""
     return _UNDER_FUNCTORCH.get(op, op)(*arguments) if _are_functorch_transforms_active() else op(*arguments)
 
 
@@ -41,9 +41,9 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a fake kernel, which makes the checks of the real ones before it makes results.
+    """Register a fake kernel that makes the checks of the real kernels before it creates results.
 
-    A call belongs to the meta device, and comes here, if one of its tensors does. So they must all.
+    A call is dispatched here if any of its tensors is on the meta device, so the fake kernel checks that all are.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +80,7 @@ _HALF_OR_MORE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def _name(dtype: torch.dtype) -> str:
-    """As messages of the real kernels have it."""
+    """Return the dtype's name as the real kernels print it in messages."""
     return torch.empty((), dtype=dtype, device="cpu").type().rpartition(".")[-1].removesuffix("Tensor")
 
 
@@ -89,7 +89,7 @@ def _is_observed(dtype: torch.dtype) -> bool:
 
 
 def _check_values(op: str, named: Mapping[str, Any]) -> None:
-    """What an argument must be, whatever the others are."""
+    """Check each argument on its own, regardless of the others."""
     for name, value in named.items():
         if name in _FLOATING and isinstance(value, Tensor) and value.dtype not in _HALF_OR_MORE:
             raise TypeError(
@@ -118,7 +118,7 @@ def _check_has_event(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_event(op: str, **tensors: Tensor) -> tuple[int, ...]:
-    """What the leading dimensions broadcast to; the last one, the event, does not."""
+    """Return the broadcast leading dimensions; the last one, the event, must match."""
     (first, tensor), *others = tensors.items()
     for name, other in tensors.items():
         _check_has_event(op, name, other)
@@ -159,7 +159,7 @@ def _check_layer(op: str, h: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def _check_head(op: str, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[int, ...]:
-    """What the leading dimensions of h and x broadcast to."""
+    """Return the broadcast leading dimensions of h and x."""
     _check_layer(op, h, weight, bias)
     _check_has_event(op, "x", x)
     if x.shape[-1] != weight.shape[0]:
@@ -176,20 +176,20 @@ def _check_row_weights(op: str, name: str, weights: Tensor, batch: Sequence[int]
 
 
 def _rows(op: str, **tensors: Tensor) -> Tensor:
-    """What an op returns one number of per row: the broadcast batch, in the type rows are computed in."""
+    """Return an empty result with one number per row of the broadcast batch, in the compute dtype."""
     shape = _check_event(op, **tensors)
     return next(iter(tensors.values())).new_empty(shape, dtype=_compute_dtype(_promoted(*tensors.values())))
 
 
 def _events(op: str, **tensors: Tensor) -> Tensor:
-    """The broadcast of all arguments, in their common dtype."""
+    """Return an empty tensor of the arguments' broadcast shape and common dtype."""
     first = next(iter(tensors.values()))
     shape = (*_check_event(op, **tensors), first.shape[-1])
     return first.new_empty(shape, dtype=_promoted(*tensors.values()))
 
 
 def _packed(op: str, mu: Tensor, logvar: Tensor) -> Tensor:
-    """[grad_mu | grad_logvar], before sums to the shape of either."""
+    """Return an empty [grad_mu | grad_logvar], before it is summed to the shapes of mu and logvar."""
     event = _events(op, mu=mu, logvar=logvar)
     return event.new_empty((*event.shape[:-1], 2 * event.shape[-1]))
 
@@ -293,7 +293,7 @@ def _(grad: Tensor, logits: Tensor, x: Tensor) -> Tensor:
 
 
 def _layer(op: str, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What a linear layer returns, in the dtype of its parameters."""
+    """Return the empty result of a linear layer, in the dtype of its parameters."""
     _check_layer(op, h, weight, bias)
     return h.new_empty((*h.shape[:-1], weight.shape[0]), dtype=_promoted(h, weight, bias))
 
@@ -432,7 +432,7 @@ def _(
 
 
 def _batch_leading(op: Any) -> Callable[..., tuple[Tensor, int]]:
-    """Densities broadcast over leading dimensions, so one more of these is all that vmap needs."""
+    """Return a vmap rule for densities: they broadcast over leading dimensions, so the batch becomes one more."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
         return op(*_aligned(tensors, in_dims)), 0
@@ -453,7 +453,7 @@ def _aligned(tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> list[T
 
 
 def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
-    """Draws are functions of their key and index: each member of the batch is drawn as it would be alone."""
+    """Return a vmap rule that loops over the batch. Each member is drawn from its own key, as it would be alone."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         flat, structure = tree_flatten(arguments)
@@ -474,7 +474,7 @@ def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
 
 @torch.library.register_vmap("wakesleep_ext::linear_bernoulli_log_prob")
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-    """Rows are rows, of whatever batch; only heads of their own are taken one by one."""
+    """Treat the batch as more rows; loop over it only if each member has its own weight or bias."""
     operator = _ops.linear_bernoulli_log_prob.default
     h, weight, bias, x, *others = arguments
     if in_dims[1] is not None or in_dims[2] is not None:
@@ -541,7 +541,10 @@ for _op in (
 def _function(
     op: Any, gradients: Callable[[Sequence[Any], Sequence[Tensor]], tuple[Tensor | None, ...]]
 ) -> type[torch.autograd.Function]:
-    """An autograd.Function of an operator; gradients(arguments, gradients of the results) may be differentiated."""
+    """Make an autograd.Function of an operator.
+
+    `gradients` maps the arguments and the gradients of the results to gradients, and may be differentiated.
+    """
 
     class Function(torch.autograd.Function):
         generate_vmap_rule = True
@@ -563,8 +566,8 @@ def _function(
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise NotImplementedError(
-                f"{op}: forward-mode differentiation is not supported, nor is what goes by it, such as "
-                "torch.func.hessian and jacfwd; differentiate backwards, a Hessian by torch.func.jacrev(jacrev(f))"
+                f"{op}: forward-mode differentiation is not supported, nor are transforms that use it, such as "
+                "torch.func.hessian and jacfwd; use reverse mode: torch.func.jacrev(jacrev(f)) for a Hessian"
             )
 
     return Function
@@ -609,7 +612,7 @@ def _mlp(
     activation: str | None,
     output_activation: str | None,
 ) -> Tensor:
-    """Layer by layer, since functorch does not look into lists."""
+    """Apply layer by layer, since functorch does not look into lists."""
     last = len(weights) - 1
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         h = _Layer.apply(h, weight, bias, output_activation if number == last else activation)
@@ -637,7 +640,7 @@ def _linear_bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]
     h, weight, bias, x, _ = arguments
     found = _ops.linear_bernoulli_log_prob_backward.default(grads[0], h, weight, bias, x, None, True, True)
     grad_x = None
-    if x.is_floating_point():  # the logits, summed before they are formed: they are linear in h
+    if x.is_floating_point():  # the logits are linear in h, so sum h to the shape of x before multiplying
         rows = (grads[0].unsqueeze(-1) * h).sum_to_size(*x.shape[:-1], h.shape[-1])
         grad_x = rows @ weight.mT + grads[0].sum_to_size(x.shape[:-1]).unsqueeze(-1) * bias
     return _sum_like(found[0], h), found[1], found[2], grad_x

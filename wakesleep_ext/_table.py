@@ -1,9 +1,9 @@
-"""The table of ops: what each takes and gives, and how it is called.
+"""Describe every op: the inputs it takes, the outputs it returns, and how to call it.
 
-The tests, `wakesleep selftest` and `wakesleep bench` read it. A row's formula is the function of the same name in
-:mod:`wakesleep_ext.reference`.
+The tests, `wakesleep selftest` and `wakesleep bench` read this table. An op's formula is the function of the same name
+in :mod:`wakesleep_ext.reference`.
 
-Dimensions are letters: S samples, B events in a batch, D variables of an event, 2D those of a packed pair, H features.
+Letters name dimensions: S samples, B batch, D event, 2D a packed pair of events, H features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Sizes(NamedTuple):
-    """How large the dimensions are."""
+    """The sizes of the dimensions."""
 
     samples: tuple[int, ...]
     batch: int
@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
     features: int = 0
 
     def shape(self, dimensions: str) -> tuple[int, ...]:
-        """The shape behind letters such as `S B D`."""
+        """Return the shape for dimension letters such as `S B D`."""
         sizes = {"B": self.batch, "D": self.event, "2D": 2 * self.event, "H": self.features}
         return sum((self.samples if d == "S" else (sizes[d],) for d in dimensions.split()), ())
 
@@ -43,13 +43,13 @@ class Op:
     inputs: Mapping[str, str]
     """The tensor arguments in order, with their dimensions."""
     outputs: Mapping[str, str]
-    """The results in order, with their dimensions. Those of an op in place are the inputs that it changes."""
+    """The results in order, with their dimensions. For an in-place op, these are the inputs that it changes."""
     draws: bool = False
-    """The op takes a key."""
+    """True if the op takes a key."""
     probability: Callable[..., Tensor] | None = None
     """Computes the probability of a one from the inputs. None if the result is not a draw of zeros and ones."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments, other than key and sample_shape, of a sample call."""
+    """Keyword arguments of a sample call, apart from key and sample_shape."""
     call: Callable[..., Any] | None = None
     """Calls the function with the tensors and returns the results. None if the op itself does so."""
     dtypes: tuple[torch.dtype, ...] = FLOATING
@@ -67,11 +67,11 @@ class Op:
         return tuple(map(sizes.shape, self.inputs.values()))
 
     def output_dtype(self, output: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of a result: that of the inputs, but no half type for a sum over the event."""
+        """Return the dtype of a result: that of the inputs, but at least float32 for a sum over the event."""
         return dtype if "D" in self.outputs[output] else torch.promote_types(dtype, torch.float32)
 
     def function(self, module: ModuleType, **options: Any) -> Callable[..., Any]:
-        """The op, as a module defines it, as a function of its tensors."""
+        """Return a module's implementation of the op as a function of tensors alone."""
         plain: Callable[..., Any] = getattr(module, self.name)
         if self.call is not None:
             plain = partial(self.call, plain)
@@ -79,13 +79,13 @@ class Op:
 
 
 def values(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random values that suit a tensor argument, on the device of the generator."""
+    """Return random values suitable for a tensor argument, on the generator's device."""
     normal = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
     match name:
         case "logits":
-            return 3 * normal  # so that not all probabilities are middling
+            return 3 * normal  # includes probabilities close to 0 and 1
         case "next_weight":
-            return normal / shape[-1] ** 0.5  # or the rounding of the layer before would grow
+            return normal / shape[-1] ** 0.5  # keeps rounding errors of the previous layer from growing
         case "x":
             return (normal > 0).to(dtype)
         case "grey":
@@ -152,4 +152,4 @@ OPS = {
         ),
     )
 }
-"""Every public op by its name."""
+"""All public ops by name."""

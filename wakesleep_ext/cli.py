@@ -1,107 +1,113 @@
-"""The command line: `wakesleep train | resume | evaluate | sample | bench | check | selftest | info`."""
+"""The command line: `wakesleep train | resume | evaluate | sample | bench | check | selftest | info`.
+
+:func:`parse` reads the arguments and :func:`run` carries the command out. A command imports what it needs, so that
+parsing, and with it `--help`, does without torch.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import wraps
-from importlib.util import find_spec
-from inspect import Signature, signature
+from dataclasses import asdict, dataclass
+from functools import partial, wraps
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-import torch
-from torch import Tensor
+import tyro
+from tyro.conf import FlagCreatePairsOff
 
-from wakesleep_ext import info as information
-from wakesleep_ext import selftest as checks
 from wakesleep_ext._files import FileError
-from wakesleep_ext.benchmark import bench
-from wakesleep_ext.check import check
-from wakesleep_ext.evaluation.bounds import Evaluation, independent_bernoulli_nll
-from wakesleep_ext.evaluation.bounds import evaluate as evaluate_machine
-from wakesleep_ext.helmholtz.models import HelmholtzMachine, Latents, ModelConfig
-from wakesleep_ext.helmholtz.networks import Activation
-from wakesleep_ext.report import plots
-from wakesleep_ext.report.pictures import draw_dreams, draw_run
-from wakesleep_ext.report.tables import table
-from wakesleep_ext.training.config import RECIPES, Recipe, TrainConfig
-from wakesleep_ext.training.data import DIGITS, Dataset, load
-from wakesleep_ext.training.run import Run, RunConfig
-from wakesleep_ext.training.trainer import DivergedError, Trainer
+from wakesleep_ext._options import options_of
+from wakesleep_ext.benchmark.command import bench
+from wakesleep_ext.check.command import check
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.training.config import RECIPES, Recipe, RunOptions, TrainConfig
 from wakesleep_ext.usage import Device, UsageError, find_device
 
-_EXTRA_MODULES = ("matplotlib", "numpy", "safetensors", "sklearn", "tqdm", "typeguard", "tyro")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wakesleep_ext.evaluation.bounds import Evaluation
+    from wakesleep_ext.helmholtz.models import HelmholtzMachine
+    from wakesleep_ext.training.data import Dataset
+    from wakesleep_ext.training.run import Run
+    from wakesleep_ext.training.trainer import Trainer
+
+    ChosenRun: TypeAlias = dict[str, Any]
+    ChosenModel: TypeAlias = dict[str, Any]
+    ChosenTraining: TypeAlias = dict[str, Any]
+else:
+    ChosenRun = options_of(RunOptions, {"default": RunOptions()})
+    ChosenModel = options_of(ModelConfig, {"default": ModelConfig(observed=1)}, without=frozenset({"observed"}))
+    ChosenTraining = options_of(TrainConfig, RECIPES)
+
+Command: TypeAlias = Callable[[], "int | None"]
 
 
 def train(
-    training: TrainConfig = RECIPES["digits"],
-    recipe: Recipe = "digits",
-    data: str = DIGITS,
+    run: ChosenRun,
+    model: ChosenModel,
+    training: ChosenTraining,
+    recipe: Annotated[Recipe | None, tyro.conf.arg(help_behavior_hint="(default: digits)")] = None,
+    config: Path | None = None,
     out: Path | None = None,
-    overwrite: bool = False,
+    overwrite: FlagCreatePairsOff[bool] = False,
     device: Device = "auto",
-    latent: tuple[int, ...] = ModelConfig.latent,
-    recognition_hidden: tuple[int, ...] = ModelConfig.recognition_hidden,
-    generative_hidden: tuple[int, ...] = ModelConfig.generative_hidden,
-    latent_hidden: tuple[int, ...] = ModelConfig.latent_hidden,
-    latents: Latents = ModelConfig.latents,
-    activation: Activation = ModelConfig.activation,
-    bound_samples: int = 1000,
 ) -> None:
     """Train a Helmholtz machine on images.
 
     Args:
+        run: What to train on, and what to report.
+        model: The networks.
         training: How to train.
-        recipe: Protocol that the defaults of the training flags are taken from: "mnist" is 100 epochs with falling
-            step sizes, "burda" the eight stages of Burda, Grosse & Salakhutdinov (2016), 3,280 epochs of batch 20.
-        data: "digits", a folder of IDX files such as MNIST's, or a .npz file with uint8 or bool
-            arrays x_train and x_test.
+        recipe: Protocol that supplies the training options that are not given. "mnist" takes 100 epochs with falling
+            step sizes. "burda" takes the eight stages of Burda, Grosse & Salakhutdinov (2016), 3,280 epochs of batch
+            20.
+        config: JSON file that supplies the options that are not given, such as the config.json of a run folder.
         out: Run folder; runs/<name of the data> by default.
         overwrite: Replace the run that the folder holds.
         device: Where to train; auto takes the GPU if there is one.
-        latent: Latent variables of each stochastic layer, from x up; one size, one layer.
-        recognition_hidden: Hidden widths of the recognition network, from x to the first latent variables.
-        generative_hidden: Hidden widths of the generative network, from the first latent variables to x.
-        latent_hidden: Hidden widths between one stochastic layer and the next, in both directions.
-        latents: Gaussian latent variables, or Bernoulli ones as in a sigmoid belief network.
-        activation: Activation after each hidden layer.
-        bound_samples: Samples per test image for the bound that is reported at the end.
     """
+    from wakesleep_ext.training.data import load
+    from wakesleep_ext.training.run import Run, RunConfig, overlaid, read_config
+
+    if recipe is not None and config is not None:
+        raise UsageError("expected --recipe or --config, got both")
     where = find_device(device)
-    dataset = load(data)
+    base = {"training": asdict(RECIPES[recipe or "digits"])} if config is None else read_config(config)
+    description = overlaid(base, {**run, "model": model, "training": training})
+    dataset = load(description["data"])
     try:
-        observed = dataset.train.grey.shape[1]
-        model = ModelConfig(observed, latent, recognition_hidden, generative_hidden, latent_hidden, latents, activation)
-        source = data if data == DIGITS else os.path.abspath(data)
-        config = RunConfig.of(source, dataset, model, training, bound_samples)
-        torch.manual_seed(training.seed)
-        machine = model.build(dataset.train.mean()).to(where)
-        trainer = Trainer(machine, dataset.train.to(where), training)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    with Run.begin(out or Path("runs") / dataset.name, config, overwrite) as run:
-        _finish(run, trainer, dataset)
+        made = RunConfig.of(description, dataset)
+        trainer = made.start(dataset, where)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{config}: {error}" if config else str(error)) from error
+    with Run.begin(out or Path("runs") / dataset.name, made, overwrite) as folder:
+        _finish(folder, trainer, dataset)
 
 
 def resume(run: Path, /, device: Device = "auto") -> None:
-    """Go on with a training run that was interrupted, to the numbers that it would have come to.
+    """Continue a training run that was interrupted, and reach the same numbers bit for bit.
 
     Args:
         run: Folder of the training run.
         device: Where to train; auto takes the GPU if there is one.
     """
+    from wakesleep_ext.training.run import Run
+
     with Run.resume(run, find_device(device)) as (resumed, trainer, dataset):
         _finish(resumed, trainer, dataset)
 
 
 def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
-    """Train, from wherever the trainer stands; then test, and draw the pictures."""
+    """Train from wherever the trainer stands; then test, and draw the pictures."""
     from tqdm import tqdm
+
+    from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
+    from wakesleep_ext.report.pictures import draw_run
+    from wakesleep_ext.report.tables import table
 
     where = trainer.images.grey.device
     test = dataset.binary_test().to(where)
@@ -112,7 +118,7 @@ def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
         for epoch in run.train(trainer, test, on_step=bar.update):
             epochs.append(epoch)
             bar.set_postfix(epoch=epoch["epoch"], test_elbo=f"{epoch['test_elbo']:.2f}", refresh=False)
-    evaluation = _evaluation(trainer.machine, test, run.config.bound_samples)
+    evaluation = _evaluation(trainer.machine, test, Effort(run.config.bound_samples))
     result = {"baseline_nll": baseline_nll} | evaluation.summary()
     run.note({"step": trainer.step} | result)
     draw_run(run.picture, trainer.machine, test, dataset.train.shape, epochs, evaluation, baseline_nll)
@@ -120,53 +126,63 @@ def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
     print(f"\nRun folder: {run.folder}")
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How many samples an evaluation takes."""
+
+    bound_samples: int = 1000
+    """Samples per test image, and per dream, K."""
+    dreams: int = 1000
+    """Dreams that are compared with the test images."""
+    ais_images: int = 0
+    """Test images, from the first on, whose likelihood annealed importance sampling estimates as well. It is slow:
+    seconds an image on a CPU."""
+    ais_chains: int = 16
+    """Its chains for each image."""
+    ais_steps: int = 1000
+    """Its steps from the prior to the posterior."""
+
+    def check(self) -> None:
+        """Raise a UsageError if there is too little of something."""
+        for name, least in {"bound_samples": 1, "dreams": 2, "ais_images": 0, "ais_chains": 2, "ais_steps": 1}.items():
+            if (value := getattr(self, name)) < least:
+                raise UsageError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
+
+
 def evaluate(
     run: Path,
     /,
-    bound_samples: int = 1000,
-    dreams: int = 1000,
-    ais_images: int = 0,
-    ais_chains: int = 16,
-    ais_steps: int = 1000,
+    effort: Effort,
     data: str | None = None,
     device: Device = "auto",
     seed: int = 0,
     picture: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Test a trained machine: its NLL bound and ELBO beside independent Bernoulli pixels, how far recognition is from
-    the posterior, and dreams from the data.
+    """Test a trained machine: its NLL bound and ELBO next to those of independent Bernoulli pixels, the distance of
+    recognition from the posterior, and the distance of dreams from the data.
 
     Args:
         run: Folder of a training run.
-        bound_samples: Samples per test image, and per dream, K.
-        dreams: How many dreams.
-        ais_images: Test images, from the first on, whose likelihood is also found by annealed importance sampling,
-            which is slow: seconds an image on a CPU.
-        ais_chains: Its chains for each image.
-        ais_steps: Its steps from the prior to the posterior.
+        effort: How much to do.
         data: As for train; what the run was trained on by default.
         device: Where to compute; auto takes the GPU if there is one.
         seed: Seed of the samples.
-        picture: A PNG that is drawn of the result.
+        picture: A PNG file that gets a picture of the result.
         json: Print one JSON object instead of a table.
     """
-    for flag, value, least in (
-        ("--bound-samples", bound_samples, 1),
-        ("--dreams", dreams, 2),
-        ("--ais-images", ais_images, 0),
-        ("--ais-chains", ais_chains, 2),
-        ("--ais-steps", ais_steps, 1),
-    ):
-        if value < least:
-            raise UsageError(f"expected {flag} of at least {least}, got {value}")
+    from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
+    from wakesleep_ext.report import plots
+    from wakesleep_ext.report.tables import table
+    from wakesleep_ext.training.run import Run
+
+    effort.check()
     where = find_device(device)
     trained, machine = Run.load(run)
-    dataset = _dataset(trained, data)
+    dataset = trained.load_data(data)
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
-    annealing = {"annealed_images": ais_images, "chains": ais_chains, "temperatures": ais_steps}
-    evaluation = _evaluation(machine.to(where), test, bound_samples, num_dreams=dreams, seed=seed, **annealing)
+    evaluation = _evaluation(machine.to(where), test, effort, seed)
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         plots.evaluation(picture, evaluation)
@@ -175,15 +191,18 @@ def evaluate(
 
 
 def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", seed: int = 0) -> None:
-    """Dream: draw latent variables and write the images they generate, each pixel as its mean.
+    """Dream: draw latent variables and write the images that they generate, each pixel as its mean.
 
     Args:
         run: Folder of a training run.
-        out: The picture that is written, a PNG.
+        out: The PNG file to write.
         count: How many images.
         device: Where to compute; auto takes the GPU if there is one.
         seed: Seed of the draw.
     """
+    from wakesleep_ext.report.pictures import draw_dreams
+    from wakesleep_ext.training.run import Run
+
     if count < 1:
         raise UsageError(f"expected --count of at least 1, got {count}")
     where = find_device(device)
@@ -193,6 +212,8 @@ def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", s
 
 def selftest() -> int:
     """Check every op against float64 on this machine, values and gradients: pass or fail for each."""
+    from wakesleep_ext import selftest as checks
+
     failed = False
     for outcome in checks.outcomes():
         verdict = "pass" if outcome.passed else "FAIL"
@@ -204,25 +225,16 @@ def selftest() -> int:
 
 def info() -> int:
     """Report versions, how the kernels were built, SIMD level and GPUs."""
+    from wakesleep_ext import info as information
+
     return information.main()
 
 
-def _dataset(run: Run, data: str | None) -> Dataset:
-    """What a run was trained on, or other data of the same shape."""
-    dataset = load(data or run.config.data)
-    if dataset.test.shape != run.config.image_shape:
-        raise UsageError(
-            f"{run.folder} was trained on images of shape {list(run.config.image_shape)}, "
-            f"those of {dataset.name} have {list(dataset.test.shape)}"
-        )
-    return dataset
-
-
-def _evaluation(
-    machine: HelmholtzMachine, test: Tensor, bound_samples: int, num_dreams: int = 1000, **settings: int
-) -> Evaluation:
-    """With a progress bar for each part of it."""
+def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: int = 0) -> Evaluation:
+    """Evaluate, with a progress bar for each part."""
     from tqdm import tqdm
+
+    from wakesleep_ext.evaluation import bounds
 
     with ExitStack() as bars:
 
@@ -232,7 +244,17 @@ def _evaluation(
             return bar.update
 
         try:
-            return evaluate_machine(machine, test, bound_samples, num_dreams, progress=progress, **settings)
+            return bounds.evaluate(
+                machine,
+                test,
+                effort.bound_samples,
+                effort.dreams,
+                annealed_images=effort.ais_images,
+                chains=effort.ais_chains,
+                temperatures=effort.ais_steps,
+                seed=seed,
+                progress=progress,
+            )
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -240,44 +262,48 @@ def _evaluation(
 _COMMANDS: tuple[Callable[..., int | None], ...] = (train, resume, evaluate, sample, bench, check, selftest, info)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    if missing := [name for name in _EXTRA_MODULES if find_spec(name) is None]:
-        return _fail(f"{', '.join(missing)} missing; install with: pip install 'wakesleep_ext[train]'")
-    import tyro
+def parse(argv: Sequence[str]) -> Command:
+    """Read a command and its arguments. Exits after `--help`, and with status 2 if there is a mistake in them."""
+    command: Command = tyro.extras.subcommand_cli_from_dict(
+        {command.__name__: _deferred(command) for command in _COMMANDS},
+        prog="wakesleep",
+        description="Helmholtz machines trained by the wake-sleep algorithm.",
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return command
 
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {command.__name__: command for command in _COMMANDS}
+
+def _deferred(command: Callable[..., int | None]) -> Callable[..., Command]:
+    """The command as the parser calls it: with arguments now, to be carried out later."""
+
+    @tyro.conf.configure(*(() if command is train else (FlagCreatePairsOff,)))
+    @wraps(command)
+    def later(*arguments: Any, **keywords: Any) -> Command:
+        return partial(command, *arguments, **keywords)
+
+    return later
+
+
+def run(command: Command) -> int:
+    """Carry a command out; returns the exit status."""
+    import torch
+
+    from wakesleep_ext.training.trainer import DivergedError
+
     try:
-        status: int | None = tyro.extras.subcommand_cli_from_dict(
-            commands | {"train": _by_recipe(argv)},
-            prog="wakesleep",
-            description="Helmholtz machines trained by the wake-sleep algorithm.",
-            args=argv,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
+        return command() or 0
     except (UsageError, FileError, DivergedError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _fail(f"out of memory: {error}".splitlines()[0])
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
-    return status or 0
 
 
-def _by_recipe(argv: Sequence[str]) -> Callable[..., None]:
-    """:func:`train`, its defaults those of the recipe that is named on the command line."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--recipe", default="digits")
-    recipe = RECIPES.get(parser.parse_known_args(argv)[0].recipe, RECIPES["digits"])  # train itself refuses others
-    training, *others = signature(train).parameters.values()
-
-    @wraps(train)
-    def command(*arguments: Any, **keywords: Any) -> None:
-        train(*arguments, **keywords)
-
-    command.__signature__ = Signature([training.replace(default=recipe), *others])  # type: ignore[attr-defined]
-    return command
+def main(argv: Sequence[str]) -> int:
+    """Parse a command and carry it out; returns the exit status."""
+    return run(parse(argv))
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -1,8 +1,8 @@
-"""Gaussian and Bernoulli distributions of vectors that draw and score by the fused ops.
+"""Lightweight Gaussian and Bernoulli distributions of vectors, on the fused ops.
 
 The heads of :mod:`wakesleep_ext.modules` and the conditionals of :mod:`wakesleep_ext.helmholtz.conditionals` return
-them. They check nothing and hold their parameters alone, since a distribution of `torch.distributions` takes longer to
-construct than the ops take to run. :mod:`wakesleep_ext.distributions` has the same as torch's own.
+them. They only hold their parameters and check nothing: constructing a `torch.distributions` object takes longer than
+running the op. :mod:`wakesleep_ext.distributions` has the same distributions as `torch.distributions` classes.
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ Family = Literal["gaussian", "bernoulli"]
 
 
 class Distribution(ABC):
-    """A distribution of vectors for each element of a batch, `[*B]`."""
+    """A distribution of vectors for each element of a batch `[*B]`."""
 
     family: ClassVar[Family | None] = None
-    """What annealed sample_weight sampling moves values by; None where it cannot."""
+    """Selects the transition of annealed importance sampling; None if there is none."""
     is_fixed: ClassVar[bool] = False
-    """Whether it has no parameters, so that a loss may leave it out."""
+    """True if it has no parameters, so that a loss may omit it."""
 
     @property
     @abstractmethod
     def mean(self) -> Tensor:
-        """`[*B, K]`."""
+        """The mean, `[*B, K]`."""
 
     @abstractmethod
     def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
-        """Draws `[*S, *B, K]`, a function of the key, which is drawn if not given.
+        """Draw samples `[*S, *B, K]`, determined by the key, which is drawn if not given.
 
-        Gradients go through Gaussian draws to their parameters; Bernoulli draws have none.
+        Gaussian draws pass gradients to their parameters; Bernoulli draws have none.
         """
 
     @abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:
-        """`[*S, *B, K] -> [*S, *B]`, float32 or float64."""
+        """Return the log-probability, `[*S, *B, K] -> [*S, *B]`, float32 or float64."""
 
     def rsample_log_prob(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Draws as :meth:`rsample`'s, and the log-probability of each."""
+        """Draw samples as :meth:`rsample` does, and return the log-probability of each."""
         value = self.rsample(sample_shape, key=key)
         return value, self.log_prob(value)
 
     def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The sum of `sample_weight`, which broadcasts and is 1 if not given, times :meth:`log_prob`: 0-dimensional."""
+        """Return the sum of `sample_weight` (broadcast, 1 by default) times :meth:`log_prob`, 0-dimensional."""
         log_prob = self.log_prob(value)
         return (log_prob if sample_weight is None else sample_weight * log_prob).sum()
 
     def kl_from(self, q: Distribution) -> Tensor | None:
-        """KL(q || self), `[*B]`; None where there is no formula for it."""
+        """Return KL(q || self), `[*B]`, or None if there is no formula for it."""
         return None
 
     def kl_to_standard_gaussian(self) -> Tensor | None:
-        """KL(self || N(0, I)), `[*B]`; None where there is no formula for it."""
+        """Return KL(self || N(0, I)), `[*B]`, or None if there is no formula for it."""
         return None
 
 
 @dataclass(frozen=True)
 class Gaussian(Distribution):
-    """N(mu, exp(logvar)), diagonal: `[*B, K]` each."""
+    """A diagonal Gaussian N(mu, exp(logvar)), parameters `[*B, K]` each."""
 
     family = "gaussian"
 
@@ -74,7 +74,7 @@ class Gaussian(Distribution):
 
     @classmethod
     def from_packed(cls, parameters: Tensor) -> Gaussian:
-        """From `[mu | logvar]`, `[*B, 2K]`, read in place; see :func:`wakesleep_ext.ops.gaussian_parameters`."""
+        """Read `[mu | logvar]`, `[*B, 2K]`, in place; see :func:`wakesleep_ext.ops.gaussian_parameters`."""
         return cls(*ops.gaussian_parameters(parameters))
 
     @property
@@ -85,7 +85,7 @@ class Gaussian(Distribution):
         return ops.gaussian_rsample(self.mu, self.logvar, sample_shape, key=key)
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """The values that draws of N(0, I) become: `[*S, *B, K]`, both."""
+        """Transform draws from N(0, I) into draws from this Gaussian, `[*S, *B, K]` both."""
         return self.mu + torch.exp(self.logvar / 2) * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Gaussian(Distribution):
 
 @dataclass(frozen=True)
 class StandardGaussian(Gaussian):
-    """N(0, I): a :class:`Gaussian` whose parameters need not be read."""
+    """N(0, I), a :class:`Gaussian` whose density is computed without reading its parameters."""
 
     is_fixed = True
 
@@ -132,7 +132,7 @@ class Bernoulli(Distribution):
 
 @dataclass(frozen=True)
 class LinearBernoulli(Distribution):
-    """A :class:`Bernoulli` whose logits are a linear function of h `[*B, H]`, and are never held whole."""
+    """A :class:`Bernoulli` whose logits are a linear function of h `[*B, H]`, and never in memory as a whole."""
 
     family = "bernoulli"
 
@@ -155,9 +155,12 @@ class LinearBernoulli(Distribution):
         return ops.linear_bernoulli_sample(self.h, self.weight, self.bias, key=key)
 
     def log_prob(self, value: Tensor, *, recompute: bool | None = None) -> Tensor:
-        """`[*S, *B, D] -> [*S, *B]`; see :func:`wakesleep_ext.ops.linear_bernoulli_log_prob` for `recompute`."""
+        """Return the log-probability, `[*S, *B, D] -> [*S, *B]`.
+
+        See :func:`wakesleep_ext.ops.linear_bernoulli_log_prob` for `recompute`.
+        """
         return ops.linear_bernoulli_log_prob(self.h, self.weight, self.bias, value, recompute=recompute)
 
     def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """As the other distributions' sums, its gradients formed in the same pass."""
+        """Return the weighted sum as in the base class; its gradients are formed in the same pass."""
         return ops.linear_bernoulli_log_prob_sum(self.h, self.weight, self.bias, value, sample_weight)

@@ -1,12 +1,12 @@
-"""The fused ops as `torch.distributions`: a vector as one event, log-probabilities in one pass, draws with a key.
+"""`torch.distributions` classes on the fused ops: one event per vector, one pass per log-probability, keyed draws.
 
-Arguments are validated as torch does, unless told otherwise: `validate_args=False` spares a pass over them. For Pyro
-there are the same classes in :mod:`wakesleep_ext.pyro`.
+Arguments are validated as in torch; `validate_args=False` saves a pass over them. :mod:`wakesleep_ext.pyro` has the
+same classes for Pyro.
 
-`torch.distributions.kl_divergence` is exact between two of these, and between one of these and a distribution of torch
-over vectors: `Independent(Normal(...), 1)`, `Independent(Bernoulli(...), 1)`, `MultivariateNormal`, and every other
+`torch.distributions.kl_divergence` is exact between two of these, and between one of these and torch's distributions of
+vectors: `Independent(Normal(...), 1)`, `Independent(Bernoulli(...), 1)`, `MultivariateNormal`, and any other
 `Independent` whose base torch can compare with a `Normal` or a `Bernoulli`. Event shapes must agree. A plain `Normal`
-or `Bernoulli` is a batch of numbers, for which `kl_divergence` raises `NotImplementedError`: wrap it in `Independent`.
+or `Bernoulli` is a batch of scalars, for which `kl_divergence` raises `NotImplementedError`: wrap it in `Independent`.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ __all__ = ["BernoulliVector", "DiagonalGaussian"]
 
 
 class DiagonalGaussian(Distribution):
-    """N(mu, exp(logvar)), as `Independent(Normal(mu, exp(logvar / 2)), 1)`.
+    """N(mu, exp(logvar)), equivalent to `Independent(Normal(mu, exp(logvar / 2)), 1)`.
 
     Args:
         mu: means `[*, K]`.
-        logvar: logarithms of the variances `[*, K]`; broadcasts with mu.
-        validate_args: whether arguments and values are checked, as in `torch.distributions`.
+        logvar: log-variances `[*, K]`; broadcasts with mu.
+        validate_args: check arguments and values, as in `torch.distributions`.
         scale: standard deviations `[*, K]` instead of logvar, by keyword; broadcasts with mu.
 
     Raises:
-        TypeError: mu, logvar or scale is no tensor.
-        ValueError: logvar and scale are both given or both missing; the parameters are no vectors, do not broadcast, or
-            hold NaN; a scale is not positive.
+        TypeError: mu, logvar or scale is not a tensor.
+        ValueError: both or neither of logvar and scale are given; the parameters are not vectors, do not broadcast, or
+            contain NaN; a scale is not positive.
 
-    The parameters have the event shape: a last dimension of 1 is expanded to K, as a view. Leading dimensions are left
-    as they came, since the ops broadcast them.
+    The parameters are stored with the event shape: a last dimension of 1 is expanded to K, as a view. Leading
+    dimensions are stored unchanged, since the ops broadcast them.
     """
 
     arg_constraints = {"mu": constraints.real_vector, "logvar": constraints.real_vector}  # noqa: RUF012
@@ -98,7 +98,7 @@ class DiagonalGaussian(Distribution):
 
     @property
     def scale(self) -> Tensor:
-        """The standard deviations, by the name that the constructor takes."""
+        """The standard deviations, under the name of the constructor's argument."""
         return self.stddev
 
     def rsample(
@@ -108,7 +108,7 @@ class DiagonalGaussian(Distribution):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Differentiable draws; see :func:`wakesleep_ext.ops.gaussian_rsample`."""
+        """Draw differentiable samples; see :func:`wakesleep_ext.ops.gaussian_rsample`."""
         return ops.gaussian_rsample(self.mu, self.logvar, sample_shape, key=key, generator=generator)
 
     def sample(
@@ -118,7 +118,7 @@ class DiagonalGaussian(Distribution):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws without gradients."""
+        """Draw samples without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape, key=key, generator=generator)
 
@@ -129,34 +129,34 @@ class DiagonalGaussian(Distribution):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draws and their log-densities in one pass; see :func:`wakesleep_ext.ops.gaussian_rsample_log_prob`."""
+        """Draw samples and their log-densities in one pass; see :func:`wakesleep_ext.ops.gaussian_rsample_log_prob`."""
         return ops.gaussian_rsample_log_prob(self.mu, self.logvar, sample_shape, key=key, generator=generator)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """float32 for half types; see :func:`wakesleep_ext.ops.gaussian_log_prob`."""
+        """Return the log-density, float32 for half types; see :func:`wakesleep_ext.ops.gaussian_log_prob`."""
         if self._validate_args:
             self._validate_sample(value)
         return ops.gaussian_log_prob(self.mu, self.logvar, value)
 
     def entropy(self) -> Tensor:
-        """float32 for half types, as are divergences."""
+        """Return the entropy; like divergences, it is float32 for half types."""
         entropy = _widened(self.logvar).sum(-1) / 2 + self.event_shape[0] * (1 + math.log(2 * math.pi)) / 2
         return entropy.expand(self.batch_shape)
 
 
 class BernoulliVector(Distribution):
-    """Independent zeros and ones, as `Independent(Bernoulli(logits=logits), 1)`.
+    """Independent zeros and ones, equivalent to `Independent(Bernoulli(logits=logits), 1)`.
 
     Args:
-        logits: log-odds `[*, D]`, finite: at infinity the ops return NaN.
-        validate_args: whether arguments and values are checked, as in `torch.distributions`.
-        probs: probabilities of ones `[*, D]` instead of logits, by keyword. As in torch's `Bernoulli` they are clamped
+        logits: log-odds `[*, D]`, finite: infinite logits give NaN.
+        validate_args: check arguments and values, as in `torch.distributions`.
+        probs: probabilities of ones `[*, D]` instead of logits, by keyword. As in torch's `Bernoulli`, they are clamped
             to `[eps, 1 - eps]` of their dtype, so 0 and 1 give finite log-probabilities and gradients.
 
     Raises:
-        TypeError: logits or probs are no tensor.
-        ValueError: logits and probs are both given or both missing; they are no vectors, or hold NaN; a probability is
-            outside of `[0, 1]`.
+        TypeError: logits or probs is not a tensor.
+        ValueError: both or neither of logits and probs are given; they are not vectors, or contain NaN; a probability
+            is outside `[0, 1]`.
     """
 
     arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
@@ -201,24 +201,27 @@ class BernoulliVector(Distribution):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws in the dtype of the logits; see :func:`wakesleep_ext.ops.bernoulli_sample`."""
+        """Draw samples in the dtype of the logits; see :func:`wakesleep_ext.ops.bernoulli_sample`."""
         return ops.bernoulli_sample(self.logits, sample_shape, key=key, generator=generator)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """float32 for half types, of a value of any dtype; see :func:`wakesleep_ext.ops.bernoulli_log_prob`."""
+        """Return the log-probability of a value of any dtype, float32 for half types.
+
+        See :func:`wakesleep_ext.ops.bernoulli_log_prob`.
+        """
         if self._validate_args:
             self._validate_sample(value)
         return ops.bernoulli_log_prob(self.logits, value)
 
     def entropy(self) -> Tensor:
-        """float32 for half types, as are divergences."""
+        """Return the entropy; like divergences, it is float32 for half types."""
         logits = _widened(self.logits)
         return -ops.bernoulli_log_prob(logits, logits.sigmoid())
 
 
 @register_kl(DiagonalGaussian, DiagonalGaussian)
 def _kl_gaussian_gaussian(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
-    """Measured in units of q, the divergence is that from N(0, I)."""
+    """Standardise p by the mean and scale of q, so that `gaussian_kl` applies."""
     _check_events(p, q)
     logvar = _widened(q.logvar)
     return ops.gaussian_kl((_widened(p.mu) - q.mu) * (-logvar / 2).exp(), p.logvar - logvar)
@@ -226,7 +229,7 @@ def _kl_gaussian_gaussian(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
 
 @register_kl(BernoulliVector, BernoulliVector)
 def _kl_bernoulli_bernoulli(p: BernoulliVector, q: BernoulliVector) -> Tensor:
-    """Sums over both outcomes, each of which keeps its precision where the other is nearly certain."""
+    """Sum over both outcomes. Each term keeps its precision where the other outcome is nearly certain."""
     _check_events(p, q)
     a, b = _widened(p.logits), _widened(q.logits)
     one, zero = logsigmoid(a) - logsigmoid(b), logsigmoid(-a) - logsigmoid(-b)
@@ -235,7 +238,7 @@ def _kl_bernoulli_bernoulli(p: BernoulliVector, q: BernoulliVector) -> Tensor:
 
 @register_kl(DiagonalGaussian, Independent)
 def _kl_gaussian_independent(p: DiagonalGaussian, q: Independent[Any]) -> Tensor:
-    """By the fused op where q is Gaussian, otherwise by torch's own rule for a Normal and the base of q."""
+    """Use the fused op if q is Gaussian, otherwise torch's rule for a Normal and the base of q."""
     if q.reinterpreted_batch_ndims == 0:
         return kl_divergence(p, q.base_dist)
     _check_events(p, q)
@@ -270,7 +273,7 @@ def _kl_multivariate_gaussian(p: Distribution, q: DiagonalGaussian) -> Tensor:
 
 @register_kl(BernoulliVector, Independent)
 def _kl_bernoulli_independent(p: BernoulliVector, q: Independent[Any]) -> Tensor:
-    """Infinite where torch's Bernoulli, made with a probability of 0 or 1, rules out what p does not."""
+    """Return infinity where q, a torch Bernoulli with probability 0 or 1, excludes an outcome that p allows."""
     if q.reinterpreted_batch_ndims == 0:
         return kl_divergence(p, q.base_dist)
     _check_events(p, q)
@@ -296,7 +299,7 @@ def _kl_independent_bernoulli(p: Independent[Any], q: BernoulliVector) -> Tensor
 @register_kl(BernoulliVector, Bernoulli)
 @register_kl(Bernoulli, BernoulliVector)
 def _kl_vector_numbers(p: Distribution, q: Distribution) -> None:
-    """Always raises, since one is a vector and the other a batch of numbers; the message says what to write."""
+    """Raise an error that says what to write, since one is a vector and the other a batch of scalars."""
     _check_events(p, q)
 
 
@@ -314,17 +317,17 @@ def _independent_bernoulli(vector: BernoulliVector) -> Independent[Bernoulli]:
 
 
 def _multivariate_normal(gaussian: DiagonalGaussian, other: Distribution) -> MultivariateNormal:
-    """In the dtype of the other, since torch does not mix them."""
+    """Return a `MultivariateNormal` in the dtype of `other`, since torch does not mix dtypes."""
     mean, stddev = gaussian.mean.to(other.mean.dtype), gaussian.stddev.to(other.mean.dtype)
     return MultivariateNormal(mean, scale_tril=stddev.diag_embed(), validate_args=False)
 
 
 def _ruled_out(q: Bernoulli, logits: Tensor) -> Tensor | None:
-    """The dimensions where q has a probability of 0 for an outcome that these logits leave possible.
+    """Return a mask of dimensions where q gives probability 0 to an outcome that these logits allow.
 
-    torch clamps the logits of probabilities 0 and 1, so they must be told from finite logits whose sigmoid rounds to 0
-    or 1. Those are larger than the clamp by log(4) at least. Logits as large as the clamp may come from a probability
-    of 0 or 1 themselves, so they rule out the same outcome.
+    torch clamps the logits of probabilities 0 and 1. These must be told apart from finite logits whose sigmoid rounds
+    to 0 or 1, which exceed the clamp by at least log(4). Logits as large as the clamp may come from a probability of 0
+    or 1 themselves, so they exclude the same outcome.
     """
     if "probs" not in q.__dict__:
         return None
@@ -335,7 +338,7 @@ def _ruled_out(q: Bernoulli, logits: Tensor) -> Tensor | None:
 
 
 def _only_one(kind: type[Distribution], **parameters: Tensor | None) -> tuple[str, Tensor]:
-    """The name and the value of the one parameter that is given."""
+    """Return the name and value of the one parameter that is given."""
     given = [(name, parameter) for name, parameter in parameters.items() if parameter is not None]
     if len(given) != 1:
         raise ValueError(
@@ -347,7 +350,7 @@ def _only_one(kind: type[Distribution], **parameters: Tensor | None) -> tuple[st
 def _check(
     distribution: Distribution, name: str, value: Tensor, constraint: constraints.Constraint, asked: bool | None
 ) -> None:
-    """Refuses values outside of the constraint, where arguments are validated."""
+    """Raise an error for values outside the constraint, if arguments are validated."""
     wanted = distribution._validate_args if asked is None else asked
     if wanted and not torch._is_all_true(constraint.check(value)):
         raise ValueError(
@@ -357,7 +360,7 @@ def _check(
 
 
 def _check_events(p: Distribution, q: Distribution) -> None:
-    """Refuses distributions over different spaces, which broadcasting would compare all the same."""
+    """Raise an error for distributions over different spaces, which would broadcast to a wrong result."""
     if p.event_shape == q.event_shape:
         return
     shapes = f"got {list(p.event_shape)} for {type(p).__name__} and {list(q.event_shape)} for {type(q).__name__}"
@@ -368,20 +371,20 @@ def _check_events(p: Distribution, q: Distribution) -> None:
 
 
 def _with_event(parameter: Tensor, event_shape: torch.Size) -> Tensor:
-    """The tensor itself where it has the event shape, otherwise a view that does."""
+    """Return the tensor itself if it has the event shape, otherwise an expanded view."""
     shape = parameter.shape[:-1] + event_shape
     return parameter if parameter.shape == shape else parameter.expand(shape)
 
 
 def _shapes(kind: type[Distribution], **parameters: Tensor) -> tuple[torch.Size, torch.Size]:
-    """Batch and event shape."""
+    """Return batch and event shape."""
     for name, parameter in parameters.items():
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{kind.__name__}: expected {name} to be a tensor, got {type(parameter).__name__}")
         if parameter.dim() == 0:
             raise ValueError(f"{kind.__name__}: expected {name} to have one dimension at least, got a scalar")
     try:
-        # a fifth of the time of torch.broadcast_shapes, which is written in Python
+        # takes a fifth of the time of torch.broadcast_shapes, which is written in Python
         shape = torch.broadcast_tensors(*parameters.values())[0].shape
     except RuntimeError as error:
         names, shapes = " and ".join(parameters), [list(parameter.shape) for parameter in parameters.values()]
@@ -390,12 +393,12 @@ def _shapes(kind: type[Distribution], **parameters: Tensor) -> tuple[torch.Size,
 
 
 def _widened(parameter: Tensor) -> Tensor:
-    """In the type of log-probabilities."""
+    """Convert to the dtype of log-probabilities."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _of_shape(new: Any, batch_shape: Sequence[int], old: Distribution) -> Any:
-    """As `Distribution.expand` is to be written: nothing is validated anew."""
+    """Finish `Distribution.expand` in the way torch prescribes: without validating again."""
     Distribution.__init__(new, torch.Size(batch_shape), old.event_shape, validate_args=False)
     new._validate_args = old._validate_args
     return new

@@ -155,4 +155,5 @@ _QUESTIONS: dict[str, Callable[[], object]] = {
     "SIMD": _simd,
     "threads": lambda: _import("torch").get_num_threads(),
     "GPUs": _gpus,
+    "reinstall": reinstall_command,
 }

@@ -1,9 +1,9 @@
-"""Layers and heads as modules: linear layers that know what their output is for.
+"""Linear layers and heads as modules: each has an activation or a distribution attached to its output.
 
-Each is an `nn.Linear`, with its parameters, its initialisation and its state dict, and takes the place of one that is
-there already by `from_linear`, which shares the parameters; `fuse` gives the layers of a model to the ops.
+Each is an `nn.Linear` with the same parameters, initialisation and state dict. `from_linear` makes one from an existing
+layer and shares its parameters; `fuse` makes the ops compute the layers of a whole model.
 
-The ops stand in for plain layers only: see :func:`is_plain` and :func:`is_plain_tensor`. Any other layer is called.
+The ops replace plain layers only: see :func:`is_plain` and :func:`is_plain_tensor`. Any other layer is called as usual.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class _Linear(nn.Linear):
 
     def forward(self, h: Tensor) -> Tensor:
         if is_plain_input(h) and has_plain_parameters(self):
-            parameters = self._parameters  # attributes of a module take longer to find
+            parameters = self._parameters  # faster than attribute access on a module
             return ops.linear(h, parameters["weight"], parameters["bias"], self.activation)  # type: ignore[arg-type]
         output = F.linear(h, self.weight, self.bias)
         return getattr(torch, self.activation)(output) if self.activation else output
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """The layer that has the same parameters as `linear`, which it shares with it: what trains one trains both."""
+        """Return a layer that shares the parameters of `linear`: training one trains both."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{cls.__name__}.from_linear: expected linear to be an nn.Linear, got {type(linear)}")
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -51,13 +51,13 @@ class _Linear(nn.Linear):
 
 
 class Linear(_Linear):
-    """f(h Wᵀ + b), `[*, in_features] -> [*, out_features]`; see :func:`wakesleep_ext.ops.linear`.
+    """Computes f(h Wᵀ + b), `[*, in_features] -> [*, out_features]`; see :func:`wakesleep_ext.ops.linear`.
 
     Args:
-        activation: f, `"relu"`, `"sigmoid"` or `"tanh"`; None for none.
+        activation: f, `"relu"`, `"sigmoid"` or `"tanh"`; None for the identity.
 
     Raises:
-        ValueError: `activation` is none of these.
+        ValueError: `activation` is not one of these.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Linear(_Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: ops.Activation | None = None) -> Self:
-        """The layer that has the same parameters as `linear`, which it shares with it, and an activation besides."""
+        """Return a layer that shares the parameters of `linear`, and adds an activation."""
         layer = super().from_linear(linear)
         layer.activation = _checked(activation)
         return layer
@@ -92,20 +92,20 @@ def _checked(activation: ops.Activation | None) -> ops.Activation | None:
 
 
 class BernoulliHead(_Linear):
-    """p(x|h) of independent binary variables whose logits are h Wᵀ + b.
+    """Parameterises p(x|h), independent binary variables with logits h Wᵀ + b.
 
-    Called as a module it returns the logits, as the linear layer that it is.
+    Calling the module returns the logits, as for any linear layer.
     """
 
     def distribution(self, h: Tensor) -> LinearBernoulli:
-        """p(x|h), `[*B, H]` to a distribution of `[*B, D]` that draws and scores without holding the logits whole."""
+        """Return p(x|h) `[*B, D]` of h `[*B, H]`; it draws and scores without holding all logits in memory."""
         return LinearBernoulli(h, self.weight, self.bias)
 
 
 class GaussianHead(_Linear):
-    """q(z|h) of a diagonal Gaussian whose packed parameters `[mu | logvar]` are h Wᵀ + b.
+    """Parameterises q(z|h), a diagonal Gaussian with packed parameters `[mu | logvar]` = h Wᵀ + b.
 
-    Called as a module it returns the packed parameters, as the linear layer that it is.
+    Calling the module returns the packed parameters, as for any linear layer.
 
     Raises:
         ValueError: `out_features` is odd.
@@ -124,17 +124,17 @@ class GaussianHead(_Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
 
     def distribution(self, h: Tensor) -> Gaussian:
-        """q(z|h), `[*B, H]` to a distribution of `[*B, out_features / 2]` that reads the parameters in place."""
+        """Return q(z|h) `[*B, out_features / 2]` of h `[*B, H]`; it reads the packed parameters in place."""
         return Gaussian.from_packed(self(h))
 
 
 class Sequential(nn.Sequential):
-    """As `nn.Sequential`, but :func:`wakesleep_ext.ops.mlp` computes linear layers and their activations.
+    """Works as `nn.Sequential`, but :func:`wakesleep_ext.ops.mlp` computes linear layers and their activations.
 
-    Layers that follow each other are one call. A layer is called itself if it is not plain: it has hooks or a `forward`
-    of its own, global module hooks are registered, it is of another class, or its parameters are of a tensor subclass.
-    So is a layer whose input is sparse, nested or of a tensor subclass. On a CPU, so is a single layer without
-    activation, which torch computes faster.
+    Consecutive layers become one call. A layer is called as a module instead if it is not plain: it has hooks or its
+    own `forward`, global module hooks are registered, it is of another class, or its parameters are a tensor subclass.
+    The same holds if its input is sparse, nested or a tensor subclass. On a CPU it also holds for a single layer
+    without activation, which torch computes faster.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -142,11 +142,11 @@ class Sequential(nn.Sequential):
 
 
 def fuse(model: Model) -> Model:
-    """Give a model's linear layers to :func:`wakesleep_ext.ops.mlp`, in place; the model itself is returned.
+    """Make :func:`wakesleep_ext.ops.mlp` compute a model's linear layers, in place, and return the model.
 
-    Every `nn.Sequential` in it becomes a :class:`Sequential`, by a change of class alone. Everything else stays what it
-    is: the layers and their classes, by which tools such as `quantize_dynamic` find them, parameters, state dicts and
-    hooks. Subclasses of `nn.Sequential` are left alone, and so are layers outside of one.
+    Every `nn.Sequential` in it becomes a :class:`Sequential` by changing its class. Layers, parameters, state dicts and
+    hooks stay the same, so tools such as `quantize_dynamic` still find layers by their class. Subclasses of
+    `nn.Sequential`, and layers outside one, are left alone.
     """
     for module in model.modules():
         if type(module) is nn.Sequential:
@@ -155,7 +155,7 @@ def fuse(model: Model) -> Model:
 
 
 def through(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
-    """The modules one after the other, plain layers and the activations that follow them by the op."""
+    """Apply the modules in order, with the op for plain layers and the activations that follow them."""
     layers: list[nn.Module] = []
     names: list[ops.Activation | None] = []
     for module in modules:
@@ -171,7 +171,7 @@ def through(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
 
 
 def _through_layers(layers: list[nn.Module], names: list[ops.Activation | None], input: Tensor) -> Tensor:
-    """In one call, if all but the last have the same activation."""
+    """Apply plain layers with as few calls as possible: in one call all but the last layer share an activation."""
     while layers:
         count = 1 + next((number for number, name in enumerate(names) if name != names[0]), len(names))
         if len(layers) == 1 and names[0] is None and input.is_cpu:
@@ -184,14 +184,16 @@ def _through_layers(layers: list[nn.Module], names: list[ops.Activation | None],
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the module is of a class that the ops stand in for, not of a subclass, and a call runs nothing else."""
+    """True if the module's class is exactly one that the ops replace, and calling it runs nothing else."""
     kind = type(module)
     return kind in _FORWARDS and kind.forward is _FORWARDS[kind] and runs_forward_only(module)
 
 
 def runs_forward_only(module: nn.Module) -> bool:
-    """Whether a call of the module runs the `forward` of its class alone: the instance has none and is not compiled,
-    and there are no hooks, of its own or of all modules."""
+    """True if calling the module runs only the `forward` of its class.
+
+    The instance has no `forward` of its own and is not compiled, and neither it nor all modules have hooks.
+    """
     return not (
         "forward" in module.__dict__
         or module._compiled_call_impl
@@ -204,33 +206,33 @@ def runs_forward_only(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a plain linear layer, which an op may compute."""
+    """True if the module is a plain linear layer, which an op may compute."""
     return type(module) not in _NAMES and is_plain(module) and has_plain_parameters(module)
 
 
 def is_plain_tensor(tensor: object) -> TypeGuard[Tensor]:
-    """Whether the ops take the tensor: of torch's own classes, whose `F.linear` is torch's, strided and not nested."""
+    """True if the ops accept the tensor: strided, not nested, and of a class whose `F.linear` is torch's own."""
     return type(tensor) in _TENSORS and tensor.layout == torch.strided and not tensor.is_nested  # type: ignore[attr-defined]
 
 
 def is_plain_input(input: object) -> TypeGuard[Tensor]:
-    """Whether the ops take the tensor as an input: their devices are few, and they have no forward-mode derivatives."""
+    """True if the ops accept the tensor as an input: they support few devices and no forward-mode derivatives."""
     return is_plain_tensor(input) and (input.is_cpu or input.is_cuda or input.is_meta) and forward_ad._current_level < 0
 
 
 def has_plain_parameters(layer: nn.Module) -> bool:
-    """Whether the ops take a linear layer's weight and bias."""
+    """True if the ops accept a linear layer's weight and bias."""
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias", _ABSENT)
     return is_plain_tensor(weight) and weight.is_floating_point() and (bias is None or is_plain_tensor(bias))
 
 
 def activation_of(layer: nn.Module) -> ops.Activation | None:
-    """The activation that a plain linear layer applies itself."""
+    """Return the activation that a plain linear layer applies itself, or None."""
     return layer.activation if isinstance(layer, _Linear) else None
 
 
 _NAMES: dict[type[nn.Module], ops.Activation] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 _KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Linear, BernoulliHead, GaussianHead, *_NAMES)
 _FORWARDS = {kind: kind.forward for kind in _KINDS}
-_TENSORS = {Tensor, nn.Parameter, FakeTensor, FunctionalTensor}  # the last two stand for the others in a trace
+_TENSORS = {Tensor, nn.Parameter, FakeTensor, FunctionalTensor}  # the last two represent the others while tracing
 _ABSENT = object()

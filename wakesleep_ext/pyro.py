@@ -1,5 +1,7 @@
-"""The distributions of :mod:`wakesleep_ext.distributions` as Pyro takes them: what `pyro.distributions.Normal` is to
-`torch.distributions.Normal`. Importing this module imports Pyro."""
+"""Pyro versions of :mod:`wakesleep_ext.distributions`, as `pyro.distributions.Normal` is of torch's `Normal`.
+
+Importing this module imports Pyro.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every op once more in plain torch: the formula as one would write it by hand.
+"""Plain-torch implementations of every op: the formulas as you would write them by hand.
 
-Same signatures as :mod:`wakesleep_ext.ops`, differentiable to any order, on any device and in float64. The tests hold
-the kernels to these, the benchmarks measure against them, and they serve on devices that have no kernels. Half types
-are computed in float32, as in the kernels.
+The functions have the signatures of :mod:`wakesleep_ext.ops`. They are differentiable to any order, and run on any
+device and in float64. Tests check the kernels against them, benchmarks use them as a baseline, and they serve devices
+without kernels. Half types are computed in float32, as in the kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOG_TWO_PI = math.log(2 * math.pi)
 
 
 def gaussian_parameters(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The two halves of [mu | logvar]."""
+    """Split a packed [mu | logvar]."""
     mu, logvar = packed.chunk(2, -1)
     return mu, logvar
 
@@ -33,7 +33,7 @@ def gaussian_rsample(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """z = mu + exp(logvar / 2) eps."""
+    """Return mu + exp(logvar / 2) eps."""
     mu, logvar = _promote(mu, logvar)
     eps = _standard_normals(mu, logvar, sample_shape, key, generator)
     return (_compute(mu) + (0.5 * _compute(logvar)).exp() * eps).to(mu.dtype)
@@ -47,7 +47,7 @@ def gaussian_rsample_log_prob(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(z, log q(z)), log q from eps rather than from the rounded z."""
+    """Return (z, log q(z)), with log q computed from eps, not from the rounded z."""
     mu, logvar = _promote(mu, logvar)
     eps = _standard_normals(mu, logvar, sample_shape, key, generator)
     mu_, logvar_ = torch.broadcast_tensors(_compute(mu), _compute(logvar))
@@ -56,26 +56,26 @@ def gaussian_rsample_log_prob(
 
 
 def gaussian_log_prob(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
-    """-1/2 sum [logvar + (z - mu)^2 exp(-logvar) + log 2 pi]."""
+    """Return -1/2 sum [logvar + (z - mu)^2 exp(-logvar) + log 2 pi]."""
     mu, logvar, z = map(_compute, _promote(mu, logvar, z))
     return -0.5 * (logvar + (z - mu).square() * (-logvar).exp() + _LOG_TWO_PI).sum(-1)
 
 
 def standard_gaussian_log_prob(z: Tensor) -> Tensor:
-    """-1/2 sum [z^2 + log 2 pi]."""
+    """Return -1/2 sum [z^2 + log 2 pi]."""
     return -0.5 * (_compute(z).square() + _LOG_TWO_PI).sum(-1)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """1/2 sum [mu^2 + exp(logvar) - 1 - logvar]."""
+    """Return 1/2 sum [mu^2 + exp(logvar) - 1 - logvar]."""
     mu, logvar = map(_compute, _promote(mu, logvar))
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
-    """sum [x logits - softplus(logits)]."""
+    """Return sum [x logits - softplus(logits)]."""
     logits = _compute(logits)
-    # softplus(a) = -logsigmoid(-a), which torch's own rounds to a where a > 20
+    # softplus(a) = -logsigmoid(-a); torch's own softplus rounds to a where a > 20
     return (x.to(logits.dtype) * logits + F.logsigmoid(-logits)).sum(-1)
 
 
@@ -87,7 +87,7 @@ def bernoulli_sample(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """x = 1 where u <= sigmoid(logits)."""
+    """Return 1 where u <= sigmoid(logits), else 0."""
     key = random.draw_key(logits, generator) if key is None else key
     shape = torch.Size(sample_shape) + logits.shape
     u = random.uniforms(key, shape, _compute(logits).dtype)
@@ -103,14 +103,14 @@ def binarize(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """[u <= grey / white]."""
+    """Return [u <= grey / white]."""
     key = random.draw_key(grey, generator) if key is None else key
     p = (grey if index is None else grey[index]).float() / white
     return (random.uniforms(key, p.shape) <= p).to(dtype or torch.uint8)
 
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """f(h weight^T + bias)."""
+    """Return f(h weight^T + bias)."""
     dtype = _promote(h, weight)[0].dtype
     output = _linear(h, weight, bias)
     return (output if activation is None else getattr(torch, activation)(output)).to(dtype)
@@ -123,7 +123,7 @@ def mlp(
     activation: str | None = None,
     output_activation: str | None = None,
 ) -> Tensor:
-    """linear after linear."""
+    """Apply linear, layer by layer."""
     *hidden, last = zip(weights, biases, strict=True)
     for weight, bias in hidden:
         h = linear(h, weight, bias, activation)
@@ -133,14 +133,14 @@ def mlp(
 def linear_bernoulli_log_prob(
     h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, *, recompute: bool | None = None
 ) -> Tensor:
-    """bernoulli_log_prob of h weight^T + bias."""
+    """Return bernoulli_log_prob of h weight^T + bias."""
     return bernoulli_log_prob(_linear(h, weight, bias), x)
 
 
 def linear_bernoulli_log_prob_sum(
     h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, sample_weight: Tensor | None = None
 ) -> Tensor:
-    """sum of sample_weight * linear_bernoulli_log_prob."""
+    """Return the sum of sample_weight * linear_bernoulli_log_prob."""
     log_prob = linear_bernoulli_log_prob(h, weight, bias, x)
     return (log_prob if sample_weight is None else sample_weight.to(log_prob.dtype) * log_prob).sum()
 
@@ -154,7 +154,7 @@ def linear_bernoulli_sample(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """bernoulli_sample of h weight^T + bias."""
+    """Return bernoulli_sample of h weight^T + bias."""
     result_dtype = dtype or _promote(h, weight)[0].dtype
     return bernoulli_sample(_linear(h, weight, bias), dtype=result_dtype, key=key, generator=generator)
 
@@ -171,7 +171,7 @@ def adam_(
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> None:
-    """p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), for m and v brought up to date with the gradient."""
+    """Update m and v with the gradient, then p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)."""
     t = step.double()
     for p, g, m, v in zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True):
         g, new_m, new_v = map(_compute, (g, m, v))

@@ -1,5 +1,8 @@
-"""A function of tensors, recorded once and replayed from then on: on a GPU the kernels that it launches, as one CUDA
-graph; on a CPU the operators that it calls, without Python, without autograd, without anything between them."""
+"""Record a function of tensors once, then replay it.
+
+On a GPU, a replay launches the function's kernels as one CUDA graph. On a CPU, it calls the function's operators
+directly, without Python, autograd or any other dispatch in between.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from wakesleep_ext._C import Recording, Watch
 from wakesleep_ext.watch import Conditions, Reach, Unwatched
 
 _WARM_UPS = 3
-"""As many as `torch.cuda.make_graphed_callables` makes; libraries set themselves up in the first."""
+"""As many as `torch.cuda.make_graphed_callables` runs; libraries initialise themselves in the first."""
 _WORTH = 10
-"""Replays that make up for recording a function."""
+"""Replays that pay for one recording."""
 _PATIENCE = 5
-"""Changes that each came before a recording was worth it; after as many a function is called as it stands for good."""
+"""Consecutive changes that each came before `_WORTH` replays; after so many, a function is never recorded again."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,35 +33,35 @@ Function = Callable[..., Any]
 
 
 class NotRepeatableError(Exception):
-    """Why a function cannot be replayed."""
+    """A function cannot be replayed; the message says why."""
 
 
 class _Recorded(Protocol):
     def replay(self, arguments: Sequence[Tensor], watch: Watch | None = None, /) -> list[Tensor] | None:
-        """Nothing is replayed, and None returned, if the watch does not hold."""
+        """Replay the recording. Return None without replaying if the watch does not hold."""
 
 
 class Replay(Unwatched):
     """Calls a function by replaying what an earlier call recorded.
 
-    The first call is an ordinary one. If it leaves everything that the function refers to as it was, tensors apart,
-    the next call records. From then on Python in the function does not run: whatever is to differ from call to call
-    must be in tensors.
+    The first call runs the function as usual. If it leaves all that the function refers to unchanged, apart from
+    tensors, the next call records. From then on the function's Python code does not run. Anything that varies from call
+    to call must be in tensors.
 
-    Before each replay it is checked that what the recording depends on still holds: the tensors that the function
-    refers to and where they lie, numbers, modes of torch such as autocast (:mod:`wakesleep_ext.watch`). If something
-    has changed, the function is called, and the call after that records it again. A function for which that keeps
-    happening, one that looks at values, or one with hooks, is called as it stands. :attr:`reason` says why.
+    Before each replay, a watch checks that the recording is still valid: the tensors that the function refers to and
+    their addresses, numbers, and torch modes such as autocast (:mod:`wakesleep_ext.watch`). After a change, the
+    function itself is called, and the next call records it again. The function is called directly for good if changes
+    keep coming, and while it reads tensor values or has hooks. :attr:`reason` says why.
 
-    Two kinds of change are not noticed: in what a watch does not look into, and in what Python gets by other ways than
-    a reference, such as the time, a file or a random number of its own.
+    Two kinds of change go unnoticed: those in objects that a watch does not look into, and those in values without a
+    reference, such as the time, a file or Python's random numbers.
 
     Args:
-        function: gives a tensor, or a tuple or dict of tensors. It calls the same operators whatever the values of its
-            arguments, which are tensors, one at least, and which it does not change. A tensor that it leaves behind,
-            such as a gradient, has the value of the latest call. Results do not require gradients.
-        state: gives tensors that the function changes in a way that torch does not know of, as a kernel of its own
-            might. All others are found. The calls that come before the first replay leave no trace in them.
+        function: returns a tensor, or a tuple or dict of tensors. Its arguments are one or more tensors, which it does
+            not modify. It calls the same operators whatever their values. A tensor that it leaves behind, such as a
+            gradient, has the value of the latest call. Results do not require gradients.
+        state: returns tensors that the function changes without torch's knowledge, as a custom kernel might. All other
+            tensors are found automatically. The calls made to record the function leave no trace in these tensors.
     """
 
     def __init__(self, function: Function, state: Callable[[], Iterable[Tensor]] = lambda: ()) -> None:
@@ -69,28 +72,28 @@ class Replay(Unwatched):
         self._conditions: Conditions | None = None
         self._recorded: _Recorded | None = None
         self._structure: Any = None
-        self._uses = 0  # of this recording
-        self._changes = 0  # in a row that came too early
+        self._uses = 0  # of the current recording
+        self._changes = 0  # consecutive, each before the recording was worth it
         self._reason: str | None = None
 
     @property
     def is_replayed(self) -> bool | None:
-        """Whether the function is replayed, rather than called as it stands; None while that is not known."""
+        """True if calls are replayed, False if the function is called directly, None if that is not yet known."""
         if self._recorded is not None:
             return True
         return False if self._conditions is not None or self._changes >= _PATIENCE else None
 
     @property
     def reason(self) -> str | None:
-        """Why the function cannot be replayed, or what made it be recorded again; None if nothing did."""
+        """Why the function cannot be replayed, or was last recorded again; None if neither happened."""
         return self._reason
 
     def __call__(self, *arguments: Tensor) -> Any:
-        """What the function returns of arguments that are like those of the first call, in tensors of its own.
+        """Return the function's result, in new tensors. Arguments must match those of the first call.
 
         Raises:
-            ValueError: an argument has another shape, dtype or device than at the first call.
-            TypeError: the function returns something else than a tensor or a tuple or dict of tensors.
+            ValueError: an argument differs from the first call in shape, dtype or device.
+            TypeError: the function does not return a tensor, or a tuple or dict of tensors.
         """
         likes = [(argument.shape, argument.dtype, argument.device) for argument in arguments]
         if likes != self._likes:
@@ -106,7 +109,7 @@ class Replay(Unwatched):
         return call(self._function, *arguments)
 
     def _replayed(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
-        """What a replay returns, if there is a recording and what it depends on still holds."""
+        """Return the result of a replay, or None if there is no valid recording."""
         if self._conditions is None:
             return None
         if self._recorded is None:
@@ -141,7 +144,7 @@ class Replay(Unwatched):
         _log.info("Replay of %s: %s", getattr(self._function, "__qualname__", self._function), reason)
 
     def _settle(self, arguments: Sequence[Tensor]) -> Any:
-        """An ordinary call, and whether the next one will find all that it refers to as this one did."""
+        """Call the function as usual, and note whether everything that it refers to stayed the same."""
         before = Reach(self._function)
         result = call(self._function, *arguments)
         after = Reach(self._function)
@@ -165,16 +168,16 @@ class Replay(Unwatched):
             if not isinstance(error, NotRepeatableError):
                 raise
             self._say(str(error))
-            # a call may put any tensor elsewhere
+            # a call may move any tensor
             self._conditions = Conditions(self._function, before, before.tensors.values())
         else:
             self._conditions = Conditions(self._function, Reach(self._function), left)
 
 
 def call(function: Function, *arguments: Tensor) -> Any:
-    """Calls a function as :class:`Replay` does: of weights that autocast casts it keeps no copies.
+    """Call a function as :class:`Replay` does: without autocast's cache of cast weights.
 
-    Copies would outlive the step that made them, and replays would read those instead of the weights.
+    Cached copies would outlive the step that made them, and replays would read them instead of the weights.
     """
     is_kept = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -185,7 +188,7 @@ def call(function: Function, *arguments: Tensor) -> Any:
 
 
 def _flat(result: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of a result, and its structure; None for that of a tensor."""
+    """Return the tensors of a result and its structure, which is None for a single tensor."""
     if isinstance(result, Tensor):
         return [result], None
     tensors, structure = tree_flatten(result)
@@ -204,15 +207,15 @@ def _flat(result: Any) -> tuple[list[Tensor], Any]:
 def _record(
     function: Function, arguments: Sequence[Tensor], state: Iterable[Tensor], before: Reach
 ) -> tuple[_Recorded, Any, Sequence[Tensor]]:
-    """A recording, the structure of what it returns, and the tensors that each replay puts elsewhere.
+    """Return a recording, the structure of its result, and the tensors that each replay moves.
 
-    It has repeated a call to the bit. None of the calls leaves a trace in tensors or in a generator.
+    The recording has repeated a call bit for bit. None of the calls leaves a trace in tensors or random generators.
 
     Raises:
-        NotRepeatableError: there can be no such recording.
+        NotRepeatableError: the function cannot be recorded.
     """
     if before.hook is not None:
-        raise NotRepeatableError(f"{before.hook} is called with it")
+        raise NotRepeatableError(f"{before.hook} would not run in a replay")
     own = [argument.clone() for argument in arguments]
     device = own[0].device
     touched = [*state, *before.buffers]
@@ -231,12 +234,12 @@ def _record(
     recorded, left = _RECORD_ON.get(device.type, _repeat)(function, own, touched)
     with _undone(touched, device):
         if not all(map(_same_bits, expected, _copies([*(recorded.replay(own) or ()), *touched]))):
-            raise NotRepeatableError("its recording does not repeat what it does")
+            raise NotRepeatableError("replaying it does not reproduce its results")
     return recorded, structure, left
 
 
 def _names_of(outside: Sequence[Tensor], reach: Reach) -> set[str]:
-    """By which names a function refers to the tensors that it gets from outside."""
+    """Return the names by which a function refers to the tensors it gets from outside."""
     names = set()
     for tensor in outside:
         name = reach.name_of(tensor)
@@ -247,7 +250,7 @@ def _names_of(outside: Sequence[Tensor], reach: Reach) -> set[str]:
 
 
 def _check_changes(before: Reach, after: Reach, used: set[str], made: Sequence[Tensor]) -> None:
-    """That the function refers to what it did, but for tensors that it makes at every call and does not use."""
+    """Check that a call changed no reference, except to tensors that each call creates and does not use."""
     identities = {id(tensor) for tensor in made}
     for name, words in before.changes(after):
         if name in used or not (before.is_alike(after, name) and id(after.tensors[name]) in identities):
@@ -256,7 +259,7 @@ def _check_changes(before: Reach, after: Reach, used: set[str], made: Sequence[T
 
 @contextmanager
 def _undone(tensors: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Whatever happens to tensors, and to torch's generators of random numbers, is undone at the end."""
+    """Undo on exit all changes to these tensors and to torch's random number generators."""
     before = _copies(tensors)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -280,11 +283,11 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 # ---- on a CPU --------------------------------------------------------------------------------------------------------
 
 _EXITS = {Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__}
-"""By which values leave for Python unnoticed by torch's dispatcher."""
+"""Methods by which values reach Python unnoticed by torch's dispatcher."""
 
 
 class _Borders(TorchFunctionMode):
-    """Notes whether a value leaves for Python, and which tensors are made of Python's numbers."""
+    """Notes if a value reaches Python, and which tensors are made from Python numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +304,7 @@ class _Borders(TorchFunctionMode):
 
 
 class _Calls(TorchDispatchMode):
-    """Has what is called while it is on noted in a recording."""
+    """Adds all operators that are called while it is active to a recording."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -313,13 +316,13 @@ class _Calls(TorchDispatchMode):
 
 
 def _note(recording: Recording, function: Function, arguments: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Calls a function, and notes what it calls; the structure of its result, and the tensors it gets from outside."""
+    """Record a call of a function. Return the structure of its result, and the tensors it gets from outside."""
     borders = _Borders()
     try:
         with borders, _Calls(recording):
             result = call(function, *arguments)
-    except Exception as error:  # under a mode, as torch.cond does; without, it has just succeeded
-        raise NotRepeatableError(f"it does not run where its calls are noted: {error!r}") from error
+    except Exception as error:  # caused by the mode, as with torch.cond: an ordinary call has just succeeded
+        raise NotRepeatableError(f"it fails while its calls are recorded: {error!r}") from error
     tensors, structure = _flat(result)
     recording.returns(tensors)
     del tensors, result
@@ -333,11 +336,11 @@ def _note(recording: Recording, function: Function, arguments: Sequence[Tensor])
 def _repeat(
     function: Function, arguments: Sequence[Tensor], touched: Sequence[Tensor]
 ) -> tuple[_Recorded, Sequence[Tensor]]:
-    """The operators that a function calls."""
+    """Record the operators that a function calls."""
     recording = Recording(arguments)
     with _undone(touched, arguments[0].device):
         _note(recording, function, arguments)
-        recording.undo()  # which frees the copies that it has made
+        recording.undo()  # frees the copies that it made
     return recording, recording.left_behind
 
 
@@ -345,7 +348,7 @@ def _repeat(
 
 
 class _Captured:
-    """The kernels of a function as one graph, and the memory where it finds arguments and leaves the result."""
+    """A function's kernels as one CUDA graph, with the memory of its arguments and results."""
 
     def __init__(self, function: Function, arguments: Sequence[Tensor]) -> None:
         self._arguments = arguments
@@ -359,7 +362,7 @@ class _Captured:
             finally:
                 torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=side):  # torch's own stream for this is the first device's
+            with torch.cuda.graph(self._graph, stream=side):  # torch's default stream for this is on the first device
                 self._results, _ = _flat(call(function, *arguments))
 
     def replay(self, arguments: Sequence[Tensor], watch: Watch | None = None, /) -> list[Tensor] | None:
@@ -374,10 +377,10 @@ class _Captured:
 def _capture(
     function: Function, arguments: Sequence[Tensor], touched: Sequence[Tensor]
 ) -> tuple[_Recorded, Sequence[Tensor]]:
-    """The kernels that a function launches. What it leaves behind stays where the graph writes it."""
+    """Record the kernels that a function launches. Tensors that it leaves behind stay where the graph writes them."""
     with _undone(touched, arguments[0].device):
         return _Captured(function, arguments), ()
 
 
 _RECORD_ON: dict[str, Callable[..., tuple[_Recorded, Sequence[Tensor]]]] = {"cuda": _capture}
-"""Devices whose work is not recorded operator by operator."""
+"""Recorders for devices whose work is not recorded operator by operator."""

@@ -1,6 +1,6 @@
-"""Checks the compiled ops on this computer: `wakesleep selftest`.
+"""Check the compiled ops on this computer: `wakesleep selftest`.
 
-Compares every op, values and gradients, at every dtype and on every device, with its formula in float64.
+Compares the values and gradients of every op with its formula in float64, for every dtype and device.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from wakesleep_ext import _build, ops, random, reference
 from wakesleep_ext._table import OPS, Op, Sizes, values
 
-_SIZES = Sizes((3,), batch=5, event=131, features=17)  # an odd width: whole vectors and a ragged end
+_SIZES = Sizes((3,), batch=5, event=131, features=17)  # odd widths: full vectors and a remainder
 _KEY = random.make_key(7)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an op compares with float64."""
+    """The result of comparing an op with float64."""
 
     op: str
     device: str
     dtype: torch.dtype
-    """The dtype of the tensors that the op gets."""
+    """The dtype of the op's input tensors."""
     error: float
-    """Largest deviation of a result or a gradient, relative to the largest; of a pixel drawn otherwise,
-    how far u is from p."""
+    """Largest deviation of a result or gradient, relative to the largest value. A pixel that is drawn differently
+    counts by the distance of its uniform u from p."""
     tolerance: float
 
     @property
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def outcomes(devices: Sequence[str] | None = None) -> Iterator[Outcome]:
-    """Check every op on the CPU and, where the kernels and torch have CUDA, on the GPU."""
+    """Check every op on the CPU, and on the GPU if the kernels and torch support CUDA."""
     if devices is None:
         devices = ["cpu", "cuda"] if _build.CUDA_VERSION and torch.cuda.is_available() else ["cpu"]
     for op in OPS.values():
@@ -48,7 +48,7 @@ def outcomes(devices: Sequence[str] | None = None) -> Iterator[Outcome]:
 
 
 def check(name: str, device: str, dtype: torch.dtype) -> Outcome:
-    """Compare an op with its twin in :mod:`wakesleep_ext.reference`, which gets the same inputs in float64."""
+    """Compare an op with its float64 implementation in :mod:`wakesleep_ext.reference`, on the same inputs."""
     op = OPS[name]
     inputs = [tensor.to(device, dtype) for tensor in _inputs(op)]
     exact_inputs = [tensor.to("cpu", torch.float64, copy=True) for tensor in inputs]
@@ -56,12 +56,12 @@ def check(name: str, device: str, dtype: torch.dtype) -> Outcome:
     exact = _results_and_gradients(op, _function(op, reference, "cpu"), exact_inputs)
     deviations = [(a - b).abs() for a, b in zip(found, exact, strict=True)]
     if op.probability is not None:
-        # a pixel may be another where its uniform lies between the probability and its rounding
+        # a pixel may differ where its uniform lies between the probability and its rounded value
         uniforms = random.uniforms(_KEY, exact[0].shape, torch.float64)
         deviations[0] *= (uniforms - op.probability(*exact_inputs)).abs()
     errors = [(d.max() / b.abs().max().clamp_min(1)).item() for d, b in zip(deviations, exact, strict=True)]
-    arithmetic = 1e-13 if dtype == torch.float64 else 4e-6  # sums over the event, in float32 for half types too
-    roundings = 2 if "next_weight" in op.inputs else 1  # of what passes between layers, too
+    arithmetic = 1e-13 if dtype == torch.float64 else 4e-6  # sums over the event; half types also use float32
+    roundings = 2 if "next_weight" in op.inputs else 1  # the hidden layer is rounded, too
     rounding = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     return Outcome(name, device, dtype, max(errors), max(arithmetic, roundings * rounding))
 
@@ -89,7 +89,7 @@ def _results_and_gradients(op: Op, function: Callable[..., Any], inputs: list[Te
     results = (results,) if isinstance(results, Tensor) else results
     gradients: Sequence[Tensor] = ()
     if op.is_differentiable:
-        # an upstream gradient that differs from row to row, and is the same at every precision
+        # upstream gradients that vary from row to row and are equal in every precision
         upstream = [torch.linspace(-1, 1, r.numel()).view(r.shape).to(r) for r in results]
         gradients = torch.autograd.grad(results, inputs, upstream)
     return [tensor.detach().cpu().double() for tensor in (*results, *gradients)]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from wakesleep_ext import _build
+if TYPE_CHECKING:
+    import torch
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -22,6 +21,10 @@ def find_device(device: Device) -> torch.device:
     Raises:
         UsageError: there is no such device.
     """
+    import torch
+
+    from wakesleep_ext import _build
+
     found, built = torch.cuda.is_available(), _build.CUDA_VERSION is not None
     if device == "cuda" and not found:
         raise UsageError("expected a GPU for --device cuda, torch finds none")

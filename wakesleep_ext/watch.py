@@ -1,11 +1,11 @@
-"""What a recorded function depends on, and whether it is still what it was.
+"""Check that everything a recorded function depends on is unchanged.
 
-A recording repeats calls of operators, not the Python that chose them. So what that Python goes by must be as it was:
-which tensors there are, and where they lie; numbers, such as a learning rate; the modes that torch is in.
+A recording repeats calls of operators, not the Python code that chose them. So the inputs of that code must not change:
+the set of tensors and their addresses, numbers such as a learning rate, and torch's modes.
 
-:class:`Reach` finds it, by following what the function refers to: what it is bound to, its closure and defaults,
-arguments of a `functools.partial`, the globals that its code names; from there attributes, dicts, lists and tuples.
-It does not look into modules, classes, the globals of other files, ``__slots__``, or sets, deques and NumPy arrays.
+:class:`Reach` finds these by following the function's references: its bound object, closure and defaults, the arguments
+of a `functools.partial`, and the globals that its code names. From there it follows attributes, dicts, lists and
+tuples. It does not look into modules, classes, the globals of other files, ``__slots__``, sets, deques or NumPy arrays.
 """
 
 from __future__ import annotations
@@ -30,29 +30,28 @@ _HOOKS_OF_ALL = {
     for name, hooks in vars(owner).items()
     if name.startswith("_global_") and isinstance(hooks, dict)
 }
-"""What torch calls with every module, or every optimizer."""
+"""Hooks that torch calls with every module or every optimizer."""
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None))
 _CLOSED = (ModuleType, type, BuiltinFunctionType, CodeType)
 
 
 _NOT_LOOKED_INTO = ("state_dict_hooks", "dict_pre_hooks", "dict_post_hooks", "_with_kwargs", "_always_called")
-"""Of modules and optimizers: hooks that no call runs, and how those are called that other dicts have."""
+"""Attributes of modules and optimizers that are skipped: hooks that no call runs, and flags of hooks in other dicts."""
 
 
 class Unwatched:
-    """A base for classes whose instances are not looked into: what changes in them decides nothing."""
+    """Base of classes whose instances a watch does not look into: their changes decide nothing."""
 
 
 class Reach:
-    """What a function refers to, as it is now.
+    """A snapshot of everything a function refers to.
 
     Attributes:
-        tensors: the tensors there, by names as Python has them.
-        buffers: those that modules register as buffers.
-        hook: the name of something there that is called while the function runs, and would not be by a recording; or
-            None.
-        places: where it was found, for :class:`wakesleep_ext._C.Watch`.
+        tensors: the tensors found, by Python expression.
+        buffers: tensors that modules register as buffers.
+        hook: the name of something found that runs with the function, but would not run in a replay; or None.
+        places: containers and their contents, for :class:`wakesleep_ext._C.Watch`.
     """
 
     def __init__(self, function: Any) -> None:
@@ -63,13 +62,13 @@ class Reach:
         self._facts: dict[str, Any] = {}
         self._grads: list[tuple[Tensor, Tensor | None]] = []
         self._globals = _file_of(function)
-        self._entered: dict[int, Any] = {}  # the objects are kept, so that no other gets the identity of one
+        self._entered: dict[int, Any] = {}  # keeps the objects alive, so that their ids are not reused
         waiting: deque[tuple[str, Any]] = deque([("", function), *_HOOKS_OF_ALL.items()])
         while waiting:
             waiting.extend(self._enter(*waiting.popleft()))
 
     def _enter(self, name: str, item: Any) -> Iterable[tuple[str, Any]]:
-        """Notes an object; what it refers to, by name."""
+        """Note an object, and return what it refers to, by name."""
         self._facts[name] = _fact(item)
         if isinstance(item, _VALUES) or id(item) in self._entered:
             return ()
@@ -115,7 +114,7 @@ class Reach:
         for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 content = cell.cell_contents
-            except ValueError:  # a variable that has no value yet
+            except ValueError:  # the variable has no value yet
                 continue
             self.places.append((cell, content))
             yield _join(name, variable), content
@@ -141,7 +140,7 @@ class Reach:
                 yield _join(name, key), value
 
     def restore(self) -> None:
-        """Has everything refer to what it referred to."""
+        """Restore every reference to what it was."""
         for container, *contents in self.places:
             if isinstance(container, str):
                 contents[0][container] = contents[1]
@@ -159,7 +158,7 @@ class Reach:
                 tensor.grad = grad
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """The name of a tensor, or of one in the same memory; None if there is none."""
+        """Return the name of a tensor, or of one in the same memory; None if there is none."""
         memory = _memory(tensor)
         for name, own in self.tensors.items():
             if own is tensor or (memory is not None and _memory(own) == memory):
@@ -167,14 +166,14 @@ class Reach:
         return None
 
     def changes(self, later: Reach) -> Iterator[tuple[str, str]]:
-        """What is different in a later reach of the same function: its name, and how it changed, in words."""
+        """Yield each difference from a later reach of the same function: its name, and a description."""
         for name in {**self._facts, **later._facts}:
             before, now = self._facts.get(name), later._facts.get(name)
             if before != now:
                 yield name, f"{name or 'the function'} changed from {_words(before)} to {_words(now)}"
 
     def is_alike(self, later: Reach, name: str) -> bool:
-        """Whether what has a name is a tensor before and later, of one shape and dtype."""
+        """True if the name refers to a tensor in both, with the same shape and dtype."""
         before, now = self.tensors.get(name), later.tensors.get(name)
         return before is not None and now is not None and (before.shape, before.dtype) == (now.shape, now.dtype)
 
@@ -214,7 +213,7 @@ def _join(name: str, attribute: str) -> str:
 
 
 def _file_of(function: Any) -> dict[str, Any]:
-    """The globals of the file that a function stands in."""
+    """Return the globals of the file that defines a function."""
     while isinstance(function, partial | MethodType):
         function = function.func if isinstance(function, partial) else function.__func__
     return getattr(function, "__globals__", {})
@@ -226,31 +225,31 @@ def _globals_in(code: CodeType) -> set[str]:
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """The memory that a tensor lies in; None of one that has none of its own."""
+    """Return an identity of the tensor's memory; None if it has none of its own."""
     is_plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
     return tensor.untyped_storage()._cdata if is_plain else None
 
 
 class Conditions:
-    """What a recording depends on: that a function refers to what it does now, and that torch is in the same modes.
+    """The conditions of a valid recording: the function refers to the same objects, and torch is in the same modes.
 
     Args:
         reach: what the function refers to.
-        moving: tensors of it that a call may put elsewhere, or replace.
+        moving: tensors in it that a call may move or replace.
     """
 
     def __init__(self, function: Any, reach: Reach, moving: Iterable[Tensor] = ()) -> None:
         self._function, self._reach = function, reach
         self._moving = {id(tensor) for tensor in moving}
         staying = [tensor for tensor in reach.tensors.values() if not self._moves(tensor) and not tensor.is_nested]
-        self._places = tuple(reach.places)  # which a Watch does not keep
+        self._places = tuple(reach.places)  # a Watch does not keep them alive
         self.watch = Watch(staying, self._places)
 
     def _moves(self, tensor: Tensor | None) -> bool:
         return id(tensor) in self._moving
 
     def change(self) -> str:
-        """What is not, in words."""
+        """Describe which condition no longer holds."""
         for name, words in self._reach.changes(Reach(self._function)):
             if not self._moves(self._reach.tensors.get(name)):
                 return words

@@ -1,11 +1,6 @@
-"""The suites behind `wakesleep bench`: every op, and the whole training step, against what people would write instead,
-on the machine at hand.
+"""The suites behind `wakesleep bench`: every op, and the whole training step, against what people would write instead.
 
-`op_suite` and `step_suite` say what is measured, `eager` and `distributions` against what; `measure` how, whatever the
-suite; `result` is what comes of it, `report` and `goals` how that is shown. `suite` is what these ask of a suite.
+`plan` says what to measure and `run` measures it. `op_suite` and `step_suite` hold the cases, `eager` and
+`distributions` the baselines; `measure` says how a figure is taken. `result` is the file of figures, `report` and
+`goals` show it. `suite` is what these need to know about a suite. `command` is the command.
 """
-
-from wakesleep_ext.benchmark.command import Plan, bench, run, suite_of
-from wakesleep_ext.benchmark.result import read, write
-
-__all__ = ["Plan", "bench", "read", "run", "suite_of", "write"]

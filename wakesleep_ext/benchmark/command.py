@@ -1,58 +1,20 @@
-"""`wakesleep bench`."""
+"""`wakesleep bench`. It imports what it needs when it runs, so that its help does without torch."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
+from wakesleep_ext.benchmark.plan import Plan
+from wakesleep_ext.usage import UsageError
 
-from wakesleep_ext.benchmark import goals as wanted
-from wakesleep_ext.benchmark import op_suite, report, result, step_suite
-from wakesleep_ext.benchmark.measure import Case, keep_freed_memory, on_threads, take
-from wakesleep_ext.benchmark.suite import Suite
-from wakesleep_ext.usage import Device, UsageError, find_device
-
-_SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
-
-_BLOCKS_PER_CASE = {"cpu": 100, "cuda": 40}  # a GPU has no one else on it
-_QUICK_BLOCKS_PER_CASE = {"cpu": 50, "cuda": 20}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure, where, and beside whom."""
-
-    suite: Literal["ops", "step"] = "ops"
-    """What to measure: the ops, or whole training steps."""
-    op: str = "*"
-    """Which of it: the name of an op or a net, or a pattern such as "gaussian_*"."""
-    device: Device = "auto"
-    """Where to compute; auto takes the GPU if there is one."""
-    threads: int | None = None
-    """CPU threads, the same for all; as many as torch takes by default."""
-    quick: bool = False
-    """A few cases only, in a minute or so; all of them take six or more."""
-    candidates: tuple[str, ...] = ()
-    """Whom to measure, of fused, eager, distributions, compile, and for a step products; all by default."""
-
-    def command(self, device: torch.device, threads: int) -> str:
-        """What takes the same figures again on the same machine."""
-        words = ["wakesleep", "bench", "--device", device.type, "--threads", str(threads)]
-        words += ["--suite", self.suite] if self.suite != "ops" else []
-        words += ["--op", self.op] if self.op != "*" else []
-        words += ["--quick"] if self.quick else []
-        words += ["--candidates", *self.candidates] if self.candidates else []
-        capability = os.environ.get("ATEN_CPU_CAPABILITY")
-        return (f"ATEN_CPU_CAPABILITY={capability} " if capability else "") + shlex.join(words)
+if TYPE_CHECKING:
+    from wakesleep_ext.benchmark.measure import Case
+    from wakesleep_ext.benchmark.result import Result
 
 
 def bench(
@@ -74,6 +36,10 @@ def bench(
         goals: Hold the figures to the goals that are set for the device.
         show: Measure nothing, take the figures from this file.
     """
+    from wakesleep_ext.benchmark import goals as wanted
+    from wakesleep_ext.benchmark import report, result
+    from wakesleep_ext.benchmark.run import suite_of
+
     if plot and plot.suffix != ".png":
         raise UsageError(f"expected --plot to name a .png file, got {plot}")
     try:
@@ -102,56 +68,11 @@ def bench(
     return int(bool(wrong or slower))
 
 
-def run(
-    plan: Plan,
-    progress: Callable[[Sequence[Case[Any]]], Iterable[Case[Any]]] = iter,
-    warn: Callable[[str], object] = warnings.warn,
-) -> result.Result:
-    """Measure.
-
-    Args:
-        plan: what.
-        progress: wraps the sequence of cases, to show how far it has come.
-        warn: gets a line on each candidate that cannot be measured here.
-
-    Raises:
-        UsageError: there is no such device, op or candidate.
-    """
-    device = find_device(plan.device)
-    threads = torch.get_num_threads() if plan.threads is None else plan.threads
-    if threads < 1:
-        raise UsageError(f"expected --threads of at least 1, got {threads}")
-    every = _SUITES[plan.suite].cases(device.type, plan.quick)
-    cases = [case for case in every if fnmatchcase(case.labels["op"], plan.op)]
-    if not cases:
-        known = dict.fromkeys(case.labels["op"] for case in every)
-        raise UsageError(f"expected --op to match one of {', '.join(known)}, got {plan.op}")
-    candidates = tuple(dict.fromkeys(plan.candidates)) or cases[0].candidates
-    if unknown := set(candidates) - set(cases[0].candidates):
-        raise UsageError(f"expected --candidates of {', '.join(cases[0].candidates)}, got {', '.join(sorted(unknown))}")
-    blocks = (_QUICK_BLOCKS_PER_CASE if plan.quick else _BLOCKS_PER_CASE)[device.type]
-    machine = result.machine(device, threads, plan.command(device, threads))
-    keep_freed_memory()
-    with on_threads(threads):
-        bandwidth, records = take(progress(cases), candidates, device, blocks, warn)
-    return {"suite": plan.suite, "machine": machine, "copy_bandwidth_gbs": bandwidth, "records": records}
-
-
-def suite_of(figures: result.Result) -> Suite:
-    """The suite that a result is of.
-
-    Raises:
-        ResultError: there is no such suite.
-    """
-    name = figures.get("suite", "ops")
-    if name not in _SUITES:
-        raise result.ResultError(f"expected a result of {' or '.join(_SUITES)}, got one of {name}")
-    return _SUITES[name]
-
-
-def _watched(plan: Plan) -> result.Result:
+def _watched(plan: Plan) -> Result:
     """Measure beneath a progress bar."""
     from tqdm import tqdm
+
+    from wakesleep_ext.benchmark.run import run
 
     def bar(cases: Sequence[Case[Any]]) -> Iterator[Case[Any]]:
         with tqdm(cases, unit="case", desc="Measuring") as bar:

@@ -1,4 +1,4 @@
-"""The ops, and the losses of wake-sleep, as one writes them with torch.distributions."""
+"""Implement the ops and the wake-sleep losses with torch.distributions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bernoulli_sample(logits: Tensor, sample_shape: tuple[int, ...] = (), dtype: 
 
 
 def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samples: int) -> Tensor:
-    """As :func:`wakesleep_ext.helmholtz.objectives.wake_theta_loss`."""
+    """Compute :func:`wakesleep_ext.helmholtz.objectives.wake_theta_loss`."""
     with torch.no_grad():
         mu, logvar = recognition(x).chunk(2, -1)
         z = _gaussian(mu, logvar).sample(torch.Size((num_samples,)))
@@ -48,7 +48,7 @@ def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samp
 
 
 def sleep_loss(recognition: nn.Module, generative: nn.Module, num_dreams: int, latent: int) -> Tensor:
-    """As :func:`wakesleep_ext.helmholtz.objectives.sleep_phi_loss`."""
+    """Compute :func:`wakesleep_ext.helmholtz.objectives.sleep_phi_loss`."""
     with torch.no_grad():
         mean = torch.zeros(num_dreams, latent, device=next(generative.parameters()).device)
         z = Normal(mean, 1.0, validate_args=False).sample()

@@ -1,5 +1,7 @@
-"""The ops, and the losses of wake-sleep, as one writes them by hand in torch, in the fastest of the customary forms;
-also what torch.compile gets."""
+"""Implement the ops and the wake-sleep losses by hand in torch, in the fastest of the usual forms.
+
+`torch.compile` compiles these functions, too.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def bernoulli_sample(logits: Tensor, sample_shape: tuple[int, ...] = (), dtype: 
 
 
 def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samples: int) -> Tensor:
-    """As :func:`wakesleep_ext.helmholtz.objectives.wake_theta_loss`."""
+    """Compute :func:`wakesleep_ext.helmholtz.objectives.wake_theta_loss`."""
     with torch.no_grad():
         mu, logvar = recognition(x).chunk(2, -1)
         z = gaussian_rsample(mu, logvar, (num_samples,))
@@ -55,7 +57,7 @@ def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samp
 
 
 def sleep_loss(recognition: nn.Module, generative: nn.Module, num_dreams: int, latent: int) -> Tensor:
-    """As :func:`wakesleep_ext.helmholtz.objectives.sleep_phi_loss`."""
+    """Compute :func:`wakesleep_ext.helmholtz.objectives.sleep_phi_loss`."""
     with torch.no_grad():
         z = torch.randn(num_dreams, latent, device=next(generative.parameters()).device)
         x = bernoulli_sample(generative(z))

@@ -1,4 +1,4 @@
-"""Which of the goals that are set for a suite a result meets."""
+"""Report which goals of a suite a result meets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from wakesleep_ext.benchmark.suite import Suite
 
 
 def text(result: Result, suite: Suite) -> str:
-    """The goals as a Markdown table: what was measured, what was wanted; and each case that is slower than a rival."""
+    """Format the goals as a Markdown table of measured and expected values; list cases slower than a baseline."""
     outcomes = suite.goals(result)
     verdicts = {None: "not measured", True: "met", False: "missed"}
     lines = [(*outcomes[0].cells, ""), *((*one.cells.values(), verdicts[one.met]) for one in outcomes)]

@@ -1,10 +1,9 @@
-"""How a figure is taken: candidates interleaved in one process, median and spread, the error beside each time.
+"""Time implementations interleaved in one process, and report median, spread and error of each.
 
-A block is as many calls in a row as fill ten milliseconds, or what a case asks for. The candidates take turns, block by
-block, so that whatever else the machine does falls on all alike. Every call of a large case meets arrays that have left
-the last-level cache: several sets of inputs are used in turn, and results are kept until their set comes round again,
-so that the memory they are written to is cold as well. Small cases run on one set, warm, as in practice; what they take
-is overhead.
+A block is a series of calls that takes ten milliseconds, or what the case asks for. The implementations take turns
+block by block, so that other load on the computer affects all alike. Every call of a large case gets arrays that have
+left the last-level cache: several sets of inputs are used in turn. Results are kept until their set is used again, so
+that output memory is cold as well. A small case has one set, warm, as in practice; its time is mostly overhead.
 """
 
 from __future__ import annotations
@@ -35,58 +34,58 @@ Call = Callable[[], object]
 Inputs = TypeVar("Inputs")
 Labels = TypedDict("Labels", {"op": str, "pass": str, "dtype": str, "shape": list[int]})
 
-_ROUNDS = (5, 200)  # at least, at most
-_CACHES_FULL = 2  # working sets come to so many last-level caches
+_ROUNDS = (5, 200)  # minimum, maximum
+_CACHES_FULL = 2  # total size of all working sets, in last-level caches
 _BANDWIDTH_BOUND_FROM = {"cpu": 2**22, "cuda": 2**25}
-"""Bytes in all arrays of a call, from where on their transfer outweighs what else it costs."""
+"""Total bytes of a call's arrays from which moving them takes most of its time."""
 
 
 class Case(ABC, Generic[Inputs]):
-    """What several candidates can do, and how right they are: all that measuring asks of a suite."""
+    """What to measure: the inputs, a call of each implementation, and how to find its error."""
 
     candidates: ClassVar[tuple[str, ...]]
-    """Who can do it; the first is ours."""
+    """Names of the implementations; the first is ours."""
 
     arithmetic_bound: ClassVar[bool] = False
-    """Whether arithmetic takes most of the time, however large the arrays: nothing is then compared with a copy."""
+    """True if arithmetic dominates however large the arrays are, so that nothing is compared with a copy."""
 
     block_seconds: ClassVar[float] = 1e-2
-    """How long a candidate's turn is at least."""
+    """Minimum duration of a block."""
 
     @property
     @abstractmethod
     def labels(self) -> Labels:
-        """What tells the case from all others in a result."""
+        """Labels that identify the case in a result."""
 
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """The least that a call has to move."""
+        """The least bytes that a call must move."""
 
     @property
     @abstractmethod
     def footprint(self) -> int:
-        """Bytes of all arrays that a call gets and returns."""
+        """Bytes of all inputs and outputs of a call."""
 
     @abstractmethod
     def inputs(self, device: torch.device) -> Inputs:
-        """What a call gets, in new memory, always of the same values."""
+        """Return inputs of a call, in new memory, always with the same values."""
 
     @abstractmethod
     def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
-        """A candidate, bound to each of these inputs."""
+        """Return calls of an implementation, one for each set of inputs."""
 
     @abstractmethod
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        """Of what a candidate's first call has returned, against float64 (see :func:`relative_error`); None if it
-        cannot be told."""
+        """Return the error against float64 of the result of an implementation's first call (:func:`relative_error`),
+        or None if it cannot be determined."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self.labels.values()))
 
 
 class Measurement(NamedTuple):
-    """What a candidate made of a case."""
+    """Measurements of one implementation on one case."""
 
     median_us: float
     iqr_us: float
@@ -102,17 +101,17 @@ def take(
     blocks: int,
     warn: Callable[[str], object],
 ) -> tuple[float, list[Record]]:
-    """Measure one case after the other.
+    """Measure the cases one after the other.
 
     Args:
         cases: what to measure.
-        candidates: with whom.
-        device: where.
-        blocks: how many a case has time for, all candidates together; each has five at least.
-        warn: gets a line on each candidate that is left out.
+        candidates: names of the implementations to measure.
+        device: where to run.
+        blocks: number of blocks that a case has time for, over all implementations; each gets at least five.
+        warn: called with a line about each implementation that is left out.
 
     Returns:
-        The bandwidth of a copy in the course of the run, in 10^9 bytes a second, and the records.
+        The bandwidth of a copy during the run, in 10^9 bytes per second, and the records.
     """
     copy = Copy(device)
     found: list[tuple[Case[Any], str, Measurement]] = []
@@ -147,7 +146,7 @@ def measure(
     blocks: int,
     warn: Callable[[str], object],
 ) -> dict[str, Measurement]:
-    """Run the candidates side by side; arguments as for :func:`take`."""
+    """Time the implementations of a case interleaved; arguments as for :func:`take`."""
     inputs = working_sets(case, device)
     calls: dict[str, list[Call]] = {}
     errors: dict[str, float | None] = {}
@@ -156,7 +155,7 @@ def measure(
     for candidate in candidates:
         try:
             bound = case.calls(candidate, inputs)
-            result = bound[0]()  # compiles what is compiled
+            result = bound[0]()  # the first call also compiles
         except Exception as failure:
             if candidate == case.candidates[0]:
                 raise
@@ -178,12 +177,12 @@ def measure(
 
 
 def bandwidth_bound(case: Case[Any], device: torch.device) -> bool:
-    """Whether a case is measured beyond the cache, and its time compared with that of a copy."""
+    """True if a case is larger than the cache, so that its time is compared with that of a copy."""
     return not case.arithmetic_bound and case.footprint >= _BANDWIDTH_BOUND_FROM[device.type]
 
 
 def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
-    """Inputs, as often as it takes to have them out of the cache when it is their turn again."""
+    """Return enough sets of inputs that each has left the cache when its turn comes again."""
     if not bandwidth_bound(case, device):
         return [case.inputs(device)]
     count = math.ceil(_CACHES_FULL * last_level_cache(device) / case.footprint)
@@ -193,7 +192,7 @@ def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
 def interleave(
     calls: Mapping[str, Sequence[Call]], device: torch.device, blocks: int, block_seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds per call of each candidate, block by block; the calls of a candidate are taken in turn."""
+    """Return seconds per call of each implementation, by block; an implementation's calls are used in turn."""
     turns = cycle(range(max(map(len, calls.values()), default=1)))
     kept: dict[int, object] = {}
 
@@ -220,12 +219,12 @@ def interleave(
                 break
             for candidate in order:
                 times[candidate].append(block(candidate, counts[candidate]))
-            order.reverse()  # nobody is always the one who follows the slowest
+            order.reverse()  # so that no implementation always follows the slowest
     return times
 
 
 def duration(run: Call, device: torch.device) -> float:
-    """Seconds that a call takes, on a GPU by the GPU's own clock."""
+    """Return the seconds that a call takes; on a GPU, by the GPU's own clock."""
     if device.type != "cuda":
         begin = perf_counter()
         run()
@@ -241,20 +240,20 @@ def duration(run: Call, device: torch.device) -> float:
 
 
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
-    """Median and interquartile range, in microseconds."""
+    """Return the median and interquartile range, in microseconds."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return 1e6 * median, 1e6 * (high - low)
 
 
 def relative_error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
-    """Largest deviation of a tensor from its float64 counterpart, relative to the largest number there, or to 1."""
+    """Return the largest deviation from the float64 tensors, relative to each tensor's largest value, or to 1."""
     return max(
         ((a.double() - b).abs().max() / b.abs().max().clamp_min(1)).item() for a, b in zip(found, exact, strict=True)
     )
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most bytes that a call has allocated at once, its results included and its inputs not."""
+    """Return the peak bytes that a call allocates, including its results but not its inputs."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -270,7 +269,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels that a call launches on a GPU, those within a graph included; None on a CPU, or where none are seen."""
+    """Return the kernels a call launches on a GPU, including those in graphs; None on a CPU or if none are seen."""
     if device.type != "cuda":
         return None
 
@@ -282,8 +281,8 @@ def launches(call: Call, device: torch.device) -> int | None:
 
 
 def trace(call: Call, activity: ProfilerActivity) -> list[dict[str, Any]]:
-    """What torch's profiler sees of a call, as events of Chrome's trace format."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
+    """Run torch's profiler on a call, and return events in Chrome's trace format."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler from printing to stderr
     with profile(activities=[activity], profile_memory=True) as profiler:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -294,7 +293,7 @@ def trace(call: Call, activity: ProfilerActivity) -> list[dict[str, Any]]:
 
 
 class Copy:
-    """A copy larger than the cache, timed again and again in the course of a run."""
+    """A copy larger than the cache, timed repeatedly during a run."""
 
     def __init__(self, device: torch.device) -> None:
         size = max(_CACHES_FULL * last_level_cache(device), {"cpu": 2**26, "cuda": 2**28}[device.type])
@@ -308,12 +307,12 @@ class Copy:
 
     @property
     def bandwidth_gbs(self) -> float:
-        """Bytes read plus bytes written in a second, median, in 10^9."""
+        """Median of bytes read plus bytes written, in 10^9 bytes per second."""
         return 2 * self.source.nbytes / statistics.median(self.seconds) / 1e9
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Size in bytes; 32 MiB where a CPU does not tell."""
+    """Return the size in bytes; 32 MiB if a CPU does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [
@@ -324,10 +323,10 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for this process, as torch does on a GPU.
+    """Make the C library keep freed memory for this process, as torch does on a GPU.
 
-    Otherwise large results come fresh from the kernel at some calls and not at others: page faults make a call take up
-    to three times as long, and whoever allocates most suffers most. Without effect where the library is not glibc.
+    Otherwise some calls get fresh pages for large results and others do not. Page faults make a call take up to three
+    times as long, which slows most the implementations that allocate most. Has no effect if the library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -338,7 +337,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Everything on so many CPU threads."""
+    """Run everything in this context on `count` CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -348,7 +347,7 @@ def on_threads(count: int) -> Iterator[None]:
 
 
 def _calls_in_a_block(block: Callable[[int], float], sets: int, block_seconds: float) -> int:
-    """As many as fill a block; finding out is the warm-up, which begins with each set of inputs once."""
+    """Return how many calls fill a block. Finding out is the warm-up, which begins with each set of inputs once."""
     block(sets)
     count = 1
     while (seconds := count * block(count)) < block_seconds:

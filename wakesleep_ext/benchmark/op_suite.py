@@ -1,6 +1,6 @@
-"""The ops that memory bounds as cases to be measured, as data: op, pass, dtype and shape, and the candidates for each.
+"""Define the cases of the memory-bound ops as data: op, pass, dtype and shape, and their implementations.
 
-A shape is `[*S, B, D]`: a batch of B events of D variables, and S samples for each where a third number leads.
+A shape is `[*S, B, D]`: a batch of B events of D variables. A third number in front is S, the samples per event.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Traffic:
-    """The width at which an op is measured, and what it has to move besides its inputs and outputs."""
+    """The widths at which an op is measured, and its memory traffic beyond inputs and outputs."""
 
     widths: tuple[int, int]
-    """Variables of an event, D: a customary number, and one that no vector divides."""
+    """Variables per event, D: a common width, and one that no vector width divides."""
     gradients: tuple[str, ...] = ()
-    """The inputs that are differentiated; none, no backward pass."""
+    """The differentiated inputs; if there are none, there is no backward pass."""
     reread: tuple[str, ...] = ()
-    """The inputs that the gradients depend on, and the backward pass has to read again."""
+    """The inputs that the backward pass reads again, since gradients depend on them."""
 
 
 _OBSERVED, _LATENT = (784, 785), (64, 50)
@@ -42,7 +42,7 @@ _MOMENTS = ("mu", "logvar")
 TRAFFIC = {
     "bernoulli_log_prob": Traffic(_OBSERVED, gradients=("logits",), reread=("logits", "x")),
     "bernoulli_sample": Traffic(_OBSERVED),
-    "gaussian_rsample": Traffic(_LATENT, _MOMENTS, reread=("logvar",)),  # the noise follows from its key
+    "gaussian_rsample": Traffic(_LATENT, _MOMENTS, reread=("logvar",)),  # the key regenerates the noise
     "gaussian_rsample_log_prob": Traffic(_LATENT, _MOMENTS, reread=("logvar",)),
     "gaussian_log_prob": Traffic(_LATENT, _MOMENTS, reread=("mu", "logvar", "z")),
     "standard_gaussian_log_prob": Traffic(_LATENT, gradients=("z",), reread=("z",)),
@@ -51,9 +51,9 @@ TRAFFIC = {
 """By op; the table of ops has the rest."""
 
 _ROWS = {"cpu": (1000, 100, 20, 1), "cuda": (100,)}
-"""Within the cache; on a GPU the time of all these is that of a launch."""
+"""Batch sizes that fit in the cache. On a GPU they all take the time of a launch, so one is enough."""
 _MOST_ROWS = {
-    # beyond the cache; a GPU reaches its bandwidth at hundreds of megabytes
+    # larger than the cache; a GPU reaches its full bandwidth at hundreds of megabytes
     ("cpu", 784): 10_000,
     ("cpu", 64): 100_000,
     ("cuda", 784): 100_000,
@@ -63,7 +63,7 @@ _SAMPLES_AND_BATCH = (50, 100)
 
 
 class Inputs(NamedTuple):
-    """What a call gets, and what its backward pass starts from."""
+    """The arguments of a call, and the upstream gradients of its backward pass."""
 
     arguments: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class OpCase(Case[Inputs]):
-    """An op with a pass, a dtype and a shape."""
+    """An op, with pass, dtype and shape."""
 
     candidates: ClassVar[tuple[str, ...]] = ("fused", "eager", "distributions", "compile")
 
@@ -80,7 +80,7 @@ class OpCase(Case[Inputs]):
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     x_dtype: torch.dtype | None = None
-    """Of an observation or a draw of one, if not `dtype`."""
+    """The dtype of an observation, or of a draw of one, if not `dtype`."""
     backward: bool = False
 
     @property
@@ -111,8 +111,8 @@ class OpCase(Case[Inputs]):
 
     @property
     def bytes(self) -> int:
-        """Inputs read and outputs written; for the backward pass, the gradients of the outputs and what else the result
-        depends on read, the gradients of the inputs written."""
+        """Inputs read and outputs written. The backward pass reads the outputs' gradients and `reread`, and writes the
+        inputs' gradients."""
         op, traffic = self.op, self.traffic
         forward = self.bytes_of(*op.inputs, *op.outputs)
         return forward + self.backward * self.bytes_of(*op.outputs, *traffic.reread, *traffic.gradients)
@@ -126,7 +126,7 @@ class OpCase(Case[Inputs]):
     def inputs(self, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(1234)
 
-        wide = torch.promote_types(self.dtype, torch.float32)  # no generator draws half types directly everywhere
+        wide = torch.promote_types(self.dtype, torch.float32)  # not every generator can draw half types
 
         def values_of(array: str) -> Tensor:
             return values(array, self.shape_of(array), generator, wide).to(self.dtype_of(array))
@@ -144,10 +144,10 @@ class OpCase(Case[Inputs]):
         return [partial(function, *one.arguments) for one in inputs]
 
     def function(self, candidate: str) -> Callable[..., Any]:
-        """A candidate as a function of the input tensors alone.
+        """Return an implementation as a function of the input tensors alone.
 
-        In half types the baselines compute in float32, as autocast has them do and as the ops do: log-likelihoods that
-        are rounded to bfloat16 are off by as much as a nat.
+        For half types, the baselines compute in float32, as under autocast and as in the ops: log-likelihoods rounded
+        to bfloat16 are off by as much as a nat.
         """
         if candidate == "fused":
             return self._bind(ops)
@@ -160,13 +160,14 @@ class OpCase(Case[Inputs]):
         def formula(*tensors: Tensor) -> Any:
             return by_hand(*tensors)
 
-        torch.compiler.reset()  # or shape after shape would meet the recompilation limit, and run uncompiled
-        # code on disk that was compiled for another number of threads does not count as the same, if the options tell
+        torch.compiler.reset()  # otherwise later shapes would reach the recompilation limit and run uncompiled
+        # the thread count in the options keeps torch from reusing cached code compiled for another number of threads
         return torch.compile(formula, fullgraph=True, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
 
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        """Of log-densities and gradients. Draws are random, but the rest follows from them: it is held to those of the
-        z that was drawn. None where there is nothing else, or where z is rounded to a half type and says too little.
+        """Return the error of log-densities and gradients. Draws are random, but the rest follows from the drawn z.
+
+        None if there is nothing but draws, or if z is rounded to a half type and so does not determine the rest.
         """
         results, gradients = result if self.backward else (_tuple(result), ())
         skipped = 1 if self.op.draws else 0
@@ -197,7 +198,7 @@ class OpCase(Case[Inputs]):
         return widened
 
     def _exact(self, inputs: Inputs, results: tuple[Tensor, ...]) -> list[Tensor]:
-        """Results and gradients in float64; of a draw, with the noise that the drawn z must have come from."""
+        """Return results and gradients in float64; for a draw, with the noise that z implies."""
         parameters = {id(tensor) for tensor in inputs.parameters}
         wide = [t.detach().double().requires_grad_(id(t) in parameters) for t in inputs.arguments]
         if self.op.draws:
@@ -214,7 +215,7 @@ class OpCase(Case[Inputs]):
 
 
 def cases(device: str = "cpu", quick: bool = False) -> list[OpCase]:
-    """All cases for a kind of device, `"cpu"` or `"cuda"`; or the largest of each op and pass, in float32."""
+    """Return all cases for a device type, `"cpu"` or `"cuda"`; if quick, only the largest float32 ones."""
     return list(_cases(device, quick))
 
 
@@ -243,7 +244,7 @@ def _cases(device: str, quick: bool) -> Iterator[OpCase]:
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
-    """The cases beyond the cache, and those within."""
+    """Return the cases larger than the cache, and those that fit in it."""
     large: list[Row] = []
     small: list[Row] = []
     for row in rows(records):
@@ -253,7 +254,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
 
 
 def headline(records: Iterable[Record]) -> list[Record]:
-    """Float32, at 100 events and at the most that were measured."""
+    """Return the float32 records at 100 events and at the most events measured."""
     widths = {op: traffic.widths[0] for op, traffic in TRAFFIC.items()}
     plain = [r for r in records if r["dtype"] == "float32" and r["shape"][1:] == [widths.get(r["op"])]]
     most = {r["op"]: max(other["shape"][0] for other in plain if other["op"] == r["op"]) for r in plain}
@@ -261,15 +262,15 @@ def headline(records: Iterable[Record]) -> list[Record]:
 
 
 class Goal(NamedTuple):
-    """An op, its working set beyond the cache, compared with the fastest of some others, or with a copy."""
+    """A target for an op whose arrays exceed the cache, relative to its fastest baseline or to a copy."""
 
     op: str
     pass_name: str
     others: tuple[str, ...]
     at_least: float
-    """Times as fast as the others; or of copy speed, where there are none."""
+    """The least speedup over the baselines; without baselines, the least fraction of copy speed."""
     with_avx2: float | None = None
-    """The same without AVX-512, where it differs."""
+    """The same without AVX-512, if different."""
     dtype: str = "float32"
 
 
@@ -315,17 +316,17 @@ GOALS = {
         Goal("gaussian_log_prob", _BACKWARD, ("compile",), 1),
     ),
 }
-"""By kind of device."""
+"""By device type."""
 
 
 def outcomes(result: Result) -> list[Outcome]:
-    """The goals for the device, each held to the largest case of its op, pass and dtype, in the customary width."""
+    """Check the goals for the device on the largest case of each op, pass and dtype at the common width."""
     widths = {op: traffic.widths[0] for op, traffic in TRAFFIC.items()}
     large: dict[tuple[str, str, str], Row] = {}
     for row in sorted(rows(result["records"]), key=lambda row: next(iter(row.values()))["bytes"]):
         fused = row.get("fused")
         if fused and fused["bandwidth_fraction"] is not None and fused["shape"][1:] == [widths.get(fused["op"])]:
-            large[fused["op"], fused["pass"], fused["dtype"]] = row  # the largest is the last
+            large[fused["op"], fused["pass"], fused["dtype"]] = row  # the last is the largest
     found = []
     for goal in GOALS[result["machine"]["device"]]:
         wanted = goal.with_avx2 if goal.with_avx2 and result["machine"]["simd"] == "AVX2" else goal.at_least
@@ -336,7 +337,7 @@ def outcomes(result: Result) -> list[Outcome]:
             "op": f"`{goal.op}`",
             "pass": goal.pass_name,
             "dtype": goal.dtype,
-            "beside": " and ".join(goal.others) or "a copy",
+            "versus": " and ".join(goal.others) or "a copy",
             "measured": NONE if measured is None else f"{measured:.{1 if goal.others else 2}f}{unit}",
             "goal": f"≥ {wanted:g}{unit}",
         }
@@ -382,7 +383,7 @@ def _forward_and_backward(
     parameters: tuple[Tensor, ...],
     upstream: tuple[Tensor, ...],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Results, and gradients of the parameters."""
+    """Return the results, and the gradients of the parameters."""
     results = _tuple(function(*arguments))
     return results, torch.autograd.grad(results, parameters, upstream)
 

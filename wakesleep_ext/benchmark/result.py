@@ -1,4 +1,4 @@
-"""What a run leaves: its records and where they were taken, in a JSON file; and whether a later run is worse."""
+"""Store the result of a run as JSON, with its records and environment, and compare it with an earlier run."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ _Record = TypedDict(
 
 
 class Record(_Record, total=False):
-    """A candidate on a case.
+    """A measurement of one implementation on one case.
 
-    Median time of a call and its interquartile range in microseconds; the largest error against float64, relative, null
-    where only a draw could be compared; the bytes that have to be moved; the fraction of copy bandwidth at which they
-    were, null where it is not their transfer that takes the time; and the most bytes allocated at once.
+    `median_us` and `iqr_us` are the median time of a call and its interquartile range, in microseconds. `max_error` is
+    the largest relative error against float64, null if only a draw could be compared. `bytes` is the memory traffic
+    that a call needs. `bandwidth_fraction` is the fraction of copy bandwidth reached, null if moving data does not
+    dominate. `peak_bytes` is the peak of allocated memory.
     """
 
     launches: int | None
-    """Kernels that a call launches on a GPU, null on a CPU; older files do not tell."""
+    """Kernels that a call launches on a GPU, null on a CPU; absent in older files."""
 
 
 class Machine(TypedDict):
-    """Where and with what a result was taken."""
+    """The computer and software of a run."""
 
     device: str
     processor: str
@@ -61,9 +62,9 @@ class Machine(TypedDict):
     cuda: str | None
     wakesleep_ext: str | None
     commit: str | None
-    """Null where the package is not the checkout that it was built in."""
+    """Null if the package is not in the checkout where it was built."""
     modified: bool | None
-    """Whether tracked files differed from that commit."""
+    """True if tracked files differed from that commit."""
     command: str
 
 
@@ -74,24 +75,24 @@ class _Result(TypedDict):
 
 
 class Result(_Result, total=False):
-    """A run of a suite."""
+    """The result of running a suite."""
 
     suite: str
-    """Its name; files older than the second suite do not tell."""
+    """Name of the suite; absent in files older than the second suite."""
 
 
 class ResultError(ValueError):
-    """A file holds no result, or one without what was asked of it."""
+    """A file does not contain a result, or not what was asked for."""
 
 
 Row = dict[str, Record]
-"""The records of a case, by candidate."""
+"""The records of a case, by implementation."""
 
 _NOISE_FLOOR = 0.05
 
 
 def write(path: Path, result: Result) -> None:
-    """Write a result as JSON, a record a line, atomically."""
+    """Write a result as JSON, one record per line, atomically."""
     records = ",\n".join(f"    {json.dumps(record, allow_nan=False)}" for record in result["records"])
     head = {name: value for name, value in result.items() if name != "records"}
     text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "records": [\n{records}\n  ]\n}}\n'
@@ -99,10 +100,10 @@ def write(path: Path, result: Result) -> None:
 
 
 def read(path: Path) -> Result:
-    """Read what :func:`write` has written.
+    """Read a result that :func:`write` has written.
 
     Raises:
-        ResultError: the file is missing, or something else.
+        ResultError: the file is missing, or is not a result.
     """
     try:
         result = json.loads(path.read_bytes())
@@ -119,7 +120,7 @@ def read(path: Path) -> Result:
 
 
 def _check(where: str, value: Any, hint: Any) -> None:
-    """That a value out of a JSON file has the type it should have; objects may have more than they should."""
+    """Check that a value from a JSON file has the expected type; objects may have additional keys."""
     if get_origin(hint) is list and isinstance(value, list):
         for number, element in enumerate(value):
             _check(f"{where}[{number}]", element, *get_args(hint))
@@ -134,11 +135,11 @@ def _check(where: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{where}: expected {expected}, got {value!r:.40}")
 
 
-# ---- the machine -----------------------------------------------------------------------------------------------------
+# ---- the environment -------------------------------------------------------------------------------------------------
 
 
 def machine(device: torch.device, threads: int, command: str) -> Machine:
-    """The machine, the versions and the commit at hand."""
+    """Return the computer, the versions and the commit of this run."""
     commit, modified = _commit(Path(__file__).resolve().parents[2])
     return {
         "device": device.type,
@@ -169,12 +170,12 @@ def _processor() -> str:
 def _version() -> str | None:
     try:
         return version("wakesleep_ext")
-    except PackageNotFoundError:  # a source tree that was built in place
+    except PackageNotFoundError:  # a source tree built in place
         return None
 
 
 def _commit(checkout: Path) -> tuple[str | None, bool | None]:
-    """The commit that the package is at, and whether tracked files differ from it; of an installed copy, none."""
+    """Return the package's commit, and whether tracked files differ from it; None for an installed copy."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
@@ -189,7 +190,7 @@ def _commit(checkout: Path) -> tuple[str | None, bool | None]:
 
 
 def place(result: Result) -> str:
-    """The GPU, or the CPU with its instruction set and threads."""
+    """Return the GPU, or the CPU with its instruction set and threads."""
     about = result["machine"]
     plural = "s" * (about["threads"] != 1)
     return about["gpu"] or f"{about['processor']}, {about['simd']}, {about['threads']} thread{plural}"
@@ -199,7 +200,7 @@ def place(result: Result) -> str:
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """The records case by case, in the order of the suite."""
+    """Group the records by case, in the order of the suite."""
     cases: dict[tuple[Any, ...], Row] = {}
     for record in records:
         cases.setdefault(_case(record), {})[record["candidate"]] = record
@@ -207,7 +208,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
 
 def ratio(row: Row, candidate: str) -> float | None:
-    """How many times as long as the fused op a candidate takes; None if either was not measured."""
+    """Return an implementation's time divided by the fused op's; None if either was not measured."""
     if candidate not in row or "fused" not in row:
         return None
     return row[candidate]["median_us"] / row["fused"]["median_us"]
@@ -218,7 +219,7 @@ def title(record: Record) -> str:
 
 
 def inaccurate(records: Iterable[Record]) -> list[str]:
-    """The cases where the fused op errs by more than twice what eager does, and a rounding of the inputs."""
+    """Return the cases where the fused op's error exceeds twice eager's plus a rounding of the inputs."""
     found = []
     for row in rows(records):
         if "fused" not in row or "eager" not in row:
@@ -233,14 +234,14 @@ def inaccurate(records: Iterable[Record]) -> list[str]:
 
 
 def regressions(old: Result, new: Result) -> list[str]:
-    """The cases where the fused op has become slower, in words.
+    """Describe the cases where the fused op has become slower.
 
-    What is compared is its time in units of eager's, or where either run lacks eager, its time: the candidates take
-    turns, so that the load of the machine cancels. A case counts if that has grown by more than 5% and the noise: the
-    interquartile ranges of all medians that enter, relative to these, added as squares.
+    Times are compared in units of eager's, or absolutely if either run lacks eager. The implementations take turns, so
+    the load of the computer cancels. A case counts if the time has grown by more than 5% plus the noise. The noise is
+    the root of the sum of squares of the relative interquartile ranges of all medians involved.
 
     Raises:
-        ResultError: no case of the one run is in the other.
+        ResultError: the two results have no fused case in common.
     """
     before = {_case(row["fused"]): row for row in rows(old["records"]) if "fused" in row}
     after = [row for row in rows(new["records"]) if "fused" in row and _case(row["fused"]) in before]

@@ -1,7 +1,7 @@
-"""A whole step of wake-sleep as cases to be measured: nets, batches and numbers of samples, and the candidates.
+"""Define the cases of a whole wake-sleep step: networks, batch sizes, numbers of samples, and implementations.
 
-A step binarises a batch of grey images, trains the generative network on what the recognition network makes of them,
-then the recognition network on as many dreams. A shape is `[L, B, D]`: L samples of z for each of B images of D pixels.
+A step binarises a batch of grey images and trains the generative network on latents inferred from them. It then trains
+the recognition network on as many dreams. A shape is `[L, B, D]`: L samples of z for each of B images of D pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from wakesleep_ext.benchmark import distributions, eager
 from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
 from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite
-from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.trainer import Trainer
@@ -32,27 +33,27 @@ _BATCHES, _NUM_SAMPLES = (20, 100, 1000), (1, 5, 50)
 
 _IMAGES = 2000
 _INK = 0.2
-"""Part of the pixels that are not black; in MNIST 19%."""
+"""Fraction of pixels that are not black; 19% in MNIST."""
 
 
 class Inputs(NamedTuple):
-    """What a step gets, besides the networks, which every candidate has of its own."""
+    """The inputs of a step, apart from the networks, of which every implementation has its own."""
 
     images: Images
     batch: Tensor
-    """Which of them, int64 `[B]`."""
+    """Indices of the batch's images, int64 `[B]`."""
 
 
 @dataclass(frozen=True)
 class StepCase(Case[Inputs]):
-    """A step in float32; every call is one more step on the same batch."""
+    """A step in float32; each call takes another step on the same batch."""
 
     candidates: ClassVar[tuple[str, ...]] = ("fused", "eager", "distributions", "compile", "products")
     arithmetic_bound: ClassVar[bool] = True
-    block_seconds: ClassVar[float] = 5e-2  # so that a step finds in cache what the one before has left, as in training
+    block_seconds: ClassVar[float] = 5e-2  # long enough that a step finds its data in cache, as in training
 
     net: tuple[int, ...]
-    """Widths of the recognition network from x to z; the generative network has the same in reverse."""
+    """Widths of the recognition network from x to z; the generative network reverses them."""
     batch: int
     num_samples: int
 
@@ -72,7 +73,7 @@ class StepCase(Case[Inputs]):
     @property
     def _parameters(self) -> int:
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in self._model.build().parameters())
+            return sum(parameter.numel() for parameter in HelmholtzMachine.from_config(self._model).parameters())
 
     @property
     def _model(self) -> ModelConfig:
@@ -81,12 +82,12 @@ class StepCase(Case[Inputs]):
 
     @property
     def bytes(self) -> int:
-        """Parameters and both of Adam's moments read and written, gradients written and read, and the batch read."""
+        """Parameters and both Adam moments read and written, gradients written and read, and the batch read."""
         return 8 * torch.float32.itemsize * self._parameters + self.batch * self.net[0]
 
     @property
     def footprint(self) -> int:
-        """Of parameters, gradients and Adam's moments, and the batch."""
+        """Bytes of parameters, gradients, Adam's moments and the batch."""
         return 4 * torch.float32.itemsize * self._parameters + self.batch * self.net[0]
 
     def inputs(self, device: torch.device) -> Inputs:
@@ -97,10 +98,10 @@ class StepCase(Case[Inputs]):
         return Inputs(images, torch.randperm(_IMAGES, generator=generator)[: self.batch].to(device))
 
     def machine(self, images: Images) -> HelmholtzMachine:
-        """Networks of their own, always of the same weights."""
+        """Return new networks, always with the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1234)
-            machine = self._model.build(images.mean().cpu())
+            machine = HelmholtzMachine.from_config(self._model, images.mean().cpu())
         return machine.to(images.grey.device)
 
     def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
@@ -115,7 +116,7 @@ class StepCase(Case[Inputs]):
         return self._by_hand(machine, inputs, *_losses(candidate))
 
     def _by_hand(self, machine: HelmholtzMachine, inputs: Inputs, wake_loss: _Loss, sleep_loss: _Loss) -> Call:
-        """The step around two losses, as one writes it."""
+        """Write the step around two losses, as one would by hand."""
         recognition, generative = (nn.Sequential(*network) for network in _networks(machine))
         wake, sleep = (_adam(network, self.training) for network in (generative, recognition))
         (images, batch), latent = inputs, self.net[-1]
@@ -131,8 +132,10 @@ class StepCase(Case[Inputs]):
         return take_step
 
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        """Of our losses: those of the same step in float64 follow from the same keys. The draws of the others cannot be
-        repeated, and the matrix products have no losses."""
+        """Return the error of the fused losses against the same step in float64, with the same keys.
+
+        None for the others: their draws cannot be repeated, and the GEMMs alone have no losses.
+        """
         if candidate != "fused":
             return None
         wide = Trainer(self.machine(inputs.images).double(), inputs.images, self.training)
@@ -141,13 +144,13 @@ class StepCase(Case[Inputs]):
 
 @dataclass(frozen=True)
 class CudaStepCase(StepCase):
-    """There are graphs on a GPU."""
+    """On a GPU there is also `compile` with CUDA graphs."""
 
     candidates: ClassVar[tuple[str, ...]] = (*StepCase.candidates[:-1], "compile with graphs", "products")
 
 
 def cases(device: str = "cpu", quick: bool = False) -> list[StepCase]:
-    """All cases for a kind of device, `"cpu"` or `"cuda"`; or two small ones of the narrow net."""
+    """Return all cases for a device type, `"cpu"` or `"cuda"`; if quick, two small ones of the narrow network."""
     return list(_cases(CudaStepCase if device == "cuda" else StepCase, quick))
 
 
@@ -164,23 +167,23 @@ def _cases(case: type[StepCase], quick: bool) -> Iterator[StepCase]:
 
 
 def _losses(candidate: str) -> tuple[_Loss, _Loss]:
-    """Wake loss and sleep loss as a candidate has them."""
+    """Return an implementation's wake loss and sleep loss."""
     if candidate == "distributions":
         return distributions.wake_loss, distributions.sleep_loss
     if candidate == "eager":
         return eager.wake_loss, eager.sleep_loss
-    torch.compiler.reset()  # or shape after shape would meet the recompilation limit, and run uncompiled
+    torch.compiler.reset()  # otherwise later shapes would reach the recompilation limit and run uncompiled
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     if candidate == "compile with graphs":
         with_graphs = partial(compiled, mode="reduce-overhead")
         return _copied(with_graphs(eager.wake_loss)), _copied(with_graphs(eager.sleep_loss))
-    # code on disk that was compiled for another number of threads does not count as the same, if the options tell
+    # the thread count in the options keeps torch from reusing cached code compiled for another number of threads
     on_threads = partial(compiled, options={"cpp.threads": torch.get_num_threads()})
     return on_threads(eager.wake_loss), on_threads(eager.sleep_loss)
 
 
 def _copied(loss: _Loss) -> _Loss:
-    """What a graph has returned is overwritten as it is replayed."""
+    """Copy the loss, since the next replay of the graph overwrites it."""
     return lambda *arguments: loss(*arguments).clone()
 
 
@@ -197,7 +200,7 @@ def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 
 
 def _networks(machine: HelmholtzMachine) -> tuple[nn.Sequential, nn.Sequential]:
-    """From x to the packed parameters of z, and from z to the logits of x."""
+    """Return the networks from x to the packed parameters of z, and from z to the logits of x."""
     (recognition,), (generative, _) = machine.recognition, machine.generative
     assert isinstance(recognition.network, nn.Sequential)
     assert isinstance(generative.network, nn.Sequential)
@@ -205,7 +208,7 @@ def _networks(machine: HelmholtzMachine) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def _products(machine: HelmholtzMachine, batch: int, num_samples: int) -> Call:
-    """The matrix products of a step, by `torch.mm`, and nothing else."""
+    """Return a call that runs the GEMMs of a step with `torch.mm`, and nothing else."""
     recognition, generative = _networks(machine)
     passes = (
         _Products(recognition, batch, backward=False),
@@ -223,7 +226,7 @@ def _products(machine: HelmholtzMachine, batch: int, num_samples: int) -> Call:
 
 
 class _Products:
-    """Those of one network on some rows, into memory that is there already."""
+    """The GEMMs of one network on a number of rows, into preallocated memory."""
 
     def __init__(self, network: nn.Sequential, rows: int, backward: bool) -> None:
         self.weights = [layer.weight.detach() for layer in network if isinstance(layer, nn.Linear)]
@@ -238,7 +241,7 @@ class _Products:
             torch.mm(below, weight.t(), out=above)
 
     def backward(self) -> None:
-        """None for the first layer's input, which is data or was drawn without gradient."""
+        """Skip the gradient of the first layer's input, which is data or was drawn without gradient."""
         for number in reversed(range(len(self.weight_gradients))):
             above = self.gradients[number + 1]
             torch.mm(above.t(), self.layers[number], out=self.weight_gradients[number])
@@ -251,11 +254,11 @@ class _Products:
 _Narrow: TypeAlias = "dict[tuple[int, int], Row]"
 
 BURDA_STEPS = 9_840_000
-"""Of batch 20 with L = 1, in the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders", ICLR
-2016): 3,280 passes over 60,000 images."""
+"""Steps of batch 20 with L = 1 in the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders",
+ICLR 2016): 3,280 passes over 60,000 images."""
 
 _AT_MOST = {
-    # on a CPU, by batch and L of the narrow net: times its matrix products, and what would be better still
+    # on a CPU, for (batch, L) of the narrow network: the most times as long as its GEMMs, and a further goal
     (20, 1): (1.6, None),
     (100, 5): (1.35, 1.25),
     (100, 50): (1.35, 1.25),
@@ -263,14 +266,14 @@ _AT_MOST = {
 
 
 _AT_LEAST = {"eager": 5, "compile": 2, "compile with graphs": 1}
-"""On a GPU, times as fast as others at every batch of 256 or less."""
+"""On a GPU, the least speedup over each baseline at every batch size up to 256."""
 _MOST_KERNELS = 39
-"""Of a step of batch 20 with L = 1; four of them are the optimizers'."""
+"""Kernels of a step of batch 20 with L = 1, of which the optimizers launch four."""
 _PROTOCOL_MINUTES = 20
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
-    """The cases net by net."""
+    """Group the cases by network."""
     nets: dict[str, list[Row]] = {}
     for row in rows(records):
         nets.setdefault(_some(row)["op"], []).append(row)
@@ -278,7 +281,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
 
 
 def outcomes(result: Result) -> list[Outcome]:
-    """The goals for the device, all of the narrow net."""
+    """Check the goals for the device, all of which concern the narrow network."""
     narrow = _narrow(rows(result["records"]))
     return _on_a_gpu(narrow) if result["machine"]["device"] == "cuda" else _on_a_cpu(narrow)
 
@@ -311,7 +314,7 @@ def _on_a_gpu(narrow: _Narrow) -> list[Outcome]:
     for rival, wanted in _AT_LEAST.items():
         ratios = [ratio(row, rival) for (batch, _), row in narrow.items() if batch <= 256]
         least = min((measured for measured in ratios if measured is not None), default=None)
-        found.append(outcome(f"speed beside {rival}, batches of 256 or less", least, TIMES, at_least=wanted))
+        found.append(outcome(f"speed versus {rival}, batches of 256 or less", least, TIMES, at_least=wanted))
     fused = narrow.get((20, 1), {}).get("fused")
     kernels, minutes = (fused.get("launches"), fused["median_us"] * BURDA_STEPS / 60e6) if fused else (None, None)
     found.append(outcome("kernels of a step, batch 20, L = 1", kernels, "", at_most=_MOST_KERNELS))
@@ -320,7 +323,7 @@ def _on_a_gpu(narrow: _Narrow) -> list[Outcome]:
 
 
 def notes(cases: Sequence[Row]) -> list[str]:
-    """How long the whole of Burda's protocol would take."""
+    """Return how long Burda's whole protocol would take."""
     row = _narrow(cases).get((20, 1))
     if row is None:
         return []
@@ -330,14 +333,14 @@ def notes(cases: Sequence[Row]) -> list[str]:
 
 
 def _narrow(cases: Iterable[Row]) -> _Narrow:
-    """The narrow net's cases by batch and L."""
+    """Return the narrow network's cases by batch and L."""
     labels = StepCase(NET, 1, 1).labels
     of_net = [(record["shape"], row) for row in cases if (record := _some(row))["op"] == labels["op"]]
     return {(batch, num_samples): row for (num_samples, batch, _), row in of_net}
 
 
 def _over_products(row: Row) -> float | None:
-    """Our time in units of the matrix products'."""
+    """Return our time in units of the GEMMs' time."""
     found = ratio(row, "products")
     return None if found is None else 1 / found
 

@@ -1,4 +1,4 @@
-"""What a suite is: its cases, and how the records of these are read."""
+"""Define a suite: its cases, and how to read their records."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from wakesleep_ext.benchmark.result import Record, Result, Row
 TIMES, NONE = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 
 Section = tuple[str, list[Row]]
-"""Cases under a heading."""
+"""A heading and its cases."""
 
 
 class Outcome(NamedTuple):
-    """A goal that was set, and what came of it."""
+    """A goal, and whether it was met."""
 
     cells: Mapping[str, str]
-    """What is written of it, by title."""
+    """The cells of its table row, by column title."""
     met: bool | None
     """None if it was not measured."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured, and all that telling of it asks of a suite."""
+    """The cases to measure, and everything the reports need."""
 
     noun: str
-    """What a case is one of."""
+    """What a case is called, such as "op"."""
     cases: Callable[[str, bool], Sequence[Case[Any]]]
-    """The cases for a kind of device, `"cpu"` or `"cuda"`; few or all."""
+    """Returns the cases for a device type, `"cpu"` or `"cuda"`; only a few if the second argument is true."""
     rivals: tuple[str, ...]
-    """The candidates whose time is given in units of ours."""
+    """The implementations whose time is given as a multiple of ours."""
     faster_than: tuple[str, ...]
-    """Those of them that no case may be slower than."""
+    """The baselines that every case should beat."""
     sections: Callable[[Iterable[Record]], list[Section]]
-    """The cases in groups, none of them empty."""
+    """Groups the cases; no group is empty."""
     headline: Callable[[Iterable[Record]], list[Record]]
-    """What a reader wants to see first."""
+    """Selects the records that a reader wants to see first."""
     columns: Mapping[str, Callable[[Record], str]]
-    """What tells the cases of a section apart, by title."""
+    """Columns that tell the cases of a section apart, by title."""
     label: Callable[[Record], str]
-    """The same in a picture."""
+    """Labels a case in a picture."""
     yardstick: tuple[str, Callable[[Row], float | None], str]
-    """What our time is held to: its title, the figure, and the format of that."""
+    """The reference for our time: its title, the figure, and the format of the figure."""
     goals: Callable[[Result], list[Outcome]]
-    """The goals that are set for it, in view of a result."""
+    """Checks the goals of the suite against a result."""
     goals_are_for: Mapping[str, str]
-    """The machine that they are set for, by kind of device."""
+    """The hardware that the goals are set for, by device type."""
     decimals: int = 1
-    """Of how many times as long the rivals take."""
+    """Decimals of the baselines' times as multiples of ours."""
     notes: Callable[[Sequence[Row]], list[str]] = lambda cases: []
-    """What follows from the figures: paragraphs below the tables."""
+    """Derives paragraphs below the tables from the figures."""
 
 
 def shape(record: Record) -> str:

@@ -3,8 +3,3 @@
 `problems` has the problems and their answers, `calibration` the test that posteriors are calibrated, `training` what
 they are trained with, `command` the command.
 """
-
-from wakesleep_ext.check.command import check
-from wakesleep_ext.check.problems import Answer
-
-__all__ = ["Answer", "check"]

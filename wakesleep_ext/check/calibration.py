@@ -1,5 +1,5 @@
-"""Simulation-based calibration (Talts, Betancourt, Simpson, Vehtari & Gelman, "Validating Bayesian inference algorithms
-with simulation-based calibration", 2018).
+"""Run simulation-based calibration (Talts, Betancourt, Simpson, Vehtari & Gelman, "Validating Bayesian inference
+algorithms with simulation-based calibration", 2018).
 
 For z ~ p(z) and x ~ p(x|z), the rank of z among draws from q(z|x) is uniform if q(z|x) = p(z|x).
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 from wakesleep_ext.check.training import Keys, Networks
 
 NUM_SAMPLES = 19
-"""Draws from q for each dream: 20 ranks."""
+"""Draws from q per dream, which give 20 ranks."""
 
 
 @torch.no_grad()
 def ranks(networks: Networks, num_dreams: int, seed: int = 1) -> Tensor:
-    """How many of the draws lie below the dream's own z_1: int64 `[num_dreams, K]`, 0 to `NUM_SAMPLES`."""
+    """Return how many of the draws lie below the dream's own z_1: int64 `[num_dreams, K]`, 0 to `NUM_SAMPLES`."""
     keys, (recognition, generative) = Keys(seed), networks
     latents, x = generative.dream(num_dreams, keys=keys(len(generative)))
     draws = recognition.rsample(x, NUM_SAMPLES, keys=keys(len(recognition)))
@@ -25,7 +25,7 @@ def ranks(networks: Networks, num_dreams: int, seed: int = 1) -> Tensor:
 
 
 def uniformity(ranks: Tensor) -> float:
-    """p-value of Pearson's chi-squared test that ranks `[N]` are uniform."""
+    """Return the p-value of Pearson's chi-squared test that ranks `[N]` are uniform."""
     counts = ranks.bincount(minlength=NUM_SAMPLES + 1).double()
     expected = counts.mean()
     chi_squared = ((counts - expected) ** 2 / expected).sum()

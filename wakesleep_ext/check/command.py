@@ -1,15 +1,16 @@
-"""`wakesleep check`."""
+"""`wakesleep check`. It imports what it needs when it runs, so that its help does without torch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wakesleep_ext.check.calibration import NUM_SAMPLES
-from wakesleep_ext.check.problems import PROBLEMS, Answer, Check
-from wakesleep_ext.report import plots
 from wakesleep_ext.usage import UsageError
+
+if TYPE_CHECKING:
+    from wakesleep_ext.check.problems import Answer
 
 
 def check(quick: bool = False, json: bool = False, plot: Path | None = None) -> int:
@@ -20,12 +21,15 @@ def check(quick: bool = False, json: bool = False, plot: Path | None = None) -> 
         json: Print one JSON object instead of a table.
         plot: Draw the histograms of simulation-based calibration to this file, a PNG.
     """
+    from wakesleep_ext.check import calibration, problems
+    from wakesleep_ext.report import plots
+
     if plot and plot.suffix != ".png":
         raise UsageError(f"expected --plot to name a .png file, got {plot}")
-    form, answers = Check(quick=quick, ranks={}), []
+    form, answers = problems.Check(quick=quick, ranks={}), []
     if not json:
         print(_ROW.format("problem", "quantity", "expected", "got", "tolerance", ""))
-    for problem in PROBLEMS:
+    for problem in problems.PROBLEMS:
         for answer in problem(form):
             answers.append(answer)
             if not json:
@@ -36,7 +40,7 @@ def check(quick: bool = False, json: bool = False, plot: Path | None = None) -> 
     else:
         print(f"\n{failed or 'none'} of {len(answers)} wrong")
     if plot:
-        plots.rank_histograms(plot, form.ranks, NUM_SAMPLES + 1)
+        plots.rank_histograms(plot, form.ranks, calibration.NUM_SAMPLES + 1)
     return int(failed > 0)
 
 

@@ -1,6 +1,6 @@
-"""Problems with exact answers: what each phase must come to, if densities, gradients and objectives are right.
+"""Check training on problems with exact answers, which test densities, gradients and objectives together.
 
-Expected numbers were computed by quadrature, and checked by an independent integrator.
+The expected numbers were computed by quadrature, and checked with an independent integrator.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from wakesleep_ext.check.training import (
 from wakesleep_ext.evaluation.annealing import annealed_log_likelihood
 from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll, log_likelihood_bounds
 from wakesleep_ext.helmholtz.conditionals import GaussianConditional, StandardGaussianPrior
-from wakesleep_ext.helmholtz.models import GenerativeNetwork, ModelConfig, RecognitionNetwork
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import GenerativeNetwork, HelmholtzMachine, RecognitionNetwork
 from wakesleep_ext.helmholtz.objectives import elbo_loss, sleep_phi_loss, wake_theta_loss
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
@@ -39,16 +40,16 @@ from wakesleep_ext.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Answer:
-    """A number that is known, and what came."""
+    """An expected number, and the computed one."""
 
     problem: str
     quantity: str
     expected: float
     got: float
     below: float
-    """How far it may be less than expected."""
+    """How far `got` may lie below `expected`."""
     above: float
-    """How far it may be more."""
+    """How far `got` may lie above `expected`."""
 
     @property
     def passed(self) -> bool:
@@ -57,20 +58,20 @@ class Answer:
 
 @dataclass
 class Check:
-    """Answers as they come, and the ranks of calibration by the name of their problem."""
+    """The options of a check, and the ranks of calibration by name of the problem."""
 
     quick: bool
     ranks: dict[str, Tensor]
 
     def effort(self, steps: int, draws: int) -> Effort:
-        """That of the quick form; four times as many steps otherwise."""
+        """Return the effort for the quick form, with four times as many steps for the full one."""
         return Effort(steps if self.quick else 4 * steps, draws)
 
 
 def near(
     problem: str, quantities: str | list[str], expected: float | Tensor | list[float], got: Tensor, tolerance: float
 ) -> Iterator[Answer]:
-    """An answer for each element."""
+    """Yield an answer for each element."""
     wanted, found = torch.as_tensor(expected, dtype=torch.float64).flatten(), got.detach().double().flatten()
     names = [quantities] * len(found) if isinstance(quantities, str) else quantities
     for name, one, other in zip(names, wanted.expand_as(found).tolist(), found.tolist(), strict=True):
@@ -81,7 +82,7 @@ def near(
 
 
 def constant_decoder(check: Check) -> Iterator[Answer]:
-    """Pixels that do not depend on z: the posterior is the prior, and importance weights do not vary."""
+    """Pixels do not depend on z: the posterior is the prior, and importance weights are constant."""
     problem = "1 decoder constant in z"
     bias = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
     recognition = Pixelwise(3)
@@ -107,7 +108,7 @@ def constant_decoder(check: Check) -> Iterator[Answer]:
 
 
 def one_pixel(check: Check) -> Iterator[Answer]:
-    """One pixel with logit c z, x = 1, for several c side by side; with the last, x is 1 where z > 0."""
+    """One pixel has logit c z, for several c at once; x = 1 if z > 0 for the last one."""
     problems = [*(f"3 one pixel, logit {c} z" for c in (1, 2, 4, 8)), "2 x = 1[z > 0]"]
     slopes = torch.tensor([1.0, 2.0, 4.0, 8.0, 1e6], dtype=torch.float64)
     mean = torch.tensor([0.413242, 0.605706, 0.729478, 0.778403, 0.797885], dtype=torch.float64)
@@ -121,7 +122,7 @@ def one_pixel(check: Check) -> Iterator[Answer]:
 
 
 def two_modes(check: Check) -> Iterator[Answer]:
-    """A posterior with two modes: sleep covers both, the ELBO takes one. Objectives that were swapped cannot pass."""
+    """The posterior has two modes: sleep covers both, the ELBO takes one. Swapped objectives fail."""
     problem = "4 which KL: logit 6 z1 z2"
     recognition = Pixelwise(2)
     networks = machine(recognition, Fixed(lambda z: 6 * z.prod(-1, keepdim=True)), 2)
@@ -154,7 +155,7 @@ ONE_PROBLEM = "5 four pixels, logits a z + b"
 
 
 def joint_fixed_points(check: Check) -> Iterator[Answer]:
-    """Four pixels that lean on one latent variable, and the data that they make: where each algorithm comes to rest."""
+    """Four pixels depend on one latent variable; data come from this model. Test where each algorithm converges."""
     data_log_prob = _log_marginal(_linear(SLOPES, OFFSETS)).detach()
     data = data_log_prob.exp()
     yield from near(ONE_PROBLEM, "entropy", 2.6138498, -(data * data_log_prob).sum(), 1e-6)
@@ -164,7 +165,7 @@ def joint_fixed_points(check: Check) -> Iterator[Answer]:
     deviation = (annealed.log_likelihood - data_log_prob) / annealed.standard_error
     yield from near(ONE_PROBLEM, "AIS: largest error, in its own", 0.0, deviation.abs().max(), 4.0)
 
-    # as many copies of each image as its probability asks for, so that a batch has no noise of its own
+    # copies of each image in proportion to its probability, so that the batch has no noise
     effort = check.effort(1500, 4000)
     images = EVERY_IMAGE.repeat_interleave((effort.draws * data).round().long(), 0)
     for name, expected, losses in (
@@ -183,7 +184,7 @@ def joint_fixed_points(check: Check) -> Iterator[Answer]:
 
 
 def _sleep_optimum(check: Check, data: Tensor) -> Iterator[Answer]:
-    """Of the sleep phase alone, on dreams of the generative network that made the data."""
+    """Test the optimum of the sleep phase alone, on dreams of the generative network that made the data."""
     recognition = Table(4, 2)
     networks = machine(recognition, _linear(SLOPES, OFFSETS), 1)
     sleep(networks, check.effort(500, 10_000))
@@ -194,7 +195,7 @@ def _sleep_optimum(check: Check, data: Tensor) -> Iterator[Answer]:
     z, log_weight = _quadrature()
     with torch.no_grad():
         log_joint = log_weight + ops.bernoulli_log_prob(_network(networks)(z), EVERY_IMAGE)
-        # the density of z, where the weight is that of its node
+        # the density of z, in place of the weight of its node
         log_posterior = log_joint - log_weight + ops.standard_gaussian_log_prob(z) - data.log()
         log_q = networks[0].log_prob([z.expand(-1, len(EVERY_IMAGE), -1)], EVERY_IMAGE)
         loss, kl = -(log_joint.exp() * log_q).sum(), (log_joint.exp() * (log_posterior - log_q)).sum()
@@ -235,7 +236,7 @@ def _network(networks: Networks) -> nn.Linear:
 
 @cache
 def _quadrature(nodes: int = 80) -> tuple[Tensor, Tensor]:
-    """Nodes `[A, 1, 1]` and logarithms of their weights `[A, 1]` for expectations under N(0, 1)."""
+    """Return nodes `[A, 1, 1]` and their log weights `[A, 1]` for expectations under N(0, 1)."""
     import numpy as np
 
     z, weights = np.polynomial.hermite_e.hermegauss(nodes)
@@ -243,7 +244,7 @@ def _quadrature(nodes: int = 80) -> tuple[Tensor, Tensor]:
 
 
 def _log_marginal(network: nn.Module) -> Tensor:
-    """log p(x) of every image, `[16]`."""
+    """Return log p(x) of every image, `[16]`."""
     z, log_weight = _quadrature()
     return (log_weight + ops.bernoulli_log_prob(network(z), EVERY_IMAGE)).logsumexp(0)
 
@@ -252,10 +253,10 @@ def _log_marginal(network: nn.Module) -> Tensor:
 
 
 def stationarity(check: Check) -> Iterator[Answer]:
-    """What holds at any optimum of networks that have output biases, whatever else they can express."""
+    """Test moments that hold at any optimum of networks with output biases, whatever else they can express."""
     problem = "6 moments at an optimum"
     torch.manual_seed(0)
-    whole = ModelConfig(16, (2,), (32,), (16,)).build().double()
+    whole = HelmholtzMachine.from_config(ModelConfig(16, (2,), (32,), (16,))).double()
     with torch.no_grad():
         for parameter in whole.generative.parameters():
             parameter.mul_(3)
@@ -279,7 +280,7 @@ def stationarity(check: Check) -> Iterator[Answer]:
 
 
 def linear_gaussian(check: Check) -> Iterator[Answer]:
-    """x ~ N(z, s^2): the posterior is Gaussian, and within reach of q."""
+    """x ~ N(z, s^2): the posterior is Gaussian, so q can match it exactly."""
     problem, variance = "8 linear-Gaussian", 0.25
     network = nn.Linear(1, 2)
     generative = Fixed(lambda z: torch.cat((z, torch.full_like(z, math.log(variance))), -1))
@@ -321,7 +322,7 @@ def bars(check: Check) -> Iterator[Answer]:
     yield from near(problem, "NLL of independent pixels", 8.006439, torch.tensor(baseline), 1e-5)
 
     torch.manual_seed(0)
-    whole = ModelConfig(16, (8,), (64,), (64,)).build(images.mean())
+    whole = HelmholtzMachine.from_config(ModelConfig(16, (8,), (64,), (64,)), images.mean())
     config = TrainConfig(
         objective="reweighted-wake-sleep",
         num_samples=10,
@@ -339,7 +340,7 @@ def bars(check: Check) -> Iterator[Answer]:
 
 
 def bar_images() -> Images:
-    """As many copies of each image, `[1875, 16]`, as make up its probability."""
+    """Return copies of each image in proportion to its probability, `[1875, 16]`."""
     pictures = []
     for on in product([0, 1], repeat=4):
         copies = 4 ** (4 - sum(on))

@@ -1,4 +1,4 @@
-"""Small networks and plain loops, for problems that need no more."""
+"""Small networks and plain training loops for the check problems."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Networks = tuple[RecognitionNetwork, GenerativeNetwork]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a problem is trained for."""
+    """The training effort of a problem."""
 
     steps: int
     draws: int
-    """In each step: dreams, or images."""
+    """Dreams or images per step."""
 
 
 class Keys:
-    """One key after the other, all of one seed."""
+    """Returns successive keys of one seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed, self._offsets = seed, count()
@@ -37,8 +37,8 @@ class Keys:
 
 
 class Pixelwise(nn.Module):
-    """Packed parameters of q(z|x), x `[*, D]` to `[*, 2K]`: each latent variable looks at one pixel, at its own where
-    there are as many, else at the only one there is."""
+    """Packed parameters of q(z|x), x `[*, D]` to `[*, 2K]`. Each latent variable depends on one pixel: its own if
+    D = K, the only one if D = 1."""
 
     def __init__(self, latent: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Pixelwise(nn.Module):
 
 
 class Table(nn.Module):
-    """Parameters of their own for each of the 2^D binary images: x `[*, D]` to `[*, size]`."""
+    """Separate parameters for each of the 2^D binary images: x `[*, D]` to `[*, size]`."""
 
     def __init__(self, pixels: int, size: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Fixed(nn.Module):
 
 
 def machine(recognition: nn.Module, generative: nn.Module, latent: int) -> Networks:
-    """One Gaussian layer and binary pixels, in float64: packed parameters of x, logits of z."""
+    """Build float64 networks with one Gaussian layer and binary pixels: packed parameters of x, logits of z."""
     return (
         RecognitionNetwork([GaussianConditional(recognition)]).double(),
         GenerativeNetwork([BernoulliConditional(generative), StandardGaussianPrior(latent)]).double(),
@@ -83,7 +83,7 @@ def machine(recognition: nn.Module, generative: nn.Module, latent: int) -> Netwo
 def minimise(
     losses: Iterator[Tensor], parameters: Iterable[nn.Parameter], steps: int, learning_rate: float = 0.1
 ) -> None:
-    """Adam with a step size that falls to a thousandth of its start, to average out the noise."""
+    """Run Adam with a learning rate that falls to a thousandth of its start, to average out the noise."""
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.001 ** (1 / steps))
     for _, loss in zip(range(steps), losses, strict=False):

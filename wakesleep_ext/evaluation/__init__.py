@@ -1,1 +1,1 @@
-"""How good a machine is: bounds, annealed importance sampling, and distances of dreams from data."""
+"""Evaluate a model: bounds, annealed importance sampling, and the distance of dreams from data."""

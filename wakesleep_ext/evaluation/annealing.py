@@ -1,10 +1,10 @@
-r"""Annealed importance sampling (Neal 2001): log p(x) without the recognition network, with an error bar.
+r"""Estimate log p(x) and its standard error by annealed importance sampling (Neal 2001), without recognition network.
 
-Chains go from the prior to the posterior of an image through :math:`f_\beta(z) = p(z)\, p(x \mid z)^\beta`, as Wu,
-Burda, Salakhutdinov & Grosse, "On the quantitative analysis of decoder-based generative models" (ICLR 2017) have it:
-along the sigmoidal schedule of their section 4, under Hamiltonian Monte Carlo. They start from the prior, not from q:
-what comes out owes nothing to the network that the importance-weighted bound leans on, finds modes that q has dropped,
-and so tells how far to trust that bound.
+Chains move from the prior to the posterior of an image through :math:`f_\beta(z) = p(z)\, p(x \mid z)^\beta`. This
+follows Wu, Burda, Salakhutdinov & Grosse, "On the quantitative analysis of decoder-based generative models" (ICLR
+2017): the sigmoidal schedule of section 4, with Hamiltonian Monte Carlo. Chains start from the prior, not from q. So
+the estimate does not depend on the network that the importance-weighted bound relies on, and finds modes that q misses.
+It therefore tells how far to trust that bound.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from wakesleep_ext.helmholtz.models import GenerativeNetwork
 
 _PILOT_CHAINS = 4
 _TARGET_ACCEPTANCE = 0.65
-_ADAPTATION = 0.2  # change of the log step size per unit of acceptance missed or in excess
+_ADAPTATION = 0.2  # change of the log step size per unit of excess or missing acceptance
 _SCHEDULE_SLOPE = 4.0
-_JITTER = 0.2  # of the log step size from chain to chain, lest trajectories close upon themselves
+_JITTER = 0.2  # spread of the log step size over chains, which keeps trajectories from closing on themselves
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class AnnealedLogLikelihood:
     """Estimates of log p(x) in nats, one per image: float64 `[N]`, on the CPU."""
 
     log_likelihood: Tensor
-    """Log of the mean weight of the chains. The mean itself is unbiased, so in expectation this lies below log p(x), by
-    half the squared standard error where that is small."""
+    """Log of the mean weight of the chains. The mean is unbiased, so in expectation its log lies below log p(x), by
+    half the squared standard error if that is small."""
     standard_error: Tensor
-    """Of `log_likelihood`, from the spread of the weights; NaN of a single chain."""
+    """Standard error of `log_likelihood`, from the spread of the weights; NaN for a single chain."""
     acceptance: Tensor
-    """Mean probability with which a transition was accepted."""
+    """Mean acceptance probability of a transition."""
 
     @property
     def mean(self) -> float:
-        """Mean log-likelihood of the images."""
+        """Mean log-likelihood over images."""
         return self.log_likelihood.mean().item()
 
     @property
     def standard_error_of_mean(self) -> float:
-        """What chance in the chains, which are independent from image to image, leaves uncertain of :attr:`mean`."""
+        """Standard error of :attr:`mean` due to the chains, which are independent between images."""
         return self.standard_error.square().sum().sqrt().item() / len(self.standard_error)
 
 
@@ -66,37 +66,37 @@ def annealed_log_likelihood(
     chunk_rows: int = 2000,
     on_images: Callable[[int], object] = lambda images: None,
 ) -> AnnealedLogLikelihood:
-    r"""Annealed importance sampling of each image.
+    r"""Estimate the log-likelihood of each image by annealed importance sampling.
 
     .. math:: \log \frac1C\sum_c w_c, \qquad
         \log w_c = \sum_{t=1}^{T} (\beta_t - \beta_{t-1}) \log p_\theta(x \mid z_{c,t-1}),
         \quad z_{c,0} \sim p(z),\; z_{c,t} \sim \mathcal T_{\beta_t}(\cdot \mid z_{c,t-1})
 
-    where each transition leaves :math:`p(z)\, p(x|z)^{\beta_t}` as it is. Gaussian latent variables, of however many
-    layers, move by Hamiltonian Monte Carlo, in the standard normal noise that they are a function of, whose prior is
-    the same for all of them; Bernoulli ones by flips that Metropolis' rule accepts or not. Step sizes are adapted to
-    each image and temperature on four chains more, which are not counted: those that are stay exact.
+    where each transition leaves :math:`p(z)\, p(x|z)^{\beta_t}` invariant. Gaussian latent variables move by
+    Hamiltonian Monte Carlo on the standard normal noise that determines them. So the prior of the noise is N(0, I) for
+    any number of layers. Bernoulli latent variables move by flips with Metropolis acceptance. Step sizes are adapted to
+    each image and temperature on four extra pilot chains. These are not counted, so the other chains stay exact.
 
     Args:
-        generative: what is to be judged; its latent variables all Gaussian or all Bernoulli.
-        x: binary pixels `[N, D]`, bool, uint8 or floating, on the device of the network.
-        num_chains: C, for each image.
+        generative: the network to evaluate; its latent variables must be all Gaussian or all Bernoulli.
+        x: binary pixels `[N, D]`, bool, uint8 or floating point, on the device of the network.
+        num_chains: C, per image.
         num_temperatures: T.
-        moves: leapfrog steps, or proposals to flip, in a transition. What is computed is T times that many gradients,
-            or values, for each of the (C + 4) N chains.
+        moves: leapfrog steps, or proposed flips, per transition. Each of the (C + 4) N chains computes T times as many
+            gradients, or values.
         seed: the same seed and chunk size give the same chains.
-        chunk_rows: chains that run side by side; memory depends on it alone.
-        on_images: called with the number of images that have just been finished.
+        chunk_rows: number of chains that run at once; memory depends on this alone.
+        on_images: called with the number of images just finished.
 
     Raises:
-        ValueError: a count below 1, or latent variables of another kind.
+        ValueError: a count is below 1, or the latent variables are of another kind.
     """
     counts = {"num_chains": num_chains, "num_temperatures": num_temperatures, "moves": moves, "chunk_rows": chunk_rows}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"annealed_log_likelihood: expected {name} >= 1, got {value}")
     kind = _kind(generative, x)
-    generative = deepcopy(generative).requires_grad_(False)  # gradients are wanted for z alone
+    generative = deepcopy(generative).requires_grad_(False)  # only z needs gradients
     keys = (random.make_key(seed, draw, x.device) for draw in count())
     betas = _sigmoidal(num_temperatures)
     weights, acceptances = [], []
@@ -120,14 +120,14 @@ def annealed_log_likelihood(
 
 
 class _Chains(ABC):
-    """Markov chains `[C, N]`, C for each image, that start from the prior."""
+    """Markov chains `[C, N]`, C per image, that start from the prior."""
 
     family: ClassVar[Family]
-    """Of the distributions whose values it moves."""
+    """The family of distributions whose values it moves."""
     first_step_size: ClassVar[float]
 
     state: Tensor
-    """`[C, N, K]`, the layers side by side."""
+    """`[C, N, K]`, all layers concatenated."""
     log_likelihood: Tensor
     """log p(x|z) at the state, `[C, N]`."""
 
@@ -141,11 +141,11 @@ class _Chains(ABC):
 
     @abstractmethod
     def move(self, beta: float, step_size: Tensor) -> Tensor:
-        """One transition at that temperature, of step sizes `[N]`; mean probability of its acceptance, `[N]`."""
+        """Make a transition at temperature beta with step sizes `[N]`; return its mean acceptance, `[N]`."""
 
 
 class _Hamiltonian(_Chains):
-    """Over noise e ~ N(0, I), of which z_T, ..., z_1 are a function, as a draw from the prior makes them."""
+    """Moves noise e ~ N(0, I), of which z_T, ..., z_1 are a function, as in a draw from the prior."""
 
     family = "gaussian"
     first_step_size = 0.3
@@ -178,7 +178,7 @@ class _Hamiltonian(_Chains):
         return ops.gaussian_rsample(zeros, zeros, key=next(self._keys))
 
     def _likelihood(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x|z) and its gradient for the noise."""
+        """Return log p(x|z) and its gradient with respect to the noise."""
         noise = noise.detach().requires_grad_()
         of_x, *of_latents = self._generative
         z: Tensor | None = None
@@ -191,7 +191,7 @@ class _Hamiltonian(_Chains):
 
 
 class _Flips(_Chains):
-    """Over Bernoulli variables; the step size is how many of them a proposal flips, on average."""
+    """Moves Bernoulli variables; the step size is the mean number of variables that a proposal flips."""
 
     family = "bernoulli"
     first_step_size = 1.0
@@ -219,14 +219,14 @@ class _Flips(_Chains):
 
     @torch.no_grad()
     def _log_probs(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(z) and log p(x|z)."""
+        """Return log p(z) and log p(x|z)."""
         factors = self._generative.factors(state.split(self._sizes, dim=-1), self._x)
         log_likelihood, *of_latents = [factor.log_prob() for factor in factors]
         return reduce(torch.add, of_latents), log_likelihood
 
 
 def _metropolis(log_ratio: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether proposals are accepted, and with what probability; where the ratio is NaN they are not."""
+    """Return which proposals are accepted, and their acceptance probability; a NaN ratio is rejected."""
     log_probability = log_ratio.nan_to_num(nan=-torch.inf).clamp_max(0.0)
     log_odds = log_probability - torch.log(-torch.expm1(log_probability))
     accepted = ops.bernoulli_sample(log_odds.unsqueeze(-1), dtype=torch.bool, key=key).squeeze(-1)
@@ -234,7 +234,7 @@ def _metropolis(log_ratio: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _adapted_step_sizes(chains: _Chains, betas: Sequence[float]) -> list[Tensor]:
-    """One `[N]` for each temperature: what it took, on these chains, to be accepted as often as is best for
+    """Return step sizes `[N]` for each temperature, adapted on these chains to the acceptance rate that is best for
     Hamiltonian Monte Carlo (Neal, "MCMC using Hamiltonian dynamics", 2011)."""
     step_size = torch.full_like(chains.log_likelihood[0], chains.first_step_size)
     step_sizes = []
@@ -245,7 +245,7 @@ def _adapted_step_sizes(chains: _Chains, betas: Sequence[float]) -> list[Tensor]
 
 
 def _kind(generative: GenerativeNetwork, x: Tensor) -> type[_Chains]:
-    """How its latent variables are moved."""
+    """Return the class of chains that moves these latent variables."""
     latents = generative.sample_latents((1,), keys=[random.make_key(0, device=x.device)] * (len(generative) - 1))
     _, *factors = generative.factors(latents, x[:1])
     found = [factor.distribution for factor in factors]
@@ -259,7 +259,7 @@ def _kind(generative: GenerativeNetwork, x: Tensor) -> type[_Chains]:
 
 
 def _sigmoidal(num_temperatures: int) -> list[float]:
-    """From 0 to 1 in so many steps, the smallest at both ends."""
+    """Return temperatures from 0 to 1; the steps are smallest at both ends."""
     ends = torch.linspace(-_SCHEDULE_SLOPE, _SCHEDULE_SLOPE, num_temperatures + 1, dtype=torch.float64).sigmoid()
     betas: list[float] = ((ends - ends[0]) / (ends[-1] - ends[0])).tolist()
     return betas

@@ -1,8 +1,8 @@
-r"""How good a trained machine is, and what is wrong with it.
+r"""Measure how good a trained model is, and where it fails.
 
-With :math:`w = p_\theta(x, z)/q_\phi(z|x)` of samples of q, one pass over them gives bounds on log p(x), the parts of
-the ELBO, the effective number of samples, and the divergence of q from the posterior in both directions. On dreams that
-divergence is known better, since there the z that made x is at hand.
+One pass over samples of q, with weights :math:`w = p_\theta(x, z)/q_\phi(z|x)`, gives bounds on log p(x), the parts of
+the ELBO and the effective sample size. It also gives the divergence between q and the posterior in both directions. For
+dreams this is estimated better, since the z that generated x is known.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ ACTIVE = 0.01
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lower bounds on log p(x) and what they are made of, in nats, one per image: float64 `[N]`, on the CPU."""
+    """Lower bounds on log p(x) and their parts, in nats, one per image: float64 `[N]`, on the CPU."""
 
     log_likelihood: Tensor
-    """The K-sample bound, log of the mean of w: between the ELBO and log p(x) in expectation."""
+    """The K-sample bound, the log of the mean of w. In expectation it lies between the ELBO and log p(x)."""
     reconstruction: Tensor
     """Mean of log p(x|z_1) over the samples."""
     kl: Tensor
-    """`[N, T]`, for each stochastic layer the mean of log q(z_t|z_{t-1}) - log p(z_t|z_{t+1}). That of the topmost is
-    a divergence from its prior; of those below, one in expectation over z_{t+1}, which depends on z_t: it may be
-    negative."""
+    """`[N, T]`, for each stochastic layer the mean of log q(z_t|z_{t-1}) - log p(z_t|z_{t+1}). For the topmost layer
+    this is a KL divergence from its prior. For the others it is one only in expectation over z_{t+1}, which depends on
+    z_t, so it may be negative."""
     forward_kl: Tensor
-    """KL(p(z|x) || q(z|x)), the samples standing for the posterior by their weights: at most log K, so too small
-    where it is large."""
+    """KL(p(z|x) || q(z|x)), with weighted samples in place of the posterior. It is at most log K, so large divergences
+    are underestimated."""
     effective_sample_size: Tensor
-    """Of K: how many samples of the posterior they are worth."""
+    """Number of posterior samples that the K samples are worth."""
 
     @property
     def elbo(self) -> Tensor:
@@ -49,7 +49,7 @@ class Bounds:
 
     @property
     def reverse_kl(self) -> Tensor:
-        """KL(q(z|x) || p(z|x)): what the ELBO lacks of the log-likelihood."""
+        """KL(q(z|x) || p(z|x)): the gap between the ELBO and the log-likelihood."""
         return self.log_likelihood - self.elbo
 
 
@@ -64,26 +64,29 @@ def log_likelihood_bounds(
     chunk_rows: int = 2000,
     on_images: Callable[[int], object] = lambda images: None,
 ) -> Bounds:
-    r"""ELBO and importance-weighted bound (Burda, Grosse & Salakhutdinov 2016) of each image.
+    r"""Return the ELBO and the importance-weighted bound (Burda, Grosse & Salakhutdinov 2016) of each image.
 
     .. math:: \log \frac1K\sum_k w_k, \qquad
         w_k = \frac{p_\theta(x \mid z_k)\, p(z_k)}{q_\phi(z_k \mid x)}, \quad z_k \sim q_\phi
 
-    and, :math:`\tilde w_k` being the weights normalised, of the same samples
+    and, from the same samples with normalised weights :math:`\tilde w_k`,
 
     .. math:: \mathrm{ESS} = \frac{1}{\sum_k \tilde w_k^2}, \qquad
         \mathrm{KL}(p(z|x) \,\|\, q) \approx \sum_k \tilde w_k \log w_k - \log \frac1K\sum_k w_k
 
-    Sums are kept in float64 while images and samples pass by in chunks: memory depends on `chunk_rows` alone.
+    Images and samples are processed in chunks, with sums in float64, so memory depends on `chunk_rows` alone.
 
     Args:
-        recognition: what the samples are drawn from.
-        generative: what is to be judged.
-        x: binary pixels `[N, D]`, bool, uint8 or floating, on the device of the networks.
+        recognition: the network that the samples are drawn from.
+        generative: the network to evaluate.
+        x: binary pixels `[N, D]`, bool, uint8 or floating point, on the device of the networks.
         num_samples: K, samples per image.
         seed: the same seed and chunk size give the same samples on every device.
         chunk_rows: samples in a chunk: all K of several images, or some of one.
-        on_images: called with the number of images that have just been finished.
+        on_images: called with the number of images just finished.
+
+    Raises:
+        ValueError: `num_samples` or `chunk_rows` is below 1.
     """
     for name, value in {"num_samples": num_samples, "chunk_rows": chunk_rows}.items():
         if value < 1:
@@ -115,23 +118,26 @@ def log_likelihood_bounds(
 def activities(
     recognition: RecognitionNetwork, x: Tensor, num_samples: int = 20, *, seed: int = 0, chunk_rows: int = 2000
 ) -> list[Tensor]:
-    r"""Whether latent variables say anything about the image (Burda, Grosse & Salakhutdinov 2016).
+    r"""Measure how much latent variables depend on the image (Burda, Grosse & Salakhutdinov 2016).
 
     .. math:: A_u = \mathrm{Var}_x\big(\mathbb E_{q_\phi(u \mid x)}[u]\big)
 
-    A variable is active if this exceeds 0.01 (:data:`ACTIVE`); a Bernoulli one whose probability of being on varies by
-    0.1 from image to image does too. Above the first layer the expectation is over draws of the layers below, and what
-    their noise adds to the variance is taken off: the estimate is unbiased, and of an idle variable may be negative.
+    A variable is active if this exceeds 0.01 (:data:`ACTIVE`). For a Bernoulli variable this means that its probability
+    varies by 0.1 between images. Above the first layer the expectation is over draws of the layers below. The variance
+    due to their noise is subtracted, so the estimate is unbiased, and may be negative for an inactive variable.
 
     Args:
-        recognition: what is to be judged.
+        recognition: the network to evaluate.
         x: binary pixels `[N, D]`, N >= 2.
-        num_samples: draws for each image; two at least where there is a layer above the first.
-        seed: of the draws.
-        chunk_rows: samples that are held at a time.
+        num_samples: draws per image, at least 2.
+        seed: seed of the draws.
+        chunk_rows: samples held in memory at once.
 
     Returns:
         `[K]` for each layer from x up, float64, on the CPU.
+
+    Raises:
+        ValueError: there are fewer than two images or samples.
     """
     if len(x) < 2 or num_samples < 2:
         raise ValueError(f"activities: expected two images and samples at least, got {len(x)} and {num_samples}")
@@ -150,11 +156,11 @@ def activities(
 
 
 def independent_bernoulli_nll(pixel_mean: Tensor, x: Tensor) -> float:
-    """Mean negative log-likelihood of images whose pixels are independent, in nats.
+    """Return the mean negative log-likelihood of images under independent pixels, in nats.
 
     Args:
-        pixel_mean: `[D]`, the training set's mean of each pixel; clipped to [0.001, 0.999], so
-            that no test pixel is impossible.
+        pixel_mean: `[D]`, the training set's mean of each pixel; clipped to [0.001, 0.999], so that no test pixel is
+            impossible.
         x: binary test images `[N, D]`.
     """
     logits = torch.logit(pixel_mean.double(), eps=PIXEL_MEAN_CLIP)
@@ -163,31 +169,31 @@ def independent_bernoulli_nll(pixel_mean: Tensor, x: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` finds out about a machine."""
+    """The results of :func:`evaluate`."""
 
     num_samples: int
-    """K, of the bounds."""
+    """K, samples per image of the bounds."""
     wake: Bounds
-    """On images, which the wake phase is given."""
+    """Bounds on images, the input of the wake phase."""
     sleep: Bounds
-    """On dreams, which the sleep phase is given."""
+    """Bounds on dreams, the input of the sleep phase."""
     sleep_forward_kl: Tensor
-    r"""log p(x, z) - log q(z|x) - log p(x) of each dream and the z that made it: float64 `[N]`. Its mean over dreams is
-    that of KL(p(z|x) || q(z|x)), the divergence that the sleep phase makes small."""
+    r"""log p(x, z) - log q(z|x) - log p(x) for each dream and the z that generated it: float64 `[N]`. Its mean over
+    dreams is that of KL(p(z|x) || q(z|x)), the divergence that the sleep phase minimises."""
     activities: list[Tensor]
-    """Of the latent variables of each layer; see :func:`activities`."""
+    """Activities of the latent variables of each layer; see :func:`activities`."""
     discrepancy: Discrepancy
-    """Between dreams and images."""
+    """Discrepancy between dreams and images."""
     annealed: AnnealedLogLikelihood | None
-    """Of as many images, from the first on, as were asked for."""
+    """Estimates for the first `annealed_images` images; None if there are none."""
 
     @property
     def active_units(self) -> list[int]:
-        """Active latent variables of each layer."""
+        """Number of active latent variables in each layer."""
         return [int((activity > ACTIVE).sum()) for activity in self.activities]
 
     def summary(self) -> dict[str, Any]:
-        """Means over images in nats, and counts, as JSON takes them."""
+        """Return means over images in nats, and counts, in types that JSON supports."""
         summary: dict[str, Any] = {
             "nll": -self.wake.log_likelihood.mean().item(),
             "elbo": self.wake.elbo.mean().item(),
@@ -237,21 +243,21 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[str, int], Callable[[int], object]] = lambda part, images: lambda finished: None,
 ) -> Evaluation:
-    """Everything that there is to say about a machine.
+    """Run every evaluation of a Helmholtz machine.
 
     Args:
-        machine: what is to be judged.
+        machine: the model to evaluate.
         x: binary pixels `[N, D]`, N >= 2, on its device.
-        num_samples: K of the bounds.
-        num_dreams: as many are drawn, from two on.
-        annealed_images: as many, from the first on, are evaluated by annealed importance sampling.
-        chains, temperatures: of that; see :func:`wakesleep_ext.evaluation.annealing.annealed_log_likelihood`.
-        seed: of everything. The bounds on images are those of :func:`log_likelihood_bounds` with this seed.
-        progress: called with the name of a part and how many images it has; what it returns is called with the number
-            of images that have just been finished.
+        num_samples: K, samples per image of the bounds.
+        num_dreams: number of dreams to draw, at least 2.
+        annealed_images: number of images, from the first on, to evaluate by annealed importance sampling.
+        chains, temperatures: as for :func:`wakesleep_ext.evaluation.annealing.annealed_log_likelihood`.
+        seed: seed of all draws. The bounds on images equal those of :func:`log_likelihood_bounds` with this seed.
+        progress: called with the name of a part and its number of images. It returns a function that is called with
+            the number of images just finished.
     """
     recognition, generative = machine.recognition, machine.generative
-    # draws under one key would not be independent of those that they are compared with
+    # with one key for all, draws would depend on the draws that they are compared with
     seeds = random.philox_words(random.make_key(seed), 5).tolist()
     of_dreams, of_sleep, of_chains, of_activities, of_permutations = seeds
     keys = [random.make_key(of_dreams, draw, x.device) for draw in range(len(generative))]

@@ -1,4 +1,4 @@
-"""Importance weights, of which any number are weighed in the memory of a few."""
+"""Accumulate any number of importance weights in constant memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class ImportanceWeights:
-    r"""Weights :math:`w_1, \dots, w_K` of samples for each of N images, K growing as they come.
+    r"""Statistics of weights :math:`w_1, \dots, w_K` for each of N images, where K grows as weights are added.
 
-    Only sums are kept: of w, w log w and w², in float64 and relative to the largest weight so far, so that none can
-    overflow, nor all of them vanish.
+    Only the sums of w, w log w and w² are stored, in float64 and relative to the largest weight so far. So no weight
+    overflows, and not all of them underflow.
 
     Args:
         images: N.
-        device: where the weights are.
+        device: device of the weights.
     """
 
     def __init__(self, images: int, device: torch.device | str = "cpu") -> None:
@@ -25,7 +25,7 @@ class ImportanceWeights:
         self._sum, self._sum_v_log_v, self._sum_squares = zero, zero, zero
 
     def add(self, log_w: Tensor) -> None:
-        """Take in log weights `[K, N]`, float64."""
+        """Add log weights `[K, N]`, float64."""
         log_scale = torch.maximum(self._log_scale, log_w.amax(0))
         shift = self._log_scale - log_scale
         log_v = (log_w - log_scale).clamp_min(torch.finfo(torch.float64).min)  # 0 log 0 is 0
@@ -43,19 +43,21 @@ class ImportanceWeights:
 
     @property
     def effective_sample_size(self) -> Tensor:
-        r""":math:`1 / \sum_k \tilde w_k^2` with :math:`\tilde w_k = w_k / \sum_j w_j`, from 1 to K: `[N]` (Kong, "A
-        note on importance sampling using standardized weights", 1992)."""
+        r"""Effective sample size :math:`1 / \sum_k \tilde w_k^2`, :math:`\tilde w_k = w_k / \sum_j w_j`, 1 to K: `[N]`
+        (Kong, "A note on importance sampling using standardized weights", 1992)."""
         return self._sum.square() / self._sum_squares
 
     @property
     def divergence(self) -> Tensor:
-        r""":math:`\sum_k \tilde w_k \log w_k - \log \frac1K \sum_k w_k`, which is log K less the entropy of the
-        normalised weights: `[N]`. It estimates KL(target || proposal), from 0 to log K."""
+        r"""Estimate of KL(target || proposal), from 0 to log K: `[N]`.
+
+        It is :math:`\sum_k \tilde w_k \log w_k - \log \frac1K \sum_k w_k`, log K minus the entropy of the normalised
+        weights."""
         return self._sum_v_log_v / self._sum - (self._sum / self.count).log()
 
     @property
     def standard_error(self) -> Tensor:
-        r"""Of :attr:`log_mean`, to first order: that of the mean of w, over the mean; `[N]`, NaN for K = 1.
+        r"""Standard error of :attr:`log_mean`, to first order the relative one of the mean of w: `[N]`, NaN if K = 1.
 
         .. math:: \sqrt{\frac{K / \mathrm{ESS} - 1}{K - 1}}
         """

@@ -1,7 +1,7 @@
 """Conditional distributions p(value | given): a network, and the distribution that its output parameterises.
 
-A conditional is a module; called with what is given it returns a distribution of :mod:`wakesleep_ext.densities`, which
-draws and scores values. The layers of a Helmholtz machine are made of these, and see nothing else of each other.
+A conditional is a module. Called with what is given, it returns a distribution of :mod:`wakesleep_ext.densities`, which
+draws and scores values. The layers of a Helmholtz machine are conditionals, and use only this interface of each other.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from wakesleep_ext.helmholtz.networks import MultilayerPerceptron
 
 
 class Conditional(nn.Module):
-    """p(value | given): called with what is given, `[*B, J]`, it returns a distribution for each row."""
+    """Returns p(value | given), a distribution for each row, when called with what is given, `[*B, J]`."""
 
     has_rsample: ClassVar[bool] = False
-    """Whether draws are differentiable, as in `torch.distributions`."""
+    """True if draws are differentiable, as in `torch.distributions`."""
 
 
 class GaussianConditional(Conditional):
-    """A diagonal Gaussian whose parameters a network returns.
+    """A diagonal Gaussian whose parameters come from a network.
 
     Args:
-        network: maps what is given, `[*B, J]`, to `[mu | logvar]` `[*B, 2K]`.
+        network: maps `given`, `[*B, J]`, to `[mu | logvar]` `[*B, 2K]`.
     """
 
     has_rsample = True
@@ -40,10 +40,10 @@ class GaussianConditional(Conditional):
 
 
 class BernoulliConditional(Conditional):
-    """Independent Bernoulli variables whose logits a network returns.
+    """Independent Bernoulli variables whose logits come from a network.
 
     Args:
-        network: maps what is given, `[*B, J]`, to logits `[*B, D]`.
+        network: maps `given`, `[*B, J]`, to logits `[*B, D]`.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -55,13 +55,13 @@ class BernoulliConditional(Conditional):
 
 
 class LinearBernoulliConditional(BernoulliConditional):
-    """Independent Bernoulli variables whose logits an MLP returns, which are computed whenever they are needed.
+    """Independent Bernoulli variables whose logits come from an MLP and are recomputed instead of stored.
 
-    The many pixels of an image are better not kept. Latent variables are, of which several samples are drawn for each
-    given row: these have a :class:`BernoulliConditional`. So has an MLP whose last layer is not plain.
+    This suits the many pixels of an image. Latent variables keep their logits, since several samples are drawn per
+    row: use a :class:`BernoulliConditional`. An MLP whose last layer is not plain falls back to that, too.
 
     Args:
-        network: maps what is given, `[*B, J]`, to logits `[*B, D]`.
+        network: maps `given`, `[*B, J]`, to logits `[*B, D]`.
     """
 
     network: MultilayerPerceptron
@@ -77,10 +77,10 @@ class LinearBernoulliConditional(BernoulliConditional):
 
 
 class StandardGaussianPrior(Conditional):
-    """N(0, I), whatever is given.
+    """N(0, I), independent of what is given.
 
     Args:
-        size: latent variables, K.
+        size: K, the number of latent variables.
     """
 
     has_rsample = True

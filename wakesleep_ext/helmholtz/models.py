@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from wakesleep_ext.helmholtz.conditionals import (
     LinearBernoulliConditional,
     StandardGaussianPrior,
 )
-from wakesleep_ext.helmholtz.networks import Activation, Constant, MultilayerPerceptron
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.networks import Constant, MultilayerPerceptron
 
-Latents = Literal["gaussian", "bernoulli"]
 Keys: TypeAlias = "Sequence[Tensor | None] | None"
 
 PIXEL_MEAN_CLIP = 1e-3
@@ -206,6 +205,25 @@ class HelmholtzMachine(nn.Module):
         self.recognition = recognition
         self.generative = generative
 
+    @classmethod
+    def from_config(cls, config: ModelConfig, pixel_mean: Tensor | None = None) -> HelmholtzMachine:
+        """Build the machine that a config describes. torch's generator supplies its initial weights.
+
+        Args:
+            config: sizes, kind of the latent variables, activation.
+            pixel_mean: `[D]`, the training set's mean of each pixel in [0, 1]. The output bias of p(x|z_1) starts at
+                its logit, the mean clipped to [0.001, 0.999]; without it, at zero.
+
+        Raises:
+            ValueError: `pixel_mean` has another shape.
+        """
+        if pixel_mean is not None and pixel_mean.shape != (config.observed,):
+            raise ValueError(
+                f"HelmholtzMachine.from_config: expected pixel_mean to have shape [{config.observed}], "
+                f"got {list(pixel_mean.shape)}"
+            )
+        return cls(RecognitionNetwork(_recognition(config)), GenerativeNetwork(_generative(config, pixel_mean)))
+
     def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
         """Draw from the generative network; see :meth:`GenerativeNetwork.dream`."""
         return self.generative.dream(num_dreams, keys=keys)
@@ -214,67 +232,6 @@ class HelmholtzMachine(nn.Module):
     def reconstruct(self, x: Tensor, *, keys: Keys = None) -> Tensor:
         """E[x | z_1] at a z_1 ~ q(z_1|x): pixels in [0, 1], `[N, D] -> [N, D]`."""
         return self.generative.pixel_means(self.recognition.rsample(x, keys=keys)[0][0])
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes, kind of the latent variables and activation, of both networks.
-
-    Raises:
-        ValueError: a size is not a positive integer, or a name is unknown.
-    """
-
-    observed: int
-    """Pixels of an image, D."""
-    latent: tuple[int, ...] = (50,)
-    """Latent variables of each stochastic layer, from x up; one size, one layer."""
-    recognition_hidden: tuple[int, ...] = (200, 200)
-    """Hidden widths of q(z_1|x), from x to z_1."""
-    generative_hidden: tuple[int, ...] = (200, 200)
-    """Hidden widths of p(x|z_1), from z_1 to x."""
-    latent_hidden: tuple[int, ...] = (100, 100)
-    """Hidden widths between one stochastic layer and the next, in both directions."""
-    latents: Latents = "gaussian"
-    """Kind of the latent variables: diagonal Gaussian under a prior N(0, I), or Bernoulli under a learnt one, the
-    sigmoid belief network of the first Helmholtz machines."""
-    activation: Activation = "tanh"
-    """Activation after each hidden layer."""
-
-    def __post_init__(self) -> None:
-        sizes = {
-            "observed": (self.observed,),
-            "latent": self.latent,
-            "recognition_hidden": self.recognition_hidden,
-            "generative_hidden": self.generative_hidden,
-            "latent_hidden": self.latent_hidden,
-        }
-        for name, values in sizes.items():
-            if not isinstance(values, tuple):
-                raise ValueError(f"ModelConfig: expected {name} to be a tuple of sizes, got {values!r}")
-            if not all(type(value) is int and value > 0 for value in values):
-                raise ValueError(f"ModelConfig: expected {name} > 0, got {getattr(self, name)}")
-        if not self.latent:
-            raise ValueError("ModelConfig: expected latent to name one layer at least, got ()")
-        for name, known in (("latents", get_args(Latents)), ("activation", get_args(Activation))):
-            if (given := getattr(self, name)) not in known:
-                raise ValueError(f"ModelConfig: expected {name} to be one of {', '.join(known)}, got {given!r}")
-
-    def build(self, pixel_mean: Tensor | None = None) -> HelmholtzMachine:
-        """Build the machine; its initial weights are drawn from torch's generator.
-
-        Args:
-            pixel_mean: `[D]`, the training set's mean of each pixel in [0, 1]. The output bias of p(x|z_1) starts at
-                its logit, the mean clipped to [0.001, 0.999]; without it, at zero.
-
-        Raises:
-            ValueError: `pixel_mean` has another shape.
-        """
-        if pixel_mean is not None and pixel_mean.shape != (self.observed,):
-            raise ValueError(
-                f"ModelConfig.build: expected pixel_mean to have shape [{self.observed}], got {list(pixel_mean.shape)}"
-            )
-        recognition = RecognitionNetwork(_recognition(self))
-        return HelmholtzMachine(recognition, GenerativeNetwork(_generative(self, pixel_mean)))
 
 
 def _recognition(config: ModelConfig) -> Iterator[Conditional]:

@@ -1,17 +1,18 @@
-"""Networks that the conditionals of a Helmholtz machine are made of; any other module may take their place."""
+"""Networks for the conditionals of a Helmholtz machine. Any other module can replace them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from wakesleep_ext.modules import Sequential, activation_of, is_linear, runs_forward_only, through
 
-Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
+if TYPE_CHECKING:
+    from wakesleep_ext.helmholtz.config import Activation
 
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -27,9 +28,8 @@ _ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 class MultilayerPerceptron(Sequential):
     """Linear layers of the given sizes with an activation between them, `[*, first] -> [*, last]`.
 
-    Weights start as Glorot & Bengio (2010) propose, biases at zero, the last one at `output_bias`
-    if it is given. The input may have any dtype,
-    binary pixels as bool or uint8 included: it is cast to that of the weights.
+    Weights are initialised as in Glorot & Bengio (2010), biases at zero, and the last bias at `output_bias` if given.
+    The input is cast to the dtype of the weights, so it may have any dtype, such as bool or uint8 pixels.
     """
 
     def __init__(self, sizes: Sequence[int], activation: Activation, output_bias: Tensor | None = None) -> None:
@@ -45,19 +45,19 @@ class MultilayerPerceptron(Sequential):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
+        """The last linear layer."""
         last = next(reversed(self._modules.values()))  # self[-1] takes four times as long
         assert isinstance(last, nn.Linear)
         return last
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether an op may compute the head's product: the head is plain, and nothing waits for what it returns."""
+        """True if an op may compute the last layer: it has no activation, and calling it or this MLP runs no hooks."""
         is_own = type(self).forward is MultilayerPerceptron.forward and runs_forward_only(self)
         return is_own and is_linear(self.head) and activation_of(self.head) is None
 
     def features(self, input: Tensor) -> Tensor:
-        """What the last layer gets, `[*, first] -> [*, next to last]`."""
+        """Return the input of the last layer, `[*, first] -> [*, next to last]`."""
         *hidden, _ = self
         return through(hidden, input.to(self.head.weight.dtype))
 
@@ -66,7 +66,7 @@ class MultilayerPerceptron(Sequential):
 
 
 class Constant(nn.Module):
-    """A learnt vector `[size]`, zero at first, whatever the input: the network of a prior."""
+    """A trained vector `[size]`, zero at first and independent of the input, as the network of a prior."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-r"""The objectives, pure functions from the networks and a batch to a loss.
+r"""Compute the objectives: pure functions from the networks and a batch to a loss.
 
 With L samples :math:`z_l \sim q_\phi(z|x)` for each image, :math:`w_l = p_\theta(x, z_l)/q_\phi(z_l|x)` and
 :math:`\tilde w_l = w_l / \sum_k w_k`:
 
 - wake-sleep (Hinton, Dayan, Frey & Neal, "The wake-sleep algorithm for unsupervised neural networks", Science 268,
-  1995): :func:`wake_theta_loss` and :func:`sleep_phi_loss`. Each phase trains one network on what the other has drawn,
-  without gradients, so a loss reaches one network's parameters only.
-- reweighted wake-sleep (Bornschein & Bengio, "Reweighted wake-sleep", ICLR 2015): :func:`reweighted_wake_losses`, whose
+  1995): :func:`wake_theta_loss` and :func:`sleep_phi_loss`. Each phase trains one network on draws of the other, made
+  without gradients, so a loss reaches the parameters of one network only.
+- reweighted wake-sleep (Bornschein & Bengio, "Reweighted wake-sleep", ICLR 2015): :func:`reweighted_wake_losses`. Its
   loss for phi may be mixed with that of the sleep phase.
 - the baselines, which differentiate through the draws: :func:`elbo_loss` (Kingma & Welling, "Auto-encoding variational
   Bayes", 2014), :func:`iwae_loss` (Burda, Grosse & Salakhutdinov, "Importance weighted autoencoders", ICLR 2016) and
@@ -14,7 +14,7 @@ With L samples :math:`z_l \sim q_\phi(z|x)` for each image, :math:`w_l = p_\thet
   objectives", ICLR 2019).
 
 Every loss is the mean over images, or dreams, in nats, 0-dimensional. The networks may have several stochastic layers;
-log q(z|x) and log p(x, z) are then sums over them.
+log q(z|x) and log p(x, z) are then sums over the layers.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from wakesleep_ext.helmholtz.models import Factor, GenerativeNetwork, Keys, Reco
 
 
 class WakeLosses(NamedTuple):
-    """What a wake phase minimises."""
+    """The losses of a wake phase."""
 
     theta: Tensor
-    """Of the generative network; of both, if `phi` is None and the draws are differentiated."""
+    """Loss of the generative network; of both networks if `phi` is None and the objective differentiates the draws."""
     phi: Tensor | None = None
-    """Of the recognition network."""
+    """Loss of the recognition network."""
 
 
 def wake_theta_loss(
@@ -50,20 +50,20 @@ def wake_theta_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Wake phase: explain the data, given what recognition makes of them.
+    r"""Return the wake-phase loss: minus the expected log-probability of images and the latents inferred from them.
 
     .. math:: -\frac1B\sum_b \frac1L\sum_l \log p_\theta(x_b, z_{bl}),
         \qquad z_{bl} \sim q_\phi(z \mid x_b)
 
-    less a prior N(0, I), which has no parameters: what is left of a machine of one layer is
-    :math:`\log p_\theta(x|z)`. L = 1 is the wake phase of Hinton et al. (1995); more samples average its noise.
+    A prior N(0, I) has no parameters and is left out: with a single layer, :math:`\log p_\theta(x|z)` remains.
+    L = 1 is the wake phase of Hinton et al. (1995); more samples reduce the noise.
 
     Args:
         recognition: gets no gradient.
-        generative: is to be trained.
-        x: binary pixels `[B, D]`: bool, uint8 or floating.
+        generative: the network to train.
+        x: binary pixels `[B, D]`: bool, uint8 or floating point.
         num_samples: L.
-        keys: of the draws, one for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
+        keys: keys of the draws, one per stochastic layer (`wakesleep_ext.random.draw_key`); drawn if not given.
     """
     with torch.no_grad():
         latents = recognition.rsample(x, num_samples, keys=keys)
@@ -77,19 +77,19 @@ def sleep_phi_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Sleep phase: recognise the causes of dreams, which are known.
+    r"""Return the sleep-phase loss: minus the expected log-probability of the latents that generated the dreams.
 
     .. math:: -\frac1N\sum_n \log q_\phi(z_n \mid x_n),
         \qquad z_n \sim p(z),\; x_n \sim p_\theta(x \mid z_n)
 
-    Its minimum over phi is that of the mean over dreams of KL(p(z|x) || q(z|x)), the opposite
-    direction to the ELBO's (Hinton et al. 1995).
+    Over phi, it has the same minimum as the mean of KL(p(z|x) || q(z|x)) over dreams, the reverse of the ELBO's
+    direction (Hinton et al. 1995).
 
     Args:
-        recognition: is to be trained.
+        recognition: the network to train.
         generative: gets no gradient.
         num_dreams: N.
-        keys: of the draws, one for each stochastic layer from z_T down and one for x, drawn if not given.
+        keys: keys of the draws, one per stochastic layer from z_T down and one for x; drawn if not given.
     """
     latents, x = generative.dream(num_dreams, keys=keys)
     return _minus_mean_log_prob(recognition.factors(latents, x), latents[-1])
@@ -104,23 +104,23 @@ def reweighted_wake_losses(
     defensive_fraction: float = 0.0,
     keys: Keys = None,
 ) -> WakeLosses:
-    r"""Reweighted wake phase, for both networks: samples count by their importance for the image they were drawn for.
+    r"""Return the reweighted wake-phase losses of both networks. Importance weights are per image.
 
     .. math:: \mathcal L_\theta = -\frac1B\sum_b \log\frac1L\sum_l w_{bl}, \qquad
         \mathcal L_\phi = -\frac1B\sum_b\sum_l \tilde w_{bl} \log q_\phi(z_{bl} \mid x_b)
 
-    The gradient of the first is :math:`-\sum_l \tilde w_l \nabla_\theta \log p_\theta(x, z_l)`. Draws are data in both,
-    q is in the first and the weights are in the second. With z fixed, the gradient for phi of the first would
-    otherwise be exactly minus that of the second, and their sum would teach recognition nothing. So both may be
-    differentiated together: each reaches its own network only.
+    The gradient of the first is :math:`-\sum_l \tilde w_l \nabla_\theta \log p_\theta(x, z_l)`. The draws are constants
+    in both losses, q is a constant in the first, and the weights are constants in the second. Otherwise, at fixed z,
+    the gradients of the two losses for phi would cancel exactly, and recognition would learn nothing. So you can
+    differentiate the sum of both: each loss reaches only its own network.
 
     Args:
         recognition, generative, x, num_samples: as for :func:`wake_theta_loss`.
-        defensive_fraction: probability with which a sample is drawn from p(z) instead, 0 to 1 exclusive: weights are
-            then those of the mixture, and bounded wherever the likelihood is (Hesterberg, "Weighted average importance
+        defensive_fraction: probability that a sample is drawn from p(z) instead, 0 to 1 exclusive. Weights are then
+            those of the mixture, and bounded wherever the likelihood is (Hesterberg, "Weighted average importance
             sampling and defensive mixture distributions", 1995).
-        keys: one for each stochastic layer; if the mixture is defensive, one more to choose by, and one for each
-            stochastic layer from z_T down.
+        keys: one per stochastic layer. A defensive mixture takes one more to choose by, then one per stochastic layer
+            from z_T down.
     """
     if defensive_fraction:
         latents, log_q, log_proposal = _draw_defensively(
@@ -142,15 +142,15 @@ def elbo_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Minus the ELBO, for both networks, differentiated through the draws.
+    r"""Return minus the ELBO, for both networks, differentiated through the draws.
 
     .. math:: -\frac1B\sum_b \frac1L\sum_l \log w_{bl}
 
-    Under a prior N(0, I) the divergence of the topmost layer from it is taken exactly, that of the others from the
+    The KL divergence of the topmost layer from a prior N(0, I) is exact; that of other layers is estimated from the
     draws.
 
     Args:
-        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`; the latent variables Gaussian.
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`, with Gaussian latent variables.
     """
     require_rsample(recognition)
     draws = recognition.rsample_log_prob(x, num_samples, keys=keys)
@@ -170,12 +170,12 @@ def iwae_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Minus the L-sample bound, for both networks, differentiated through the draws.
+    r"""Return minus the L-sample bound, for both networks, differentiated through the draws.
 
     .. math:: -\frac1B\sum_b \log\frac1L\sum_l w_{bl}
 
     Args:
-        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`; the latent variables Gaussian.
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`, with Gaussian latent variables.
     """
     require_rsample(recognition)
     draws = recognition.rsample_log_prob(x, num_samples, keys=keys)
@@ -190,18 +190,19 @@ def dreg_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Minus the L-sample bound with its doubly reparameterised gradient: that of :func:`iwae_loss` for theta, and
+    r"""Return minus the L-sample bound with its doubly reparameterised gradient: for theta as in :func:`iwae_loss`, and
 
     .. math:: -\frac1B\sum_b \sum_l \tilde w_{bl}^2 \frac{\partial \log w_{bl}}{\partial z_{bl}}
         \frac{\partial z_{bl}}{\partial \phi}
 
-    for phi: the same in expectation, with a signal that does not drown in noise as L grows.
+    for phi. Both gradients for phi have the same expectation, but the signal-to-noise ratio of this one does not
+    fall as L grows.
 
     Args:
-        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`; the latent variables Gaussian.
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`, with Gaussian latent variables.
     """
     require_rsample(recognition)
-    # as the densities see them, apart from where they come from
+    # views, so that the hooks below see only the gradient through the densities, not through later layers' draws
     latents = [z.view_as(z) for z in recognition.rsample(x, num_samples, keys=keys)]
     fixed_q = [_detached(factor) for factor in recognition.factors(latents, x)]
     log_q = _sum([q.log_prob(z) for q, z in zip(fixed_q, latents, strict=True)])
@@ -221,7 +222,7 @@ def _draw_defensively(
     share: float,
     keys: Keys,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Draws from (1 - share) q(z|x) + share p(z), their log q, and their log-probability under the mixture."""
+    """Draw from (1 - share) q(z|x) + share p(z); return the draws, log q, and log-probabilities under the mixture."""
     layers = len(recognition)
     keys = [None] * (2 * layers + 1) if keys is None else keys
     with torch.no_grad():
@@ -238,23 +239,23 @@ def _draw_defensively(
 
 
 def _minus_mean_log_prob(factors: Iterable[Factor], like: Tensor) -> Tensor:
-    """Minus the mean over draws, such as z, `[*S, *B, K]`, of the sum over factors that depend on parameters."""
+    """Return minus the mean over draws `like`, `[*S, *B, K]`, of the summed log-probability of trainable factors."""
     rows, wide = math.prod(like.shape[:-1]), torch.promote_types(like.dtype, torch.float32)
-    # a weight of the rows rather than a factor of their sum: the gradients are scaled as they are formed
+    # a weight per row instead of a factor on the sum: gradients are scaled as they are formed
     weight = torch.full((), -1 / rows if rows else math.nan, dtype=wide, device=like.device)
     scored = ((factor.distribution, factor.value) for factor in factors)
     return _sum([p.log_prob_sum(value, weight) for p, value in scored if not p.is_fixed])
 
 
 def _detached(factor: Factor) -> Distribution:
-    """The factor's distribution, as a function of what is given, not of the parameters."""
+    """Return the factor's distribution as a function of what is given, with constant parameters."""
     parameters = {name: parameter.detach() for name, parameter in factor.conditional.named_parameters()}
     distribution: Distribution = functional_call(factor.conditional, parameters, (factor.given,))
     return distribution
 
 
 def require_rsample(recognition: RecognitionNetwork) -> None:
-    """See that draws are differentiable.
+    """Check that draws are differentiable.
 
     Raises:
         ValueError: they are not.
@@ -272,10 +273,10 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 
 def _minus_bound(log_w: Tensor) -> Tensor:
-    """Minus the mean of the L-sample bounds, of log weights `[L, B]`."""
+    """Return minus the mean L-sample bound, given log weights `[L, B]`."""
     return math.log(len(log_w)) - log_w.logsumexp(0).mean()
 
 
 def _normalised(log_w: Tensor) -> Tensor:
-    """Importance weights `[L, B]` that sum to 1 over the samples of an image, without gradient."""
+    """Return importance weights `[L, B]` that sum to 1 over the samples of an image, without gradient."""
     return log_w.detach().softmax(0)

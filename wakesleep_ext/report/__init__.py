@@ -1,1 +1,1 @@
-"""Pictures of runs and of their evaluation."""
+"""Plot training runs and their evaluation."""

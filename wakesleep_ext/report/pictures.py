@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""Draw the pictures of a training run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DREAMS, _RECONSTRUCTIONS = 100, 40
 
 
 def draw_dreams(path: Path, machine: HelmholtzMachine, shape: tuple[int, int], count: int, seed: int = 0) -> None:
-    """Draws latent variables, and writes the images that they generate, each pixel as its mean."""
+    """Draw latent variables, and write a picture of the images they generate, each pixel shown as its mean."""
     with torch.no_grad():
         latents, _ = machine.dream(count, keys=_keys(machine.generative, seed))
         means = machine.generative.pixel_means(latents[0])
@@ -34,13 +34,13 @@ def draw_run(
     evaluation: Evaluation,
     baseline_nll: float,
 ) -> None:
-    """Dreams, reconstructions of test images, the learning curves and the evaluation.
+    """Draw dreams, reconstructions of test images, the learning curves and the evaluation.
 
     Args:
-        path_of: where a picture of a name is written.
+        path_of: returns the path for the picture of a given name.
         test: binary pixels `[N, D]`.
-        epochs: what was noted of each.
-        baseline_nll: of independent pixels.
+        epochs: the record of each epoch.
+        baseline_nll: test NLL of independent pixels.
     """
     draw_dreams(path_of("samples"), machine, shape, _DREAMS)
     shown = test[:_RECONSTRUCTIONS]
@@ -51,6 +51,6 @@ def draw_run(
 
 
 def _keys(network: RecognitionNetwork | GenerativeNetwork, seed: int) -> list[Tensor]:
-    """For a draw from each of its factors."""
+    """Return keys for a draw from each factor of the network."""
     where = next(network.parameters()).device
     return [random.make_key(seed, draw, where) for draw in range(len(network))]

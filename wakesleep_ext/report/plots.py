@@ -1,4 +1,4 @@
-"""The pictures of a run: dreams, reconstructions and learning curves."""
+"""Plot the dreams, reconstructions, learning curves and evaluation of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _DPI = 150
-_LEAST_ACTIVITY = 1e-5  # drawn; what is below, or by chance negative, is put there
+_LEAST_ACTIVITY = 1e-5  # lower limit of the plot; smaller or negative estimates are drawn here
 _WAKE, _SLEEP, _TEST, _BASELINE = "#c2571a", "#35478c", "#1b7f5c", "#8a8a8a"
 _LOSSES = (
     ("wake_loss", "Wake: generative network", "nats per image", _WAKE),
@@ -28,10 +28,10 @@ _LOSSES = (
 
 
 def samples(path: Path, pixels: Tensor, shape: tuple[int, int]) -> None:
-    """Images in a square grid.
+    """Draw images in a square grid.
 
     Args:
-        path: the picture that is written.
+        path: the file to write.
         pixels: `[N, D]` in [0, 1].
         shape: height and width of an image.
     """
@@ -40,10 +40,10 @@ def samples(path: Path, pixels: Tensor, shape: tuple[int, int]) -> None:
 
 
 def reconstructions(path: Path, x: Tensor, pixels: Tensor, shape: tuple[int, int]) -> None:
-    """Pairs of rows: images, and below each what the machine makes of it.
+    """Draw pairs of rows: images, and below each its reconstruction by the model.
 
     Args:
-        path: the picture that is written.
+        path: the file to write.
         x: the images, `[N, D]` in [0, 1].
         pixels: their reconstructions, `[N, D]` in [0, 1].
         shape: height and width of an image.
@@ -60,11 +60,11 @@ def reconstructions(path: Path, x: Tensor, pixels: Tensor, shape: tuple[int, int
 
 
 def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: float) -> None:
-    """Losses and the test ELBO over the epochs.
+    """Draw the losses and the test ELBO over the epochs.
 
     Args:
-        path: the picture that is written.
-        epochs: records with `epoch`, `test_elbo`, and of the losses those that there were, in nats.
+        path: the file to write.
+        epochs: records with `epoch`, `test_elbo` and the losses that the objective has, in nats.
         baseline_nll: test NLL of independent Bernoulli pixels, for comparison.
     """
     from matplotlib.figure import Figure
@@ -85,10 +85,10 @@ def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: floa
 
 
 def comparison(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
-    """Test losses of several runs together.
+    """Draw the test losses of several runs in one plot.
 
     Args:
-        path: the picture that is written.
+        path: the file to write.
         curves: -ELBO after each epoch, in nats per image, by the name of the run.
     """
     from matplotlib.figure import Figure
@@ -105,12 +105,12 @@ def comparison(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
 
 
 def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> None:
-    """Ranks of simulation-based calibration, beside where 99% of uniform ones would lie.
+    """Draw rank histograms of simulation-based calibration, with the 99% band for uniform ranks.
 
     Args:
-        path: the picture that is written.
-        ranks: integers from 0, `[N]`, by what is calibrated.
-        num_ranks: how many different ones there can be.
+        path: the file to write.
+        ranks: integers from 0, `[N]`, by the name of the calibrated variable.
+        num_ranks: the number of possible ranks.
     """
     from matplotlib.figure import Figure
 
@@ -125,11 +125,11 @@ def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> 
 
 
 def evaluation(path: Path, found: Evaluation) -> None:
-    """Which latent variables are used, what the samples of q are worth, and how far q is from the posterior.
+    """Draw the activity of latent variables, effective sample sizes, and the divergence of q from the posterior.
 
     Args:
-        path: the picture that is written.
-        found: what is to be drawn.
+        path: the file to write.
+        found: the evaluation to draw.
     """
     from matplotlib.figure import Figure
 
@@ -160,7 +160,7 @@ def evaluation(path: Path, found: Evaluation) -> None:
         bars = right.bar([0.4 * shift, 1 + 0.4 * shift], heights, 0.36, label=label, color=color)
         right.bar_label(bars, fmt="%.2f", fontsize=8)
     right.set_xticks([0.2, 1.2], ["KL$(q\\,\\|\\,p)$", "KL$(p\\,\\|\\,q)$"])
-    right.margins(y=0.3)  # above the bars, for the legend
+    right.margins(y=0.3)  # room for the legend above the bars
     right.legend(frameon=False)
     _label(right, "Recognition against the posterior", "nats", "")
     _save(path, figure)
@@ -175,7 +175,7 @@ def _label(axes: Axes, title: str, unit: str, horizontal: str = "epoch") -> None
 
 
 def _mosaic(images: Tensor, columns: int) -> Tensor:
-    """Images `[N, H, W]` in rows of `columns`, on white paper, as `[height, width]`."""
+    """Arrange images `[N, H, W]` in rows of `columns` on a white background, as `[height, width]`."""
     count, height, width = images.shape
     gap = max(1, width // 8)
     rows = -(-count // columns)
@@ -191,7 +191,7 @@ def _save_mosaic(path: Path, mosaic: Tensor) -> None:
     from matplotlib.figure import Figure
 
     height, width = mosaic.shape
-    scale = max(1, 900 // width)  # a whole number, so that pixels come out equally large
+    scale = max(1, 900 // width)  # an integer, so that all pixels have the same size
     figure = Figure(figsize=(width * scale / _DPI, height * scale / _DPI), dpi=_DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()

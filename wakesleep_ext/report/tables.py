@@ -1,4 +1,4 @@
-"""What is said of a machine, as text."""
+"""Format the evaluation of a model as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table(result: dict[str, Any]) -> str:
-    """Of what :meth:`wakesleep_ext.evaluation.bounds.Evaluation.summary` gives, and the `baseline_nll` of pixels."""
+    """Format :meth:`wakesleep_ext.evaluation.bounds.Evaluation.summary`, to which `baseline_nll` has been added."""
     samples, images, dreams = result["bound_samples"], result["images"], result["dreams"]
     rows = {
         "independent Bernoulli pixels": result["baseline_nll"],

@@ -1,7 +1,7 @@
-"""Checkpoints: tensors and their JSON description in one safetensors file.
+"""Save checkpoints: tensors and their JSON description in one safetensors file.
 
-One file, so that one rename replaces the whole: whoever reads the path finds the old checkpoint
-or the new one, never a part of either. Nothing in it is code, so loading executes nothing.
+A single file is replaced by one rename, so readers find the old checkpoint or the new one, never a part of either. The
+file contains no code, so loading executes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext._files import FileError, write_atomically
-from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
 
 Config = TypeVar("Config")
 
@@ -43,15 +44,15 @@ def save(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, An
 
 
 def load(path: Path) -> Checkpoint:
-    """Load what :func:`save` has written.
+    """Load a checkpoint that :func:`save` has written.
 
     Raises:
-        CheckpointError: the file is missing, truncated or altered, or no checkpoint.
+        CheckpointError: the file is missing, truncated, altered, or not a checkpoint.
     """
     import safetensors.torch
 
     try:
-        content = path.read_bytes()  # opened once, or the tensors could be those of a later file than the description
+        content = path.read_bytes()  # one read: tensors and description must come from the same file
         tensors = safetensors.torch.load(content)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(path, f"cannot be read: {error}") from error
@@ -65,7 +66,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """Of a file in the safetensors format: after eight bytes, the size of a header, comes that, a JSON object."""
+    """Return the metadata of a safetensors file: eight bytes of header size, then the header, a JSON object."""
     size = int.from_bytes(content[:8], "little")
     metadata: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__", {})
     return metadata
@@ -80,17 +81,17 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
-    """The machine of a training run, on the CPU, and the run's description.
+    """Load the Helmholtz machine of a training run, on the CPU, and the run's description.
 
     Raises:
-        CheckpointError: as :func:`load`, or the weights do not fit the model described.
+        CheckpointError: as for :func:`load`, or the weights do not fit the described model.
     """
     tensors, description = load(path)
     prefix = "machine."
     try:
         config = restore(ModelConfig, description["model"])
-        with torch.device("meta"):  # weights come from the file: none are drawn or allocated
-            machine = config.build()
+        with torch.device("meta"):  # the file supplies the weights: none are drawn or allocated
+            machine = HelmholtzMachine.from_config(config)
         weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         machine.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -99,23 +100,32 @@ def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
 
 
 def restore(config: type[Config], description: Any) -> Config:
-    """A dataclass from the JSON object that describes it, which has lists where it has tuples.
+    """Build a dataclass from the JSON object that describes it, which has lists in place of tuples.
 
     Raises:
-        TypeError, ValueError: it is not one of these.
+        TypeError, ValueError: the object does not describe this dataclass.
     """
-    from typeguard import TypeCheckError, check_type
-
     if not isinstance(description, Mapping):
         raise TypeError(f"expected an object that describes a {config.__name__}, got {description!r}")
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in description.items()}
-    made = config(**values)
+    try:
+        made = config(**values)
+    except TypeError:
+        _check_types(config, values)  # which names the value that could not be compared
+        raise
+    _check_types(config, vars(made))
+    return made
+
+
+def _check_types(config: type[Config], values: Mapping[str, Any]) -> None:
+    from typeguard import TypeCheckError, check_type
+
     for name, hint in get_type_hints(config).items():
-        value = getattr(made, name)
+        value = values.get(name)
         try:
-            check_type(value, hint)
+            if name in values:
+                check_type(value, hint)
         except TypeCheckError as error:
             raise TypeError(f"{name}: {error}") from error
-        if isinstance(value, bool) and hint is not bool:  # which is an int to Python
+        if isinstance(value, bool) and hint is not bool:  # Python counts bool as int
             raise TypeError(f"{name}: expected {hint}, got {value}")
-    return made

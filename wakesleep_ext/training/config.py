@@ -1,4 +1,4 @@
-"""How a machine is trained: every number of it, and protocols by name."""
+"""How a machine is trained: every number of it, and protocols by name. Importing it is cheap: it does without torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,20 @@ SLEEP_WEIGHTS: dict[Objective, float] = {
     "dreg": 0.0,
 }
 """The part of the sleep phase where none is asked for."""
+
+
+DIGITS = "digits"
+"""Name of the data set that ships with scikit-learn."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to train on, and what to report."""
+
+    data: str = DIGITS
+    """"digits", a folder of IDX files such as MNIST's, or a .npz file with uint8 or bool arrays x_train and x_test."""
+    bound_samples: int = 1000
+    """Samples per test image for the bound that is reported at the end."""
 
 
 @dataclass(frozen=True)

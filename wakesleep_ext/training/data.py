@@ -1,9 +1,8 @@
-"""Grey images and their binarisation: handwritten digits, IDX files such as MNIST's, and `.npz`.
+"""Load grey images and binarise them: handwritten digits, IDX files such as MNIST's, and `.npz` files.
 
-Pixels stay uint8 grey levels in memory and are binarised anew whenever they are looked at,
-x ~ Bernoulli(grey / white); the test set is binarised once. A file that does not hold what it
-declares, or declares more than would fit, is refused while it is still a file: nothing is
-allocated on the word of a header.
+Pixels are stored as uint8 grey levels. Training images are binarised again each time they are used, x ~ Bernoulli(grey
+/ white); the test set is binarised once. Sizes in a file's header are checked before anything is allocated: a file is
+rejected if it declares more than it can hold, or more than the limit.
 """
 
 from __future__ import annotations
@@ -25,18 +24,16 @@ from torch import Tensor
 
 from wakesleep_ext import ops, random
 from wakesleep_ext._files import FileError
-
-DIGITS = "digits"
-"""Name of the data set that ships with scikit-learn."""
+from wakesleep_ext.training.config import DIGITS as DIGITS  # which its users find here
 
 MAX_BYTES = 4 * 2**30
 """Largest set of images that is read, in bytes of grey levels."""
 
 TEST_BINARIZATION_SEED = 0
-"""Seed of the one binarisation of the test set."""
+"""Seed for the binarisation of the test set."""
 
 _DIGITS_TEST = 360
-_DEFLATE_MAX_RATIO = 1032  # what one byte of a deflate stream can expand to, at most
+_DEFLATE_MAX_RATIO = 1032  # the most bytes that one byte of a deflate stream can expand to
 _READ_BYTES = 2**20
 
 
@@ -46,14 +43,14 @@ class DataError(FileError):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Grey images, one a row."""
+    """Grey images, one per row."""
 
     grey: Tensor
     """Grey levels, uint8 `[N, D]`, from 0 to `white`."""
     white: int
-    """The level of a pixel that is surely on."""
+    """The level of a pixel that is always on."""
     shape: tuple[int, int]
-    """Height and width, whose product is D."""
+    """Height and width of an image; their product is D."""
 
     def __len__(self) -> int:
         return len(self.grey)
@@ -62,30 +59,30 @@ class Images:
         return replace(self, grey=self.grey.to(device))
 
     def mean(self) -> Tensor:
-        """Mean of each pixel in [0, 1], float64 `[D]`."""
+        """Return the mean of each pixel in [0, 1], float64 `[D]`."""
         return self.grey.sum(0, dtype=torch.int64).double() / (len(self) * self.white)
 
     def binarize(self, key: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """Binary pixels x ~ Bernoulli(grey / white), `[N, D]`.
+        """Draw binary pixels x ~ Bernoulli(grey / white), `[N, D]`.
 
         Args:
             key: key of the draw, on the device of the images.
-            index: int64 `[N]`, which images to draw; all of them if not given.
-            dtype: of the pixels.
+            index: int64 `[N]`, the images to draw; all by default.
+            dtype: dtype of the pixels.
         """
         return ops.binarize(self.grey, self.white, index, dtype=dtype, key=key)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images to train on, and others of the same shape to test with."""
+    """Training images, and test images of the same shape."""
 
     name: str
     train: Images
     test: Images
 
     def sha256(self) -> str:
-        """Digest of all images, and of their shape and levels."""
+        """Return a digest of all images, their shape and their levels."""
         digest = hashlib.sha256()
         for images in (self.train, self.test):
             digest.update(repr((len(images), images.shape, images.white)).encode())
@@ -93,7 +90,7 @@ class Dataset:
         return digest.hexdigest()
 
     def binary_test(self) -> Tensor:
-        """The test set, binarised with `TEST_BINARIZATION_SEED`: always the same, uint8 `[N, D]`."""
+        """Return the test set binarised with `TEST_BINARIZATION_SEED`, uint8 `[N, D]`; always the same."""
         device = self.test.grey.device
         return self.test.binarize(random.make_key(TEST_BINARIZATION_SEED, device=device))
 
@@ -104,14 +101,13 @@ def load(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Datas
     Args:
         source: one of
 
-            - ``"digits"``, the 1,797 handwritten digits (8 x 8, 17 grey levels) that ship with
-              scikit-learn, shuffled by a fixed seed and split 1,437 to 360;
-            - a folder of IDX files named as MNIST's, ``train-images-idx3-ubyte`` and
-              ``t10k-images-idx3-ubyte`` (``test-images…`` too), gzipped or not, with or without a
-              prefix such as EMNIST's;
-            - a ``.npz`` file with arrays ``x_train`` and ``x_test``, `[N, H, W]` or `[N, D]`, of
-              uint8 (grey levels 0 to 255) or bool (binary pixels).
-        max_bytes: refuse images that take more memory than this.
+            - ``"digits"``, the 1,797 handwritten digits (8 x 8, 17 grey levels) in scikit-learn, shuffled with a fixed
+              seed and split 1,437 to 360;
+            - a folder of IDX files named like MNIST's, ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte`` (or
+              ``test-images…``), gzipped or not, with or without a prefix as in EMNIST;
+            - a ``.npz`` file with arrays ``x_train`` and ``x_test``, `[N, H, W]` or `[N, D]`, of uint8 (grey levels 0
+              to 255) or bool (binary pixels).
+        max_bytes: refuse sets of images that take more memory than this.
 
     Raises:
         DataError: the file or folder is missing, malformed or too large.
@@ -145,18 +141,18 @@ def _load_digits() -> Dataset:
 
 
 def _check_shape(path: Path, name: str, shape: tuple[int, ...], max_bytes: int) -> None:
-    """Refuse sizes that no image has, or that the file could not hold however well compressed."""
+    """Refuse empty or too large sizes, and sizes that the file could not hold at any compression."""
     declared = f"{name} declares sizes {list(shape)}"
     if not all(size > 0 for size in shape):
         raise DataError(path, f"{declared}, expected each to be positive")
     if math.prod(shape) > max_bytes:
-        raise DataError(path, f"{declared}, more than the {max_bytes:,} bytes that are read")
+        raise DataError(path, f"{declared}, more than the limit of {max_bytes:,} bytes")
     if math.prod(shape) > path.stat().st_size * _DEFLATE_MAX_RATIO:
         raise DataError(path, f"{declared}, more than a file of {path.stat().st_size:,} bytes can hold")
 
 
 def _grey_images(path: Path, name: str, pixels: Tensor) -> Images:
-    """Images from uint8 levels 0 to 255, `[N, H, W]`."""
+    """Build images from uint8 levels 0 to 255, `[N, H, W]`."""
     if pixels.max() <= 1:
         raise DataError(
             path,
@@ -165,8 +161,8 @@ def _grey_images(path: Path, name: str, pixels: Tensor) -> Images:
     return Images(pixels.flatten(1), white=255, shape=(pixels.shape[1], pixels.shape[2]))
 
 
-# IDX: two zero bytes, the type (8 is uint8), the number of dimensions, each size as a big-endian
-# 32-bit integer, then the pixels (described on the MNIST page of Y. LeCun).
+# IDX: two zero bytes, the type (8 is uint8), the number of dimensions, each size as a big-endian 32-bit integer, then
+# the pixels (described on the MNIST page of Y. LeCun).
 
 _IDX_NAMES = (("train-images",), ("t10k-images", "test-images"))
 _IDX_HEADER = struct.Struct(">HBB3I")
@@ -210,7 +206,7 @@ def _read_idx(path: Path, max_bytes: int) -> Images:
     return _grey_images(path, "the file", torch.frombuffer(pixels, dtype=torch.uint8).view(*shape))
 
 
-# What gzip, zipfile and NumPy raise; NumPy reads the header of an array by Python's tokenizer and parser.
+# Errors of gzip, zipfile and NumPy; NumPy parses the header of an array with Python's tokenizer and parser.
 _UNREADABLE = (
     *(EOFError, MemoryError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error),
     *(RecursionError, SyntaxError, tokenize.TokenError),
@@ -234,7 +230,7 @@ def _read_npz(path: Path, name: str, max_bytes: int) -> Images:
             if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise DataError(path, f"{member} is compressed by another method than deflate")
             with archive.open(member) as file:
-                # Version 1 is what arrays of pixels are saved in; later ones allow endless headers.
+                # arrays of pixels are saved as version 1; later versions allow headers of any length
                 if npy.read_magic(file) != (1, 0):
                     raise DataError(path, f"{name} is not in version 1.0 of the .npy format")
                 shape, _, dtype = npy.read_array_header_1_0(file)

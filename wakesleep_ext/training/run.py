@@ -7,10 +7,11 @@ and the step that they are of. `metrics.jsonl` has an object for each epoch, and
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from wakesleep_ext._files import FileError, locked, write_atomically
 from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
-from wakesleep_ext.helmholtz.models import HelmholtzMachine, ModelConfig
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint
-from wakesleep_ext.training.config import TrainConfig
+from wakesleep_ext.training.config import DIGITS, RunOptions, TrainConfig
 from wakesleep_ext.training.data import Dataset, load
 from wakesleep_ext.training.trainer import DivergedError, Trainer
 
@@ -62,17 +64,35 @@ class RunConfig:
             raise ValueError(f"expected bound_samples of at least 1, got {self.bound_samples}")
 
     @classmethod
-    def of(
-        cls, data: str, dataset: Dataset, model: ModelConfig, training: TrainConfig, bound_samples: int
-    ) -> RunConfig:
-        """With the facts of a data set.
+    def of(cls, description: Mapping[str, Any], dataset: Dataset) -> RunConfig:
+        """Complete a description with the facts of a data set.
+
+        Args:
+            description: any part of what :func:`dataclasses.asdict` makes of a config; defaults supply the rest.
+            dataset: what its `data` names.
 
         Raises:
-            ValueError: it has fewer test images than an evaluation takes.
+            TypeError, ValueError: a value is not one of a config, the description is of other images, or there are
+                fewer test images than an evaluation takes.
         """
         if len(dataset.test) < 2:
             raise ValueError(f"expected two test images at least, got {len(dataset.test)}")
-        return cls(data, dataset.sha256(), dataset.train.shape, model, training, bound_samples)
+        facts = {"data_sha256": dataset.sha256(), "image_shape": dataset.train.shape}
+        if description.get("data_sha256", facts["data_sha256"]) != facts["data_sha256"]:
+            raise ValueError(f"expected the images that data_sha256 is of, {description['data']} has others")
+        model = {**description.get("model", {}), "observed": dataset.train.grey.shape[1]}
+        parts = {"model": model, "training": description.get("training", {})}
+        return cls.restore(asdict(RunOptions()) | dict(description) | facts | parts)
+
+    def start(self, dataset: Dataset, device: torch.device) -> Trainer:
+        """Make the trainer of a new run, its initial weights drawn under the seed of the config.
+
+        Raises:
+            ValueError: the model's latent variables do not go with the objective.
+        """
+        torch.manual_seed(self.training.seed)
+        machine = HelmholtzMachine.from_config(self.model, dataset.train.mean())
+        return Trainer(machine.to(device), dataset.train.to(device), self.training)
 
     @classmethod
     def restore(cls, description: dict[str, Any]) -> RunConfig:
@@ -158,6 +178,21 @@ class Run:
             raise checkpoint.CheckpointError(path, f"does not tell how the run was made: {error}") from error
         return cls(folder, config), machine
 
+    def load_data(self, source: str | None = None) -> Dataset:
+        """Load the data that the run was trained on, or others of the same shape.
+
+        Raises:
+            FileError: they cannot be read, or have another shape.
+        """
+        dataset = load(source or self.config.data)
+        if dataset.test.shape != self.config.image_shape:
+            raise RunError(
+                self.folder,
+                f"was trained on images of shape {list(self.config.image_shape)}, "
+                f"those of {dataset.name} have {list(dataset.test.shape)}",
+            )
+        return dataset
+
     def picture(self, name: str) -> Path:
         """Where a picture of the run belongs."""
         assert name in _PICTURES
@@ -206,6 +241,36 @@ class Run:
     def _save(self, trainer: Trainer) -> int:
         checkpoint.save(self.folder / _CHECKPOINT, trainer.state_dict(), asdict(self.config) | {"step": trainer.step})
         return trainer.step
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a description of a run, such as the `config.json` of a run folder, or part of one.
+
+    Raises:
+        RunError: the file cannot be read, is no JSON object, or has a key that no config has.
+    """
+    try:
+        described = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(path, f"cannot be read as JSON: {error}") from error
+    for part, of in ((None, RunConfig), ("model", ModelConfig), ("training", TrainConfig)):
+        values, where = (described, "") if part is None else (described.get(part, {}), f"{part}.")
+        if not isinstance(values, dict):
+            raise RunError(path, f"expected {part or 'the file'} to be a JSON object, got {values!r}")
+        if unknown := values.keys() - {field.name for field in fields(of)}:
+            raise RunError(path, f"has unknown keys: {', '.join(where + name for name in sorted(unknown))}")
+    return described
+
+
+def overlaid(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a run by what was chosen, by a base where nothing was, and else by the defaults."""
+    parts = {part: {**base.get(part, {}), **chosen.get(part, {})} for part in ("model", "training")}
+    described = asdict(RunOptions()) | dict(base) | dict(chosen) | parts
+    if "data" in chosen:
+        described.pop("data_sha256", None)  # which is that of the base's data
+    if described["data"] != DIGITS:
+        described["data"] = os.path.abspath(described["data"])
+    return described
 
 
 def has_begun(folder: Path) -> bool:

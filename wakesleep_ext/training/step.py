@@ -1,7 +1,7 @@
-"""A step of training: losses, their gradients, an update of the weights.
+"""Run one training step: losses, their gradients, and an update of the weights.
 
-A step takes nothing from the host: keys and learning rates lie on the device. So it is recorded and replayed, as a CUDA
-graph on a GPU, and without Python on a CPU, where a step of few images would take twice as long with it.
+A step reads nothing from the host: keys and learning rates are on the device. So it can be recorded and replayed, as a
+CUDA graph on a GPU and without Python on a CPU. Python would double the time of a CPU step with a small batch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from wakesleep_ext.training.data import Images
 
 
 class Descent:
-    """Adam on the parameters of a network, its state on their device from the start.
+    """Applies Adam to the parameters of a network. The optimizer's state is on their device from the start.
 
-    Between steps parameters may be frozen, or others may take their places.
+    You may freeze or replace parameters between steps.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, config: TrainConfig) -> None:
         device = next(network.parameters()).device
-        dtype = torch.float32 if device.type == "cuda" else torch.float64  # which torch's kernel for the device reads
+        dtype = torch.float32 if device.type == "cuda" else torch.float64  # what torch's kernel for the device reads
         self.network = network
         self.optimizer = torch.optim.Adam(
             network.parameters(),
@@ -42,7 +42,7 @@ class Descent:
         (group,) = self.optimizer.param_groups
         self._start = learning_rate
         self._steps = torch.zeros(len(group["params"]), device=device)
-        self._one = torch.ones((), device=device)  # to be added; the number 1 would be made into a tensor at every step
+        self._one = torch.ones((), device=device)  # adding the number 1 would create a tensor at every step
         for parameter, step in zip(group["params"], self._steps, strict=True):
             self.optimizer.state[parameter] = {
                 "step": step,
@@ -51,9 +51,9 @@ class Descent:
             }
 
     def trained(self) -> list[Tensor]:
-        """The parameters that are not frozen.
+        """Return the parameters that are not frozen.
 
-        Where others have taken their places, as `load_state_dict(assign=True)` has it, the optimizer's state is theirs.
+        Replaced parameters, such as those of `load_state_dict(assign=True)`, take over the old ones' optimizer state.
         """
         parameters = list(self.network.parameters())
         (group,) = self.optimizer.param_groups
@@ -64,18 +64,18 @@ class Descent:
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Of the trained parameters. What others may have left in .grad does not enter."""
+        """Return the gradients of the trained parameters; ignores existing `.grad`."""
         trained = self.trained()
         return torch.autograd.grad(loss, trained) if trained else ()
 
     def set_learning_rate(self, factor: Tensor) -> None:
-        """To a multiple of that of the start."""
+        """Set the learning rate to `factor` times its initial value."""
         (group,) = self.optimizer.param_groups
         group["lr"].copy_(self._start * factor)
 
     @torch.no_grad()
     def descend(self, gradients: Sequence[Tensor]) -> None:
-        """A step of Adam by these gradients of the trained parameters."""
+        """Take a step of Adam, given the gradients of the trained parameters."""
         trained = self.trained()
         if not trained:
             return
@@ -84,29 +84,29 @@ class Descent:
         exp_avgs, exp_avg_sqs = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
         beta1, beta2 = group["betas"]
         self._steps.add_(self._one)
-        step = states[0]["step"]  # the same for all
+        step = states[0]["step"]  # equal for all parameters
         ops.adam_(trained, gradients, exp_avgs, exp_avg_sqs, step, group["lr"], beta1, beta2, group["eps"])
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's tensors, by the name of a parameter and of what it is; not copies."""
+        """Yield the optimizer's tensors, named by parameter and kind; they are not copies."""
         for name, parameter in self.network.named_parameters():
             for slot, value in self.optimizer.state[parameter].items():
                 yield f"{name}.{slot}", value
 
 
 class Step:
-    """One wake phase on a batch, then one sleep phase; whichever of them the objective has.
+    """Runs one wake phase on a batch, then one sleep phase, if the objective has both.
 
-    Every random draw is a function of the seed and of the number of the step.
+    Every random draw depends only on the seed and the number of the step.
 
     Args:
-        machine: its `generative` network is trained in the wake phase, `recognition` in sleep; in the wake phase too,
-            if the objective says so.
-        images: on the device of the machine.
+        machine: the wake phase trains its `generative` network, the sleep phase `recognition`. Depending on the
+            objective, the wake phase trains `recognition` too.
+        images: training images, on the device of the machine.
         config: how to train.
 
     Raises:
-        ValueError: the objective differentiates through draws, and the latent variables are discrete.
+        ValueError: the objective differentiates through draws, but the latent variables are discrete.
     """
 
     def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
@@ -125,15 +125,15 @@ class Step:
         self._keys = torch.empty(sum(map(len, self._draws.values())), 2, dtype=torch.int64, device=device)
         self._key = self._keys.unbind()
         self._offsets = self._keys[:, 1]
-        self._number = torch.zeros((), dtype=torch.int64)  # in a tensor, since no step goes by it
+        self._number = torch.zeros((), dtype=torch.int64)  # a tensor, so that a change of it does not end a replay
         self.number = 0
         self.replays = {awake: Replay(partial(self._train, awake=awake)) for awake in (False, True)}
 
     def __call__(self, index: Tensor) -> Tensor:
-        """Takes the step; the losses as :attr:`names` has them.
+        """Take the step, and return its losses in the order of :attr:`names`.
 
         Args:
-            index: int64 `[batch_size]`, which images the batch has.
+            index: int64 `[batch_size]`, the indices of the images in the batch.
         """
         awake = self.is_awake
         run = self.replays[awake] if self.config.replay else partial(call, partial(self._train, awake=awake))
@@ -143,7 +143,7 @@ class Step:
 
     @property
     def number(self) -> int:
-        """Steps completed; setting it sets the keys of the draws, too."""
+        """Steps completed. Setting it also sets the keys of the draws."""
         return int(self._number)
 
     @number.setter
@@ -155,12 +155,12 @@ class Step:
 
     @property
     def is_awake(self) -> bool:
-        """Whether the next step has a wake phase; the first epochs may have none."""
+        """True if the next step has a wake phase; the first epochs may have none."""
         return self.number >= self.config.sleep_warm_up * self.per_epoch
 
     @property
     def names(self) -> list[str]:
-        """Of the losses that the next step returns."""
+        """Names of the losses that the next step returns."""
         if not self.is_awake:
             return ["sleep"]
         both = self.config.objective == "reweighted-wake-sleep" and self._sleep_weight < 1
@@ -171,15 +171,15 @@ class Step:
         return {"generative": self._generative, "recognition": self._recognition}
 
     def batches(self) -> tuple[Tensor, ...]:
-        """The indices of the images of each batch of an epoch that begins now, in an order of its own."""
-        # An order from the sort of keyed draws is the same on every device, randperm's is not.
+        """Return the image indices of each batch of an epoch that begins now, in random order."""
+        # sorting keyed draws gives the same order on every device, unlike randperm
         zeros = torch.zeros(len(self.images), dtype=torch.float64, device=self.images.grey.device)
         (key,) = self._keys_of("order")
         order = ops.gaussian_rsample(zeros, zeros, key=key).argsort()
         return tuple(order.split(self.batch_size)[: self.per_epoch])
 
     def _objective(self) -> Callable[[Tensor, Sequence[Tensor]], WakeLosses]:
-        """The losses of the wake phase, of images and the keys of its draws."""
+        """Return the function from images and keys to the losses of the wake phase."""
         recognition, generative = self.machine.recognition, self.machine.generative
         config = self.config
         if config.objective == "reweighted-wake-sleep":
@@ -202,10 +202,10 @@ class Step:
         return lambda x, keys: WakeLosses(loss(recognition, generative, x, config.num_samples, keys=keys))
 
     def _number_draws(self) -> dict[str, range]:
-        """The draws of a step, each with a key of its own."""
+        """Assign each draw of a step its own range of keys."""
         layers = len(self.machine.recognition)
         counts = {
-            "order": 1,  # of the images; used by the first step of an epoch
+            "order": 1,  # of the images; only the first step of an epoch uses it
             "binarize": 1,
             "wake": 2 * layers + 1 if self.config.defensive_fraction else layers,
             "dream": layers + 1,
@@ -221,7 +221,7 @@ class Step:
         return self._key[numbers.start : numbers.stop]
 
     def _train(self, index: Tensor, *, awake: bool) -> Tensor:
-        """The step itself, which may be recorded: what differs from step to step, it takes from tensors."""
+        """Take the step. It may be recorded, so whatever varies from step to step is in tensors."""
         losses: list[Tensor] = []
         of_wake: Sequence[Tensor] | None = None
         self._set_learning_rates()
@@ -236,7 +236,7 @@ class Step:
         return torch.stack([loss.detach() for loss in losses])
 
     def _wake(self, index: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
-        """Trains the generative network; returns the losses, and their gradient for the recognition network, if any."""
+        """Train the generative network; return the losses, and any gradient for the recognition network."""
         (key,) = self._keys_of("binarize")
         x = self.images.binarize(key, index, self._dtype)
         theta, phi = self._wake_losses(x, self._keys_of("wake"))
@@ -251,7 +251,7 @@ class Step:
         return [theta] if phi is None else [theta, phi], gradients[len(of_theta) :]
 
     def _sleep(self, of_wake: Sequence[Tensor] | None) -> Tensor:
-        """Trains the recognition network; to the gradient of the wake phase, if there is one, comes that of dreams."""
+        """Train the recognition network on dreams, adding the gradient of the wake phase if there is one."""
         loss = objectives.sleep_phi_loss(
             self.machine.recognition,
             self.machine.generative,
@@ -266,7 +266,7 @@ class Step:
         return loss
 
     def _set_learning_rates(self) -> None:
-        """To what they have fallen to at this step."""
+        """Set the learning rates for this step according to the schedule."""
         config = self.config
         if config.learning_rate_decay == 1:
             return

@@ -1,6 +1,6 @@
-"""The wake-sleep loop: steps by epochs, until the last, or until a loss is no longer finite.
+"""Run the wake-sleep loop until the last epoch, or until a loss is not finite.
 
-A run is repeated by its seed, and continued from nothing more than weights, optimizers and step number.
+The seed determines a run. Weights, optimizer state and step number suffice to resume it.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from wakesleep_ext.training.step import Step
 
 
 class DivergedError(ArithmeticError):
-    """A loss is no longer finite; the message names the phase and the step."""
+    """A loss or weight is no longer finite; the message names the loss or the network, and the step."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training images came to."""
+    """The results of one pass over the training images."""
 
     epoch: int
-    """Passes completed, this one included."""
+    """Epochs completed, including this one."""
     step: int
     """Steps completed."""
     losses: dict[str, float]
-    """Means over the steps, in nats: "wake", per image; "wake_phi", per image, of the recognition network in the
-    reweighted wake phase; "sleep", per dream. Those that there were."""
+    """Mean losses over the steps, in nats. "wake" and "wake_phi" are per image, "sleep" is per dream. "wake_phi" is the
+    recognition network's loss in the reweighted wake phase. Only losses of the objective are present."""
     seconds: float
-    """Duration."""
+    """Duration of the epoch."""
 
 
 class Trainer:
-    """Trains a Helmholtz machine on images, both on one device.
+    """Trains a Helmholtz machine on images, both on the same device.
 
     Args:
-        machine: its `generative` network is trained in the wake phase, `recognition` in sleep; in the wake phase too,
-            if the objective says so.
-        images: each visit binarises them again. A last batch that would be smaller than the others is left out; which
-            images that concerns changes with every epoch.
+        machine: the wake phase trains its `generative` network, the sleep phase `recognition`. Depending on the
+            objective, the wake phase trains `recognition` too.
+        images: training images, binarised again each time they are used. An incomplete last batch is dropped; its
+            images differ from epoch to epoch.
         config: how to train.
 
     Attributes:
-        take_step: the step, to be called with the indices of a batch, int64 `[batch_size]`.
+        take_step: runs one step, given the indices of a batch, int64 `[batch_size]`.
 
     Raises:
-        ValueError: the objective differentiates through draws, and the latent variables are discrete.
-        TypeError: a parameter is in half precision, in which Adam's steps and moments would be lost.
+        ValueError: the objective differentiates through draws, but the latent variables are discrete.
+        TypeError: a parameter is in half precision, in which Adam's updates and moments would be lost.
     """
 
     def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
@@ -67,17 +67,17 @@ class Trainer:
 
     @property
     def machine(self) -> HelmholtzMachine:
-        """What is trained."""
+        """The model that is trained."""
         return self.take_step.machine
 
     @property
     def config(self) -> TrainConfig:
-        """How."""
+        """How it is trained."""
         return self.take_step.config
 
     @property
     def images(self) -> Images:
-        """On what."""
+        """The training images."""
         return self.take_step.images
 
     @property
@@ -86,12 +86,12 @@ class Trainer:
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Of the generative and the recognition network."""
+        """The optimizers of the generative and the recognition network."""
         return {name: descent.optimizer for name, descent in self.take_step.descents.items()}
 
     @property
     def step(self) -> int:
-        """Steps completed; setting it sets the keys of the draws, too."""
+        """Steps completed. Setting it also sets the keys of the draws."""
         return self.take_step.number
 
     @step.setter
@@ -105,8 +105,7 @@ class Trainer:
             on_step: called after each step.
 
         Raises:
-            DivergedError: a loss or weight became infinite or NaN in the epoch that was to be
-                yielded next.
+            DivergedError: a loss or weight became infinite or NaN in the epoch that would have been yielded next.
         """
         while self.step < self.config.epochs * self.steps_per_epoch:
             start, names = time.perf_counter(), self.take_step.names
@@ -124,7 +123,7 @@ class Trainer:
             )
 
     def _check_finite(self, names: Sequence[str], losses: Tensor) -> None:
-        """Losses `[steps, names]` of the epoch; read once an epoch, for each look stops a GPU."""
+        """Check the losses `[steps, names]` of an epoch, only once since each check synchronises the GPU."""
         for row, column in (~losses.isfinite()).nonzero().tolist():
             step = self.step - len(losses) + row + 1
             raise DivergedError(
@@ -136,9 +135,9 @@ class Trainer:
                 raise DivergedError(f"a weight of the {name} network became infinite at step {self.step}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights and optimizer state by name, `machine.…`, `optimizer.generative.…`; not copies.
+        """Return weights and optimizer state by name, `machine.…`, `optimizer.generative.…`, not as copies.
 
-        With `step`, all that continuing a run takes.
+        Together with `step`, they are all that is needed to resume a run.
         """
         tensors = {f"machine.{name}": value for name, value in self.machine.state_dict().items()}
         for of, descent in self.take_step.descents.items():
@@ -147,10 +146,10 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over, in place, what :meth:`state_dict` gave. `step` is to be set, too.
+        """Load, in place, what :meth:`state_dict` returned. Set `step` as well.
 
         Raises:
-            KeyError: a tensor is missing; nothing has been changed.
+            KeyError: a tensor is missing. Nothing has been changed then.
         """
         own = self.state_dict()
         found = {name: tensors[name] for name in own}

@@ -1,0 +1,53 @@
+"""Configuration of a Helmholtz machine. Importing it is cheap: it does without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
+Latents = Literal["gaussian", "bernoulli"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes, kind of the latent variables and activation, of both networks.
+
+    Raises:
+        ValueError: a size is not a positive integer, or a name is unknown.
+    """
+
+    observed: int
+    """Pixels of an image, D."""
+    latent: tuple[int, ...] = (50,)
+    """Latent variables of each stochastic layer, from x up; one size, one layer."""
+    recognition_hidden: tuple[int, ...] = (200, 200)
+    """Hidden widths of q(z_1|x), from x to z_1."""
+    generative_hidden: tuple[int, ...] = (200, 200)
+    """Hidden widths of p(x|z_1), from z_1 to x."""
+    latent_hidden: tuple[int, ...] = (100, 100)
+    """Hidden widths between one stochastic layer and the next, in both directions."""
+    latents: Latents = "gaussian"
+    """Kind of the latent variables: diagonal Gaussian under a prior N(0, I), or Bernoulli under a learnt one, the
+    sigmoid belief network of the first Helmholtz machines."""
+    activation: Activation = "tanh"
+    """Activation after each hidden layer."""
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "observed": (self.observed,),
+            "latent": self.latent,
+            "recognition_hidden": self.recognition_hidden,
+            "generative_hidden": self.generative_hidden,
+            "latent_hidden": self.latent_hidden,
+        }
+        for name, values in sizes.items():
+            if not isinstance(values, tuple):
+                raise ValueError(f"ModelConfig: expected {name} to be a tuple of sizes, got {values!r}")
+            if not all(type(value) is int and value > 0 for value in values):
+                raise ValueError(f"ModelConfig: expected {name} > 0, got {getattr(self, name)}")
+        if not self.latent:
+            raise ValueError("ModelConfig: expected latent to name one layer at least, got ()")
+        for name, known in (("latents", get_args(Latents)), ("activation", get_args(Activation))):
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"ModelConfig: expected {name} to be one of {', '.join(known)}, got {given!r}")
