@@ -31,10 +31,10 @@ help:
 	@echo "make mutants     plants one fault at a time and checks that a test fails, in 90 minutes; ONLY selects faults"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      rewrites the sources as ruff and clang-format would have them"
-	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and README's tables"
-	@echo "make readme      makes the README's speed tables and pictures anew from the results that they name"
+	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and docs/benchmarks.md"
+	@echo "make readme      updates the tables and pictures of README.md and docs/benchmarks.md from committed results"
 	@echo "make mnist       trains every objective on the MNIST in the folder DATA, in hours; writes benchmarks/results/mnist"
-	@echo "make docs        builds the reference pages, build/docs/index.html; a warning is an error"
+	@echo "make docs        builds the documentation, build/docs/index.html; a warning is an error"
 	@echo "make cuda-check  compiles the CUDA kernels for CUDA_ARCHITECTURES and checks their machine code; needs nvcc, no GPU"
 	@echo "make cuda-test   also runs the everyday tests with the CUDA build, on a GPU where there is one"
 	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
@@ -106,7 +106,8 @@ sass-report: $(CUDA_VENV)/.installed
 	cd tests && ../$(CUDA_VENV)/bin/python ../scripts/sass_report.py
 
 docs: $(VENV)/.installed $(VENV)/.test $(VENV)/.docs
-	@echo "Building the reference pages into build/docs (half a minute)"
+	@echo "Building the documentation into build/docs (a minute)"
+	@rm -rf build/docs
 	@$(VENV)/bin/sphinx-build --quiet --fail-on-warning --fresh-env docs build/docs
 	@WAKESLEEP_DOCS=build/docs $(VENV)/bin/python -m pytest -q tests/test_docs.py
 

@@ -11,30 +11,30 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # build_support, also where pip runs this file
+sys.path.insert(0, str(ROOT))  # finds build_support even if pip runs this file
 
 from build_support import toolchain  # noqa: E402
 
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
-# No contraction: every instruction set then returns the same bits (csrc/cpu/vec.h). No jump threading and no partial
-# redundancy elimination: they turn selects into branches, and loops that vectorise into loops that do not.
+# Without contraction, every instruction set returns the same bits (csrc/cpu/vec.h). Jump threading and partial
+# redundancy elimination turn selects into branches, which keeps loops from vectorising.
 CXX_FLAGS = [
     *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fno-thread-jumps", "-fno-tree-pre"),
-    # torch's headers then include the headers of single functions rather than all of them, which halves their time.
+    # With this, torch's headers include only the functions that they use, which halves their compile time.
     "-DAT_PER_OPERATOR_HEADERS",
-    # Vectors wider than the baseline's are passed between functions only where these are inlined.
+    # -Wno-psabi: vectors wider than the baseline's are passed to inlined functions only.
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"),
 ]
-# at::parallel_for is a header and needs OpenMP to be compiled in. It is not linked: the runtime, and with it the pool
-# of threads, is then the one that torch has loaded.
+# at::parallel_for is header-only and needs OpenMP at compile time. The extension does not link OpenMP, so it uses the
+# runtime and the thread pool that torch has loaded.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform != "darwin" else ["-Xclang", "-fopenmp"]
 NVCC_FLAGS = ["-O3", "-DAT_PER_OPERATOR_HEADERS", "--expt-relaxed-constexpr", "--diag-suppress=20012"]
 
 
 def requirement() -> str:
-    """A source distribution takes any supported torch, a wheel the series that its kernels are compiled for."""
+    """Returns any supported torch for a source distribution, and for a wheel the series that it is compiled for."""
     torch = None if "sdist" in sys.argv else toolchain.find_torch()
     return toolchain.SUPPORTED_TORCH if torch is None else torch.requirement
 
@@ -48,7 +48,7 @@ def extension_and_commands() -> dict[str, Any]:
     if plan.toolkit is not None:
         os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # read when torch.utils.cpp_extension is imported
     os.environ["MAX_JOBS"] = str(toolchain.parallel_jobs(os.environ))
-    if find_spec("ninja") is not None:  # its log tells nothing to another version, which would compile everything again
+    if find_spec("ninja") is not None:  # another version cannot read its log and would recompile everything
         import ninja
 
         os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", os.defpath)
@@ -61,7 +61,7 @@ def extension_and_commands() -> dict[str, Any]:
         capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolchain.default_architectures(plan.toolkit, capabilities))
 
-    build_base = ROOT / "build" / f"torch-{plan.torch.version}"  # one for each torch, and so incremental
+    build_base = ROOT / "build" / f"torch-{plan.torch.version}"  # one per torch, so builds are incremental
 
     class Build(build):
         def finalize_options(self) -> None:
@@ -71,7 +71,7 @@ def extension_and_commands() -> dict[str, Any]:
     class BuildKernels(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.build_temp = str(build_base / "objects")  # where an editable install would use a temporary folder
+            self.build_temp = str(build_base / "objects")  # an editable install would use a temporary folder
 
         def run(self) -> None:
             super().run()
@@ -85,8 +85,8 @@ def extension_and_commands() -> dict[str, Any]:
             lines += [f"{name} = {value!r}" for name, value in facts.items()]  # typed in _build.pyi
             path = Path(self.get_ext_fullpath("wakesleep_ext._C")).with_name("_build.py")
             path.write_text("\n".join(lines) + "\n")
-            # uv's key to the wheels that it caches (pyproject.toml): new after every build, for uv does not know that
-            # a wheel is for one torch. A build that finds its objects takes seconds.
+            # This file is part of uv's cache key (pyproject.toml). Every build rewrites it, since uv does not know that
+            # a wheel works with one torch only. An incremental build takes seconds.
             (ROOT / "build" / "last-build").write_text(plan.summary + "\n")
 
     csrc = ROOT / "csrc"
@@ -101,7 +101,7 @@ def extension_and_commands() -> dict[str, Any]:
         cxx_flags.append(f'-DWAKESLEEP_CUDA_VERSION="{plan.toolkit.version}"')
         if "NVCC_THREADS" in os.environ:
             nvcc_flags.append(f"--threads={os.environ['NVCC_THREADS']}")
-        # the headers of cuBLAS and its like, where they come with torch's wheels rather than with the toolkit
+        # The headers of cuBLAS and similar libraries may come with torch's wheels instead of the toolkit.
         include_dirs += [str(path) for path in plan.torch.site_packages.glob("nvidia/cu*/include")]
     extension = kind(
         "wakesleep_ext._C",

@@ -1,1 +1,1 @@
-"""What building the package needs to find out: which torch, which CUDA toolkit, how many jobs."""
+"""Finds out what a build needs to know: which torch, which CUDA toolkit, how many jobs."""

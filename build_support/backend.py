@@ -1,12 +1,12 @@
-"""The build backend: setuptools', with the torch of the environment that is installed into.
+"""Runs setuptools' build backend with the torch of the target environment.
 
-A compiled extension works with the torch it was built against. pip builds in isolation, but with the interpreter of
-the environment, so this backend finds the torch that is there and uses it in place. Where there is none, it asks pip
-for a supported one; the wheel then requires that series, and pip installs it.
+A compiled extension works only with the torch it was built against. pip isolates the build, but uses the interpreter
+of the target environment, so this backend finds its torch and uses it in place. If there is none, the backend asks pip
+for a supported one. The wheel then requires that series, and pip installs it.
 
-uv and `python -m build` run the backend in an environment of their own, which does not say what it is for. There the
-build stops before anything is compiled, and names the commands that work. In a checkout, `[tool.uv]` in pyproject.toml
-turns isolation off.
+uv and `python -m build` run the backend in a separate environment, from which it cannot find the target. The build then
+stops before it compiles anything, and prints the commands that work. In a checkout, `[tool.uv]` in pyproject.toml turns
+isolation off.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _need_torch() -> None:
 def _requirements() -> list[str]:
     if _use_environment_torch():
         return ["ninja"]
-    if "PIP_BUILD_TRACKER" in os.environ:  # pip: this interpreter is the environment's, which has no torch
+    if "PIP_BUILD_TRACKER" in os.environ:  # pip runs the target's interpreter, which has no torch
         return ["ninja", toolchain.SUPPORTED_TORCH, "numpy"]
     raise _stop(
         "this isolated build cannot see the torch of your environment, and kernels work only with the torch that they "

@@ -1,8 +1,8 @@
 """Finds the torch to build against and the CUDA toolkit to build with, without importing or running either.
 
-The rule: CUDA kernels are compiled where the torch is a CUDA build and nvcc is found, whether or not a GPU is visible;
-the CPU kernels always. ``WAKESLEEP_FORCE_CUDA=1`` turns a missing toolkit into an error, ``WAKESLEEP_FORCE_CPU=1``
-ignores one that is there.
+A build compiles the CPU kernels, and the CUDA kernels if torch is a CUDA build and nvcc is found, whether or not a GPU
+is visible. ``WAKESLEEP_FORCE_CUDA=1`` turns a missing toolkit into an error, and ``WAKESLEEP_FORCE_CPU=1`` ignores an
+installed one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUPPORTED_TORCH = "torch>=2.10"
-OLDEST_SETUPTOOLS = 77  # the first that writes SPDX licence expressions
+OLDEST_SETUPTOOLS = 77  # the first version with SPDX licence expressions
 BUILD_TOOLS = (f"setuptools>={OLDEST_SETUPTOOLS}", "ninja")
-UNPACKED = re.compile(r"(git|sdists)-v\d+|pip-(req-build|install)-")  # folders into which uv and pip unpack a source
-BYTES_PER_JOB = 2 * 2**30  # what the largest translation unit takes, with some room
+UNPACKED = re.compile(r"(git|sdists)-v\d+|pip-(req-build|install)-")  # folders into which uv and pip unpack sources
+BYTES_PER_JOB = 2 * 2**30  # memory for the largest translation unit, with some room
 
 
 class BuildError(SystemExit):
@@ -40,7 +40,7 @@ class Torch:
 
     @property
     def requirement(self) -> str:
-        """The releases that load kernels compiled against this one: its series, '2.13.0+cpu' -> 'torch==2.13.*'."""
+        """The series of this torch, which loads the kernels compiled against it: '2.13.0+cpu' -> 'torch==2.13.*'."""
         major, minor = self.version.split("+")[0].split(".")[:2]
         return f"torch=={major}.{minor}.*"
 
@@ -55,7 +55,7 @@ class Toolkit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is going to be built."""
+    """The kernels to build, and the reason for the choice."""
 
     torch: Torch
     toolkit: Toolkit | None
@@ -68,7 +68,7 @@ class Plan:
 
 
 def site_directories() -> list[Path]:
-    """Where the environment keeps its packages, also from inside a build that pip isolates from it."""
+    """Returns the package folders of the environment, also from inside an isolated build of pip."""
     found = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     configuration = Path(sys.prefix, "pyvenv.cfg")
     isolated = sys.prefix != sys.base_prefix
@@ -81,7 +81,7 @@ def site_directories() -> list[Path]:
 
 
 def find_torch(directories: list[Path] | None = None) -> Torch | None:
-    """The torch that the environment has, read from its version file."""
+    """Returns the torch of the environment, read from its version file, or None."""
     for directory in site_directories() if directories is None else directories:
         version_file = directory / "torch" / "version.py"
         if version_file.is_file():
@@ -96,11 +96,11 @@ def find_torch(directories: list[Path] | None = None) -> Torch | None:
 
 
 def commands_without_isolation(environment: Mapping[str, str], source: Path) -> str:
-    """The two commands that install the package where the build cannot see the torch that it is for.
+    """Returns the two commands that install the package if the build cannot see the torch of the target environment.
 
     Args:
-        environment: variables, in which uv names itself.
-        source: the folder that is built.
+        environment: Environment variables, which show whether uv runs the build.
+        source: The folder that is built.
     """
     by_uv = "UV_INTERNAL__BUILD_DIR" in environment or ("UV" in environment and "PIP_BUILD_TRACKER" not in environment)
     install = "uv pip install" if by_uv else "pip install"
@@ -119,9 +119,9 @@ def commands_without_isolation(environment: Mapping[str, str], source: Path) -> 
 
 
 def find_toolkit(environment: Mapping[str, str]) -> Toolkit | None:
-    """The toolkit that CUDA_HOME names, or that the nvcc on the PATH belongs to.
+    """Returns the toolkit in CUDA_HOME, or else the toolkit of the nvcc on the PATH, or None.
 
-    That nvcc may be a link or a wrapper script, so it is asked: a dry run prints the root it works from.
+    nvcc may be a link or a wrapper script, so the root comes from a dry run of nvcc, which prints it.
     """
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     nvcc = (
@@ -140,7 +140,7 @@ def find_toolkit(environment: Mapping[str, str]) -> Toolkit | None:
 
 
 def make_plan(environment: Mapping[str, str], torch: Torch | None, toolkit: Toolkit | None) -> Plan:
-    """Decides what is built; BuildError where what was asked for cannot be."""
+    """Decides which kernels to build. Raises BuildError if a requested kind cannot be built."""
     force_cuda = environment.get("WAKESLEEP_FORCE_CUDA") == "1"
     force_cpu = environment.get("WAKESLEEP_FORCE_CPU") == "1"
     if force_cuda and force_cpu:
@@ -173,9 +173,9 @@ def make_plan(environment: Mapping[str, str], torch: Torch | None, toolkit: Tool
 
 
 def default_architectures(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]] = ()) -> str:
-    """What to compile for where TORCH_CUDA_ARCH_LIST does not say: the GPUs that are here, else Ampere and later.
+    """Returns the default for TORCH_CUDA_ARCH_LIST: the visible GPUs, or else Ampere and later.
 
-    PTX of the highest lets newer GPUs run the kernels.
+    PTX for the newest of them lets later GPUs run the kernels.
     """
     here = [f"{major}.{minor}" for major, minor in sorted(set(capabilities))]
     if here:
@@ -185,7 +185,7 @@ def default_architectures(toolkit: Toolkit, capabilities: Iterable[tuple[int, in
 
 
 def parallel_jobs(environment: Mapping[str, str], available_bytes: int | None = None) -> int:
-    """MAX_JOBS where it is set; else as many as there are processors, and memory for."""
+    """Returns MAX_JOBS if it is set, or else one job per processor, as far as memory allows."""
     if environment.get("MAX_JOBS", "").isdigit():
         return max(1, int(environment["MAX_JOBS"]))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,5 @@
-// What a layer does to each of its coordinates, y = f(a), host and device, and the gradient of a, given that of y: a
-// function of y, so that a layer keeps nothing else for its backward pass.
+// Activations y = f(a) of a layer, for host and device. The gradient for a is computed from y alone, so a layer saves
+// only y for its backward pass.
 #pragma once
 
 #include <optional>
@@ -25,7 +25,7 @@ struct Identity {
 struct Relu {
   template <typename T>
   WAKESLEEP_FUNCTION T operator()(T a) const {
-    return a < T(0) ? T(0) : a;  // NaN stays
+    return a < T(0) ? T(0) : a;  // NaN passes through
   }
   template <typename T>
   WAKESLEEP_FUNCTION T gradient(T upstream, T y) const {
@@ -57,7 +57,7 @@ struct Tanh {
 
 using Activation = std::variant<Identity, Relu, Sigmoid, Tanh>;
 
-// By the name that callers use.
+// Returns the activation with this name, or Identity without a name.
 inline Activation activation_of(const char* op, const char* argument, std::optional<std::string_view> name) {
   if (!name) {
     return Identity{};

@@ -1,4 +1,4 @@
-// A step of Adam: checked operands of a call, and what becomes of an element.
+// A step of Adam: the checked operands of a call, and the update of one element.
 //
 //   m <- beta1 m + (1 - beta1) g
 //   v <- beta2 v + (1 - beta2) g^2
@@ -6,7 +6,8 @@
 //
 // Kingma & Ba, "Adam: a method for stochastic optimization" (ICLR 2015), algorithm 1.
 //
-// All tensors are worked on at once, cut into pieces that are numbered through: most are too small to occupy anybody.
+// Most tensors are too small to occupy a device, so a step processes all of them together. Their pieces are numbered
+// consecutively.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -21,10 +22,10 @@
 
 namespace wakesleep {
 
-// What all elements have in common. With it, an element takes one division.
+// The constants of a step, which leave one division per element.
 template <typename compute_t>
 struct AdamStep {
-  compute_t beta1, new1;  // parts of the old mean and of what is new in it
+  compute_t beta1, new1;  // weights of the old mean and of the new gradient
   compute_t beta2, new2;
   compute_t rate;   // lr / (1 - beta1^t)
   compute_t scale;  // 1 / sqrt(1 - beta2^t)
@@ -38,7 +39,7 @@ struct AdamStep {
   }
 };
 
-// A number in a tensor, to be read where the tensor is.
+// A number in a tensor, read on the tensor's device.
 struct NumberInTensor {
   const void* data;
   bool is_double;
@@ -51,7 +52,7 @@ struct NumberInTensor {
   }
 };
 
-// What a step follows from; it is taken in double, for 1 - beta2^t begins with a thousandth.
+// The inputs of AdamStep. The corrections are computed in double: 1 - beta2^t begins with a thousandth.
 struct AdamRule {
   NumberInTensor step, lr;
   double beta1, beta2, eps;
@@ -65,7 +66,7 @@ struct AdamRule {
   }
 };
 
-// A tensor of each list, in pieces of so many elements.
+// The four tensors of a parameter, in pieces of `elements` elements.
 template <typename scalar_t, int64_t elements>
 struct AdamTensor {
   scalar_t* parameter;
@@ -73,7 +74,7 @@ struct AdamTensor {
   scalar_t* exp_avg;
   scalar_t* exp_avg_sq;
   int64_t size;
-  int64_t first;  // of its pieces
+  int64_t first;  // number of its first piece
 
   WAKESLEEP_FUNCTION int64_t end() const { return first + (size + elements - 1) / elements; }
 };
@@ -113,7 +114,7 @@ struct Adam {
                           parameter.tensor.strides(), ", those of ", parameter, ", got ", state.tensor.strides());
       }
     }
-    for (size_t i = 0; i < parameters.size(); ++i) {  // elements of all four in one order, whatever it is
+    for (size_t i = 0; i < parameters.size(); ++i) {  // all four tensors need the same memory layout
       const at::Tensor& gradient = gradients_in[i];
       gradients.push_back(same_layout(gradient, parameters[i]) ? gradient
                                                                : aten::empty_like(parameters[i]).copy_(gradient));
@@ -132,7 +133,7 @@ struct Adam {
     return all;
   }
 
-  // body(Type<scalar_t>{}), unless there is nothing to do.
+  // Calls body(Type<scalar_t>{}), unless there are no parameters.
   template <typename Body>
   void dispatch(const Body& body) const {
     if (!parameters.empty()) {
@@ -154,7 +155,7 @@ struct Adam {
     TORCH_CHECK_VALUE(is_valid, op, ": expected ", name, " to be ", expected, ", got ", value);
   }
 
-  // What is written shares no memory with anything else.
+  // Checks that no written tensor overlaps another tensor.
   void check_memory() const {
     struct Range {
       const char *first, *end;
@@ -179,7 +180,7 @@ struct Adam {
       }
     }
     std::sort(order.begin(), order.end(), [](const Range* a, const Range* b) { return a->first < b->first; });
-    const Range *furthest = nullptr, *furthest_written = nullptr;  // of those that begin earlier
+    const Range *furthest = nullptr, *furthest_written = nullptr;  // among the earlier ranges
     const auto extend = [](const Range*& furthest, const Range* range) {
       furthest = furthest == nullptr || range->end > furthest->end ? range : furthest;
     };
@@ -194,7 +195,7 @@ struct Adam {
     }
   }
 
-  // Whether elements lie in memory in the same order; a and b are dense if either is.
+  // True if a and b store their elements in the same order. Then both are dense or neither is.
   static bool same_layout(const at::Tensor& a, const at::Tensor& b) {
     return (a.is_contiguous() && b.is_contiguous()) || a.strides() == b.strides();
   }

@@ -1,4 +1,4 @@
-// Calls the functions of torch that aten.h declares.
+// Defines the functions of aten.h as calls of torch.
 #include "aten.h"
 
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-// What the Bernoulli ops work on, checked and laid out once for every backend.
+// Operands of the Bernoulli ops, checked and laid out once for every backend.
 #pragma once
 
 #include "dispatch.h"
@@ -6,31 +6,30 @@
 
 namespace wakesleep {
 
-// An observation as it is read beside parameters of that dtype: uint8, in this dtype, or in the one they are computed
-// in.
+// Returns x in a dtype that kernels read: uint8, the dtype of the parameters, or their compute dtype.
 inline at::Tensor observation(const char* op, const at::Tensor& x, at::ScalarType parameters) {
   const auto type = x.scalar_type();
   TORCH_CHECK_TYPE(type == at::kBool || type == at::kByte || at::isFloatingType(type), op,
                    ": expected x to be bool, uint8 or floating, got ", type);
   if (type == at::kBool) {
-    return with_contiguous_events(x.view(at::kByte).ne(0).view(at::kByte));  // another byte than 1 is true, too
+    return with_contiguous_events(x.view(at::kByte).ne(0).view(at::kByte));  // any nonzero byte is true
   }
   return with_contiguous_events(type == at::kByte || type == parameters ? x : x.to(at::toOpMathType(parameters)));
 }
 
-// The dtype that zeros and ones are written in where `dtype` is asked for: that of the parameters, or bytes.
+// Returns the dtype that kernels write for a requested `dtype`: the parameters' dtype, or else uint8.
 inline at::ScalarType written_dtype(const char* op, at::ScalarType dtype, at::ScalarType parameters) {
   TORCH_CHECK_TYPE(dtype == at::kBool || dtype == at::kByte || at::isFloatingType(dtype), op,
                    ": expected dtype to be bool, uint8 or floating, got ", dtype);
   return dtype == parameters ? dtype : at::kByte;
 }
 
-// Bytes that are zero or one are booleans as they stand.
+// Converts zeros and ones to the requested dtype. From bytes to bool it is a view.
 inline at::Tensor as_dtype(const at::Tensor& zeros_and_ones, at::ScalarType dtype) {
   return dtype == at::kBool ? zeros_and_ones.view(at::kBool) : zeros_and_ones.to(dtype);
 }
 
-// body(Type<parameter_t>{}, Type<written_t>{}) for zeros and ones written as written_dtype() has it.
+// Calls body(Type<parameter_t>{}, Type<written_t>{}), with the type that written_dtype() returned.
 template <typename Body>
 void dispatch_floating_and_written(const char* op, at::ScalarType parameters, at::ScalarType written,
                                    const Body& body) {
@@ -46,7 +45,7 @@ void dispatch_floating_and_written(const char* op, at::ScalarType parameters, at
 struct BernoulliOperands {
   at::Tensor logits;    // [*S, *B, D]
   at::Tensor x;         // [*B, D]
-  at::DimVector batch;  // what the leading dimensions broadcast to
+  at::DimVector batch;  // broadcast shape of the leading dimensions
   int64_t D;
 
   BernoulliOperands(const char* op, const at::Tensor& logits_in, const at::Tensor& x_in) {
@@ -67,7 +66,7 @@ struct BernoulliOperands {
 struct BernoulliLogProb : BernoulliOperands {
   static constexpr auto op = "bernoulli_log_prob";
   at::Tensor log_prob;  // [*S, *B]
-  RowMap<2> rows;       // of logits and x
+  RowMap<2> rows;       // operands: logits, x
 
   BernoulliLogProb(const at::Tensor& logits_in, const at::Tensor& x_in) : BernoulliOperands(op, logits_in, x_in) {
     log_prob = aten::empty(batch, logits.options().dtype(at::toOpMathType(logits.scalar_type())));
@@ -78,7 +77,7 @@ struct BernoulliLogProb : BernoulliOperands {
 struct BernoulliLogProbBackward : BernoulliOperands {
   static constexpr auto op = "bernoulli_log_prob_backward";
   at::Tensor grad;          // [*S, *B]
-  RowGroups<3> rows;        // of logits, x and grad, around each row of the logits
+  RowGroups<3> rows;        // operands: logits, x, grad; grouped by the rows of logits
   GradientSum grad_logits;  // like logits
 
   BernoulliLogProbBackward(const at::Tensor& grad_in, const at::Tensor& logits_in, const at::Tensor& x_in)
@@ -97,7 +96,7 @@ struct BernoulliSample {
   int64_t samples;       // the product of the sample shape
   at::ScalarType dtype;  // of the result
   at::Tensor x;          // [*S, *B, D], uint8 or in the dtype of the logits
-  RowMap<1> rows;        // of logits, once around for each sample
+  RowMap<1> rows;        // operand: logits; each sample repeats all rows
 
   BernoulliSample(const at::Tensor& logits_in, const at::Tensor& key_in, at::IntArrayRef sample_shape,
                   std::optional<at::ScalarType> dtype_in)
@@ -114,7 +113,7 @@ struct BernoulliSample {
     x = aten::empty(concat(sample_shape, logits.sizes()),
                     logits.options().dtype(written_dtype(op, dtype, logits.scalar_type())));
     if (x.numel() == 0) {
-      samples = 0;  // however many rows without elements there are
+      samples = 0;  // rows without elements need no work
     }
     const auto batch = batch_sizes(logits);
     rows = map_rows<1>(batch, {row_strides(logits, batch)});
@@ -132,10 +131,10 @@ struct Binarize {
   static constexpr auto op = "binarize";
   at::Tensor grey;                  // [N, D]
   at::Tensor key;                   // [2]
-  int white;                        // the level of a pixel that is surely on
+  int white;                        // the grey level that always gives 1
   std::optional<at::Tensor> index;  // [B]
   int64_t N, D;
-  int64_t rows;          // B, or N
+  int64_t rows;          // B with an index, otherwise N
   at::ScalarType dtype;  // of the result
   at::Tensor x;          // [B, D], uint8 or float32
 
@@ -162,7 +161,7 @@ struct Binarize {
 
   const int64_t* index_data() const { return index ? index->const_data_ptr<int64_t>() : nullptr; }
 
-  // body(Type<x_t>{}).
+  // Calls body(Type<x_t>{}).
   template <typename Body>
   void dispatch(const Body& body) const {
     x.scalar_type() == at::kByte ? body(Type<uint8_t>{}) : body(Type<float>{});

@@ -1,5 +1,5 @@
-// Argument checks shared by every backend. A message names the op, the argument, what was expected and what came.
-// Values are never read: that would stop a GPU.
+// Argument checks shared by every backend. A message names the op, the argument, the expected value and the actual one.
+// Checks never read tensor values, since that would synchronise with the GPU.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -7,11 +7,11 @@
 
 namespace wakesleep {
 
-// A tensor together with the name its caller knows it by.
+// A tensor and its name in the public API.
 struct Argument {
   const char* name;
   const at::Tensor& tensor;                    // [*B, D]
-  std::optional<size_t> index = std::nullopt;  // in a list of that name
+  std::optional<size_t> index = std::nullopt;  // in the list of that name
 };
 
 inline std::ostream& operator<<(std::ostream& stream, const Argument& argument) {
@@ -43,13 +43,13 @@ inline void check_same_event(const char* op, const Argument& first, const Argume
                     " to be ", first.tensor.size(-1), ", that of ", first.name, ", got ", other.tensor.size(-1));
 }
 
-// The shape that the leading dimensions of both arguments broadcast to.
+// Returns the shape to which the leading dimensions of both arguments broadcast.
 inline at::DimVector broadcast_batch(const char* op, const Argument& first, const Argument& other) {
   const auto a = first.tensor.sizes().slice(0, first.tensor.dim() - 1);
   const auto b = other.tensor.sizes().slice(0, other.tensor.dim() - 1);
   const size_t dims = std::max(a.size(), b.size());
   at::DimVector shape(dims);
-  for (size_t i = 0; i < dims; ++i) {  // from the last dimension forwards
+  for (size_t i = 0; i < dims; ++i) {  // from the last dimension to the first
     const int64_t m = i < a.size() ? a[a.size() - 1 - i] : 1;
     const int64_t n = i < b.size() ? b[b.size() - 1 - i] : 1;
     TORCH_CHECK_VALUE(m == n || m == 1 || n == 1, op, ": expected the leading dimensions of ", first.name, " and ",
@@ -59,7 +59,7 @@ inline at::DimVector broadcast_batch(const char* op, const Argument& first, cons
   return shape;
 }
 
-// The gradient of a log-probability, one number for each row of the batch, in the type that rows are computed in.
+// Checks the gradient of a log-probability, one number per row of the batch, and returns it in the compute type.
 inline at::Tensor check_row_gradient(const char* op, const char* name, const at::Tensor& grad, at::IntArrayRef batch,
                                      const Argument& beside) {
   check_same_device(op, beside, {name, grad});
@@ -67,12 +67,12 @@ inline at::Tensor check_row_gradient(const char* op, const char* name, const at:
   return grad.to(at::toOpMathType(beside.tensor.scalar_type()));
 }
 
-// A number for each row of the batch, or one that many rows share.
+// Checks a weight that broadcasts to the rows of the batch.
 inline void check_row_weights(const char* op, const Argument& argument, c10::SymIntArrayRef batch) {
   check_floating(op, argument);
   const auto sizes = argument.tensor.sym_sizes();
   bool broadcasts = sizes.size() <= batch.size();
-  for (size_t i = 1; broadcasts && i <= sizes.size(); ++i) {  // from the last dimension forwards
+  for (size_t i = 1; broadcasts && i <= sizes.size(); ++i) {  // from the last dimension to the first
     const c10::SymInt& size = sizes[sizes.size() - i];
     broadcasts = size == batch[batch.size() - i] || size == 1;
   }

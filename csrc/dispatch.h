@@ -1,4 +1,4 @@
-// From run-time dtypes to compile-time types: body(Type<scalar_t>{}) is called once, for the type that came.
+// Maps run-time dtypes to compile-time types. Each function calls body(Type<scalar_t>{}) once, for the given dtype.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -35,7 +35,7 @@ void dispatch_half(at::ScalarType type, const Body& body) {
   body(Type<at::BFloat16>{});
 }
 
-// As dispatch_floating, for the types that are computed in: float and double.
+// Like dispatch_floating, for the compute types: float and double.
 template <typename Body>
 void dispatch_computed(at::ScalarType type, const Body& body) {
   if (type == at::kDouble) {
@@ -44,8 +44,7 @@ void dispatch_computed(at::ScalarType type, const Body& body) {
   body(Type<float>{});
 }
 
-// body(Type<parameter_t>{}, Type<value_t>{}) for a value of the parameters' type, of uint8, or of the type that
-// the parameters are computed in.
+// Calls body(Type<parameter_t>{}, Type<value_t>{}). value_t is uint8, the parameters' type or their compute type.
 template <typename Body>
 void dispatch_floating_and_value(const char* op, at::ScalarType parameter, at::ScalarType value, const Body& body) {
   dispatch_floating(op, parameter, [&](auto type) {

@@ -1,11 +1,11 @@
-// exp, log and the circular functions as straight-line arithmetic, once for every device.
+// exp, log, tanh, sine and cosine as straight-line arithmetic, once for every device.
 //
-// On the CPU these are polynomials without branches, tables or calls, so that a loop around them vectorises at
-// whatever width the processor has, and, compiled without contraction, returns the same bits at each width. On a GPU
-// exp is the device's own; the compiler may fuse multiply-adds there, which moves a result by an ulp or two.
+// On the CPU these are polynomials without branches, tables or calls, so a loop around them vectorises at any width.
+// Compiled without contraction, it returns the same bits at each width. On a GPU, exp and tanh are the device's own.
+// The compiler may fuse multiply-adds there, which moves a result by an ulp or two.
 //
-// The coefficients are minimax fits (Remez exchange, 50 digits); tests/test_elementary.py holds the errors stated
-// against extended precision: exp and log within 1.6 ulp, cosine and sine within 2, tanh within 2.5.
+// The coefficients are minimax fits (Remez exchange, 50 digits). tests/test_elementary.py checks the errors against
+// extended precision: exp and log within 1.6 ulp, cosine and sine within 2, tanh within 2.5.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -43,7 +43,7 @@ WAKESLEEP_FUNCTION T polynomial(T t, T c, Rest... rest) {
   return polynomial(t, rest...) * t + c;
 }
 
-// What the bit patterns of a floating type are, and the polynomials fitted to its precision.
+// The bit layout of a floating type, and the polynomials fitted to its precision.
 template <typename T>
 struct Format;
 
@@ -54,10 +54,10 @@ struct Format<float> {
   static constexpr int exponent_bias = 127;
   static constexpr Int sqrt_half = 0x3f3504f3;     // the bits of sqrt(1/2)
   static constexpr float round_shift = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
-  static constexpr float ln2_high = 0x1.63p-1f;    // few bits, so that an integer times it is exact
+  static constexpr float ln2_high = 0x1.63p-1f;    // few bits, so that its product with an integer is exact
   static constexpr float ln2_low = -0x1.bd0106p-13f;
-  static constexpr float exp_max = 88.3765f;          // above: at least 2^127.5
-  static constexpr float exp_normal_min = -87.3365f;  // below: subnormal
+  static constexpr float exp_max = 88.3765f;          // above: e^x >= 2^127.5
+  static constexpr float exp_normal_min = -87.3365f;  // below: e^x is subnormal
   // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2
   static WAKESLEEP_FUNCTION float exp_tail(float t) {
     return polynomial(t, 0.49999993513758911768f, 0.16666520867326533839f, 0.041668380515715725163f,
@@ -105,7 +105,7 @@ WAKESLEEP_FUNCTION T power_of_two(typename Format<T>::Int exponent) {
   return bit_cast<T>((exponent + Format<T>::exponent_bias) << Format<T>::mantissa_bits);
 }
 
-// e^x = value 2^exponent, the value within [0.7, 1.42].
+// e^x = value 2^exponent, with the value in [0.7, 1.42].
 template <typename T>
 struct SplitExp {
   T value;
@@ -125,12 +125,12 @@ struct SplitExp {
     shifted = bit_cast<typename F::Int>(sum);
   }
 
-  // Meaningless where it is out of all range.
+  // Meaningless if e^x is out of range.
   WAKESLEEP_FUNCTION typename Format<T>::Int exponent() const { return shifted - origin; }
 };
 
-// e^x, within 1.5 ulp. From 2^127.5 on it is inf, below 2^-126.5 it is 0; in float64 from 2^1023.5 on, and
-// below 2^-1022.5. On a GPU, inf and 0 are where IEEE has them.
+// e^x, within 1.6 ulp. From 2^127.5 on it is inf, below 2^-126.5 it is 0; in float64 from 2^1023.5 on, and below
+// 2^-1022.5. On a GPU, inf and 0 are as in IEEE 754.
 template <typename T>
 WAKESLEEP_FUNCTION T exp(T x) {
 #ifdef __CUDA_ARCH__
@@ -138,8 +138,7 @@ WAKESLEEP_FUNCTION T exp(T x) {
 #else
   using F = Format<T>;
   const SplitExp<T> split(x);
-  // the power of two by itself is 0 or inf where the exponent is out of range; and there it stands for the result,
-  // since the rest is nonsense, but where x is not a number
+  // If the exponent is out of range, the power of two is 0 or inf. It is then the result, unless x is NaN.
   constexpr typename F::Int least = SplitExp<T>::origin - F::exponent_bias, most = least + 2 * F::exponent_bias + 1;
   const auto above = split.shifted < least ? least : split.shifted;
   const T power = bit_cast<T>(typename F::Int((above > most ? most : above) - least) << F::mantissa_bits);
@@ -147,7 +146,7 @@ WAKESLEEP_FUNCTION T exp(T x) {
 #endif
 }
 
-// e^x for x <= 0, which cannot overflow; 0 for all subnormal results.
+// e^x for x <= 0, which cannot overflow. On the CPU, subnormal results are 0.
 template <typename T>
 WAKESLEEP_FUNCTION T exp_of_nonpositive(T x) {
 #ifdef __CUDA_ARCH__
@@ -173,7 +172,7 @@ WAKESLEEP_FUNCTION T tanh(T x) {
 #endif
 }
 
-// 1 + e^x for x <= 0. What rounding the sum costs is more than a GPU's own power of two errs by.
+// 1 + e^x for x <= 0. The error of a GPU's fast power of two is below that of rounding the sum.
 template <typename T>
 WAKESLEEP_FUNCTION T one_plus_exp(T x) {
 #ifdef __CUDA_ARCH__
@@ -191,7 +190,7 @@ template <typename T>
 WAKESLEEP_FUNCTION T divide(T a, T b) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<T, float>) {
-    return __fdividef(a, b);  // within 2 ulp there, at a fifth of the instructions
+    return __fdividef(a, b);  // within 2 ulp for such b, with a fifth of the instructions
   }
 #endif
   return a / b;
@@ -203,14 +202,14 @@ WAKESLEEP_FUNCTION T square_root(T x) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<T, float>) {
     float root;
-    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));  // without the branch that the last bit would take
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));  // an exact last bit would need a branch
     return root;
   }
 #endif
   return std::sqrt(x);
 }
 
-// ln(x) for positive normal x, within 1.5 ulp. Other x give finite nonsense: callers exclude them.
+// ln(x) for positive normal x, within 1.6 ulp. Callers exclude other x, which give finite nonsense.
 template <typename T>
 WAKESLEEP_FUNCTION T log_of_normal(T x) {
   using F = Format<T>;
@@ -239,8 +238,8 @@ WAKESLEEP_FUNCTION T log_of_normal(T x) {
   }
 }
 
-// (cos, sin) of `turn` / 2^bits full turns, the integer's whole range being once around the circle. The reduction to
-// an eighth of a turn is integer arithmetic and therefore exact; within 2 ulp of the larger component.
+// (cos, sin) of `turn` / 2^bits full turns; the range of the integer is one full turn. The reduction to an eighth of a
+// turn is integer arithmetic and therefore exact. Errors are within 2 ulp of the larger component.
 template <typename T>
 WAKESLEEP_FUNCTION Pair<T> cos_sin_of_turn(typename Format<T>::Int turn) {
   using F = Format<T>;

@@ -1,4 +1,4 @@
-// What the Gaussian ops work on, checked and laid out once for every backend.
+// Operands of the Gaussian ops, checked and laid out once for every backend.
 #pragma once
 
 #include "dispatch.h"
@@ -6,7 +6,7 @@
 
 namespace wakesleep {
 
-// mu and logvar in one dtype, and the batch that their leading dimensions broadcast to.
+// mu and logvar in one dtype, and the broadcast shape of their leading dimensions.
 struct GaussianParameters {
   at::Tensor mu, logvar;  // [*B, K]
   at::DimVector batch;
@@ -27,7 +27,7 @@ struct GaussianParameters {
     logvar = with_contiguous_events(logvar.to(dtype));
   }
 
-  // [*B, 2K]: of the gradients of both, packed as a network that emits [mu | logvar] takes them.
+  // [*B, 2K]: the shape of both gradients, packed like a network output [mu | logvar].
   at::DimVector packed_shape() const { return concat(batch, {2 * K}); }
 
   at::ScalarType dtype() const { return mu.scalar_type(); }
@@ -39,8 +39,8 @@ struct GaussianRsample : GaussianParameters {
   at::Tensor key;       // [2]
   int64_t samples;      // the product of the sample shape
   at::Tensor z;         // [*S, *B, K]
-  at::Tensor log_prob;  // [*S, *B], where asked for
-  RowMap<2> rows;       // of mu and logvar, once around for each sample
+  at::Tensor log_prob;  // [*S, *B], if requested
+  RowMap<2> rows;       // operands: mu, logvar; each sample repeats all rows
 
   GaussianRsample(const char* op_in, const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& key_in,
                   at::IntArrayRef sample_shape, bool with_log_prob)
@@ -53,7 +53,7 @@ struct GaussianRsample : GaussianParameters {
     const auto z_batch = concat(sample_shape, batch);
     z = aten::empty(concat(z_batch, {K}), mu.options());
     if (!with_log_prob && z.numel() == 0) {
-      samples = 0;  // however many rows without elements there are
+      samples = 0;  // rows without elements need no work
     }
     if (with_log_prob) {
       log_prob = aten::empty(z_batch, mu.options().dtype(compute_dtype()));
@@ -68,7 +68,7 @@ struct GaussianRsampleBackward : GaussianParameters {
   int64_t samples;           // the product of the sample shape
   at::Tensor grad_z;         // [*S, *B, K], contiguous, or undefined
   at::Tensor grad_log_prob;  // [*S, *B], contiguous, or undefined
-  RowMap<1> rows;            // of logvar
+  RowMap<1> rows;            // operand: logvar
   GradientSum grad;          // [*B, 2K]: [grad_mu | grad_logvar]
 
   GaussianRsampleBackward(const std::optional<at::Tensor>& grad_z_in, const std::optional<at::Tensor>& grad_log_prob_in,
@@ -97,7 +97,7 @@ struct GaussianRsampleBackward : GaussianParameters {
 // The parameters and a value that broadcasts with them.
 struct GaussianOperands : GaussianParameters {
   at::Tensor z;               // [*S, *B, K]
-  at::DimVector value_batch;  // what all leading dimensions broadcast to
+  at::DimVector value_batch;  // broadcast shape of all leading dimensions
 
   GaussianOperands(const char* op, const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& z_in)
       : GaussianParameters(op, mu_in, logvar_in) {
@@ -112,7 +112,7 @@ struct GaussianOperands : GaussianParameters {
 struct GaussianLogProb : GaussianOperands {
   static constexpr auto op = "gaussian_log_prob";
   at::Tensor log_prob;  // [*S, *B]
-  RowMap<3> rows;       // of mu, logvar and z
+  RowMap<3> rows;       // operands: mu, logvar, z
 
   GaussianLogProb(const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& z_in)
       : GaussianOperands(op, mu_in, logvar_in, z_in) {
@@ -125,8 +125,8 @@ struct GaussianLogProb : GaussianOperands {
 struct GaussianLogProbBackward : GaussianOperands {
   static constexpr auto op = "gaussian_log_prob_backward";
   at::Tensor grad;              // [*S, *B]
-  at::Tensor grad_z;            // [*S, *B, K], or without elements where it is not wanted
-  RowGroups<5> rows;            // of mu, logvar, z, grad and grad_z, around each row of the parameters
+  at::Tensor grad_z;            // [*S, *B, K], or empty if not needed
+  RowGroups<5> rows;            // operands: mu, logvar, z, grad, grad_z; grouped by the rows of the parameters
   GradientSum grad_parameters;  // [*B, 2K]: [grad_mu | grad_logvar]
 
   GaussianLogProbBackward(const at::Tensor& grad_in, const at::Tensor& mu_in, const at::Tensor& logvar_in,
@@ -145,7 +145,7 @@ struct StandardGaussianLogProb {
   at::Tensor z;  // [*B, K]
   int64_t K;
   at::Tensor log_prob;  // [*B]
-  RowMap<1> rows;       // of z
+  RowMap<1> rows;       // operand: z
 
   explicit StandardGaussianLogProb(const at::Tensor& z_in) {
     check_floating(op, {"z", z_in});
@@ -164,7 +164,7 @@ struct StandardGaussianLogProbBackward {
   int64_t K;
   at::Tensor grad;    // [*B]
   at::Tensor grad_z;  // [*B, K]
-  RowMap<2> rows;     // of z and grad
+  RowMap<2> rows;     // operands: z, grad
 
   StandardGaussianLogProbBackward(const at::Tensor& grad_in, const at::Tensor& z_in) {
     check_floating(op, {"z", z_in});
@@ -181,7 +181,7 @@ struct StandardGaussianLogProbBackward {
 struct GaussianKl : GaussianParameters {
   static constexpr auto op = "gaussian_kl";
   at::Tensor kl;   // [*B]
-  RowMap<2> rows;  // of mu and logvar
+  RowMap<2> rows;  // operands: mu, logvar
 
   GaussianKl(const at::Tensor& mu_in, const at::Tensor& logvar_in) : GaussianParameters(op, mu_in, logvar_in) {
     kl = aten::empty(batch, mu.options().dtype(compute_dtype()));
@@ -193,7 +193,7 @@ struct GaussianKlBackward : GaussianParameters {
   static constexpr auto op = "gaussian_kl_backward";
   at::Tensor grad;             // [*B]
   at::Tensor grad_parameters;  // [*B, 2K]: [grad_mu | grad_logvar]
-  RowMap<3> rows;              // of mu, logvar and grad
+  RowMap<3> rows;              // operands: mu, logvar, grad
 
   GaussianKlBackward(const at::Tensor& grad_in, const at::Tensor& mu_in, const at::Tensor& logvar_in)
       : GaussianParameters(op, mu_in, logvar_in), grad(check_row_gradient(op, "grad", grad_in, batch, {"mu", mu})) {

@@ -1,8 +1,8 @@
-// Which rows meet: the leading dimensions of broadcast operands, walked without expanding anything in memory.
+// Indexes the rows of broadcast operands without expanding them in memory.
 //
-// An op sees each operand as rows of contiguous events. A RowMap takes the index of a row to the offset of that row in
-// every operand, a broadcast dimension having stride 0. Dimensions that are adjacent in all operands are merged, so
-// that nearly every call walks one or two. Host and device use the same struct; it travels as a kernel argument.
+// An op sees each operand as rows of contiguous events. A RowMap maps a row's index to its offset in every operand,
+// with stride 0 for broadcast dimensions. Dimensions that are adjacent in all operands are merged, so nearly every call
+// walks one or two. Host and device use the same struct, which is passed as a kernel argument.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -53,7 +53,7 @@ struct RowMap {
     return offsets;
   }
 
-  // Appends a dimension, the fastest so far.
+  // Appends a dimension as the new innermost one.
   void push(int64_t length, const std::array<int64_t, operands>& strides) {
     if (length == 1) {
       return;
@@ -82,8 +82,8 @@ struct RowMap {
   }
 };
 
-// The strides of a tensor [*batch, D] or, with event_dims = 0, [*batch], along the dimensions of `shape`, to which
-// its batch broadcasts.
+// Returns the strides of a tensor [*batch, D] or, with event_dims = 0, [*batch], along the dimensions of `shape`. Its
+// batch broadcasts to `shape`.
 inline at::DimVector row_strides(const at::Tensor& tensor, at::IntArrayRef shape, int64_t event_dims = 1) {
   at::DimVector strides(shape.size(), 0);
   const int64_t batch_dims = tensor.dim() - event_dims;
@@ -107,8 +107,8 @@ RowMap<operands> map_rows(at::IntArrayRef shape, const std::array<at::DimVector,
   return map;
 }
 
-// For a gradient that is summed over the dimensions its owner was broadcast along: each row of the owner is an outer
-// row, the rows of the whole that it met are its inner rows, and offsets of the two add up.
+// The rows of a gradient that is summed over the dimensions along which its owner was broadcast. Each row of the owner
+// is an outer row, and the rows that it was broadcast to are its inner rows. Their offsets add up.
 template <int operands>
 struct RowGroups {
   RowMap<operands> outer, inner;
@@ -130,7 +130,7 @@ RowGroups<operands> group_rows(at::IntArrayRef shape, at::IntArrayRef owner_shap
   return groups;
 }
 
-// The tensor with its last dimension contiguous: itself wherever possible, leading strides being free.
+// Returns the tensor with its last dimension contiguous. Leading strides are free, so it rarely makes a copy.
 inline at::Tensor with_contiguous_events(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
@@ -143,22 +143,22 @@ inline at::DimVector concat(at::IntArrayRef first, at::IntArrayRef second) {
 
 inline at::IntArrayRef batch_sizes(const at::Tensor& tensor) { return tensor.sizes().slice(0, tensor.dim() - 1); }
 
-// A sum over inner rows is cut into pieces of this many: work for every processor, and, the length being fixed, a
-// result that does not depend on what else is in the batch.
+// A sum over inner rows is cut into pieces of this many, so that every processor has work. The fixed length makes the
+// result independent of the rest of the batch.
 constexpr int64_t kPieceRows = 64;
 
 inline int64_t inner_pieces(int64_t inner_rows) {
   return std::max<int64_t>(1, (inner_rows + kPieceRows - 1) / kPieceRows);
 }
 
-// Which rows the piece of that index sums: the pieces of all outer rows, first pieces first.
+// The rows that a piece sums. The first pieces of all outer rows come first, then the second ones.
 template <int operands>
 struct InnerPiece {
   RowOffsets<operands> offset;  // of the outer row
   int64_t first, last;          // inner rows
 };
 
-// Which row that is after so many passes over all of them: in the first pass, as nearly always, without a division.
+// An index as whole passes over all rows, and a row. The first pass, nearly always the only one, needs no division.
 struct RowOfPass {
   int64_t pass, row;
 };
@@ -176,7 +176,7 @@ WAKESLEEP_FUNCTION InnerPiece<operands> inner_piece(const RowGroups<operands>& r
   return {rows.outer(row), first, first + (rest < kPieceRows ? rest : kPieceRows)};
 }
 
-// body(offset) for every inner row of the piece; `summed` is false where there is but one.
+// Calls body(offset) for every inner row of the piece. `summed` is false if there is only one.
 template <bool summed, int operands, typename Body>
 WAKESLEEP_FUNCTION void for_inner_rows(const RowGroups<operands>& rows, const InnerPiece<operands>& piece,
                                        const Body& body) {
@@ -189,8 +189,7 @@ WAKESLEEP_FUNCTION void for_inner_rows(const RowGroups<operands>& rows, const In
   }
 }
 
-// Where a gradient is written: itself, or, where it is summed over inner rows, partial sums of every piece in the type
-// that they are computed in.
+// The output of a gradient kernel: the gradient or, if it is summed over inner rows, partial sums in the compute type.
 class GradientSum {
  public:
   GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)
@@ -214,7 +213,7 @@ class GradientSum {
   at::ScalarType dtype_;
 };
 
-// body(pointer to what is written, whether it is summed).
+// Calls body(pointer to `written`, std::bool_constant<summed>{}).
 template <typename scalar_t, typename Body>
 void dispatch_sum(const GradientSum& sum, const Body& body) {
   if (sum.summed) {

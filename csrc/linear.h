@@ -1,12 +1,12 @@
-// Linear layers with something done to their result, a product h weight^T + bias, while it is in cache: checked
-// operands of a call, the loop over chunks of rows, and what the gradients of such layers have in common.
+// Linear layers with an operation on the product h weight^T + bias while it is in cache: checked operands of a call,
+// the loop over chunks of rows, and the gradients that such layers share.
 //
-// For small networks, what a call costs besides its products is what counts. A tensor is viewed, converted or allocated
-// here only where that changes something.
+// For small networks, the overhead of a call counts. So a tensor is viewed, converted or allocated only if that changes
+// something.
 //
-// The products are the backend's, of h and weight alone. The row kernels add the bias as they read, so that nothing
-// passes over the products for its sake. A type of 16 bits is multiplied as it is on a GPU, whose tensor cores
-// accumulate in float32, and in float32 on a CPU; results are float32 either way, and so are the sums of gradients.
+// The backend multiplies h and weight alone. The row kernels add the bias as they read the products, which saves a
+// pass. A GPU multiplies 16-bit types as they are, and its tensor cores accumulate in float32. A CPU multiplies them in
+// float32. Products are float32 either way, and so are the sums of gradients.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,15 +22,15 @@ namespace wakesleep {
 
 constexpr int64_t kMiB = 1 << 20;
 
-// What stays in cache: the second level of a CPU's cores, that of a GPU.
+// Returns the bytes that stay in cache: in the L2 of a CPU's cores, or of a GPU.
 inline int64_t cached_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : at::get_num_threads() * kMiB; }
 
-// tensor.to(type), which takes half a microsecond to find out that there is nothing to do.
+// Returns tensor.to(type). to() takes half a microsecond to find out that there is nothing to do.
 inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
 }
 
-// Up to so many rows a backend's own kernels multiply, by measurement; the environment may know better.
+// Returns the largest batch for a backend's own kernels: WAKESLEEP_SMALL_BATCH if set, otherwise the measured limit.
 inline int64_t small_batch_limit(int64_t measured) {
   const char* chosen = std::getenv("WAKESLEEP_SMALL_BATCH");
   if (chosen == nullptr) {
@@ -42,12 +42,12 @@ inline int64_t small_batch_limit(int64_t measured) {
   return rows;
 }
 
-// What kernels inherit whose products are the platform's. Those that make a whole layer of a small batch themselves say
-// up to how many rows, small_batch_limit().
+// The base class of kernels that multiply with the BLAS. Kernels that compute whole layers of small batches set
+// kOwnSmallBatches and define small_batch_limit().
 struct PlatformProducts {
   static constexpr bool kOwnSmallBatches = false;
 
-  // a b, in the type `type`: from half types float32, to half types from float32.
+  // Returns a b in `type`. On a GPU, half operands can give a float32 result.
   static at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
     return a.is_cuda() && type != a.scalar_type() ? aten::mm(a, b, type) : in_type(a.mm(b), type);
   }
@@ -58,40 +58,40 @@ struct PlatformProducts {
   }
 };
 
-// Rows first .. first + count of a tensor; the tensor itself if these are all, since a view takes as long to make as a
-// small chunk to compute.
+// Returns rows first .. first + count - 1. For all rows it returns the tensor itself, since a view takes as long as a
+// small chunk.
 inline at::Tensor rows_of(const at::Tensor& tensor, int64_t first, int64_t count) {
   return count == tensor.size(0) ? tensor : tensor.narrow(0, first, count);
 }
 
-// tensor [*B, D] as [N, D].
+// Returns tensor [*B, D] as [N, D].
 inline at::Tensor as_rows(const at::Tensor& tensor, int64_t N) {
   return tensor.dim() == 2 ? tensor : tensor.reshape({N, tensor.size(-1)});
 }
 
-// rows [N, D] as [*batch, D].
+// Returns rows [N, D] as [*batch, D].
 inline at::Tensor in_batch(const at::Tensor& rows, at::IntArrayRef batch) {
   return batch.size() == 1 ? rows : rows.view(concat(batch, {rows.size(-1)}));
 }
 
-// A layer as it is multiplied.
+// A layer's parameters, in the dtypes of its computation.
 struct Layer {
   at::Tensor weight;  // [D, H]
   at::Tensor bias;    // [D]
   int64_t H, D;
 };
 
-// A call of an op that is made of layers, each of which gets what the one before returns.
+// A call of an op that applies layers in sequence.
 struct LinearCall {
-  // The products are what the backend makes of them: autograd and autocast have had their say.
+  // Products skip autograd and autocast, which have run before this call.
   const c10::DeviceGuard device;
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 
   const char* op;
-  at::ScalarType dtype;    // of the parameters, promoted
+  at::ScalarType dtype;    // promoted from h and the parameters
   at::ScalarType compute;  // of products, and of sums of gradients
-  at::ScalarType operand;  // of what is multiplied
+  at::ScalarType operand;  // of the operands of products
 
   LinearCall(const char* op_in, const at::Tensor& h, at::TensorList weights, at::TensorList biases)
       : device(h.device()), op(op_in), dtype(h.scalar_type()) {
@@ -99,7 +99,7 @@ struct LinearCall {
     const Argument h_argument = {"h", h};
     check_floating(op, h_argument);
     check_event(op, h_argument);
-    TORCH_CHECK_VALUE(!weights.empty(), op, ": expected weights to have one layer at least, got none");
+    TORCH_CHECK_VALUE(!weights.empty(), op, ": expected weights to have at least one layer, got none");
     TORCH_CHECK_VALUE(weights.size() == biases.size(), op, ": expected as many biases as weights, ", weights.size(),
                       ", got ", biases.size());
     for (size_t l = 0; l < weights.size(); ++l) {
@@ -119,7 +119,7 @@ struct LinearCall {
                           ", got ", h.size(-1));
       } else {
         TORCH_CHECK_VALUE(weights[l - 1].size(0) == H, op, ": expected ", weight, " to have ", weights[l - 1].size(0),
-                          " columns, one for each row of the weights before, got ", H);
+                          " columns, one for each row of the previous layer's weight, got ", H);
       }
       TORCH_CHECK_VALUE(bias.tensor.dim() == 1 && bias.tensor.size(0) == D, op, ": expected ", bias, " to have shape [",
                         D, "], one for each row of ", weight, ", got ", bias.tensor.sizes());
@@ -132,14 +132,14 @@ struct LinearCall {
     return {in_type(weight, operand), in_type(bias, compute).contiguous(), weight.size(1), weight.size(0)};
   }
 
-  // Rows in a chunk of so many columns: what stays in cache, but enough that products do not suffer.
+  // Returns the rows in a chunk of `columns` columns: as many as stay in cache, but enough for an efficient GEMM.
   int64_t chunk_rows(int64_t columns) const {
     constexpr int64_t kFewest = 32;
     const int64_t row_bytes = std::max<int64_t>(1, columns) * static_cast<int64_t>(c10::elementSize(compute));
     return std::max(kFewest, cached_bytes(device.current_device()) / row_bytes / kFewest * kFewest);
   }
 
-  // body(first row, rows of h [rows, H]) for every chunk of so many rows of h [N, H].
+  // Calls body(first row, rows of h [rows, H]) for every chunk of `rows` rows of h [N, H].
   template <typename Body>
   void for_chunks(const at::Tensor& h, int64_t rows, const Body& body) const {
     const int64_t N = h.size(0);
@@ -149,15 +149,15 @@ struct LinearCall {
   }
 };
 
-// One layer.
+// A call with one layer.
 struct Linear : LinearCall, Layer {
   Linear(const char* op_in, const at::Tensor& h, const at::Tensor& weight_in, const at::Tensor& bias_in)
       : LinearCall(op_in, h, weight_in, bias_in), Layer(layer(weight_in, bias_in)) {}
 
   int64_t chunk_rows() const { return LinearCall::chunk_rows(D); }
 
-  // body(first row, rows of h [rows, H], their products with weight [rows, D]) for every chunk of h [N, H]; or for all
-  // rows at once, of products that are to be kept, or if the batch is small.
+  // Calls body(first row, rows of h [rows, H], their products with weight [rows, D]) for every chunk of h [N, H]. There
+  // is one chunk if `at_once`, as for products that are kept, or if the batch is small.
   template <typename Kernels, typename Body>
   void for_products(const at::Tensor& h, bool at_once, const Body& body) const {
     if constexpr (Kernels::kOwnSmallBatches) {
@@ -171,7 +171,7 @@ struct Linear : LinearCall, Layer {
   }
 };
 
-// A tensor [N, D] that comes chunk by chunk; if it comes in one, and as it should be, it is that.
+// A tensor [N, D] that is assembled from chunks. A single chunk of the right dtype is stored without copying.
 struct Rows {
   int64_t N;
   at::ScalarType dtype;
@@ -185,7 +185,7 @@ struct Rows {
     }
   }
 
-  // Where rows first .. first + rows.size(0) go.
+  // Returns the part of the tensor that takes `rows`, from row `first` on.
   at::Tensor place(int64_t first, const at::Tensor& rows) {
     if (!tensor.defined()) {
       tensor = aten::empty({N, rows.size(1)}, rows.options().dtype(dtype));
@@ -193,15 +193,15 @@ struct Rows {
     return rows_of(tensor, first, rows.size(0));
   }
 
-  // The tensor; without rows where none have come.
+  // Returns the tensor, or one without rows if there was no chunk.
   at::Tensor all(int64_t D, const at::TensorOptions& options) const {
     return tensor.defined() ? tensor : aten::empty({0, D}, options.dtype(dtype));
   }
 };
 
-// The gradients of a layer's weight and bias, from that of its products, chunk by chunk.
+// The gradients of a layer's weight and bias, computed from that of its products, chunk by chunk.
 struct LayerGradients {
-  at::Tensor weight;  // [D, H], or without elements where it is not wanted
+  at::Tensor weight;  // [D, H], or empty if not needed
   at::Tensor bias;    // [D]
 
   LayerGradients(const Layer& layer, int64_t N, int64_t piece_rows, bool with_weight)
@@ -213,8 +213,8 @@ struct LayerGradients {
     bias = N == 0 ? aten::zeros({layer.D}, wide) : aten::empty({layer.D}, wide);
   }
 
-  // Of the chunk that begins with row `first`, for which the layer gets h [rows, H]: write(sums [pieces, D]) puts the
-  // gradient of its products into `grad` [rows, D], and its sums over every `piece_rows` rows into `sums`.
+  // Adds the chunk from row `first` on, with layer inputs h [rows, H]. write(sums [pieces, D]) must put the gradient of
+  // its products into `grad` [rows, D], and the sums over every `piece_rows` rows into `sums`.
   template <typename Kernels, typename Write>
   void add(int64_t first, const at::Tensor& h, const at::Tensor& grad, const Write& write) {
     const int64_t count = (grad.size(0) + piece_rows_ - 1) / piece_rows_;

@@ -1,5 +1,5 @@
-// Bernoulli heads, whose logits are the result of a linear layer: checked operands of a call, and the ops over a
-// backend's kernels. No more logits are held than stay in cache.
+// Bernoulli heads, whose logits are the output of a linear layer: checked operands of a call, and the ops that run a
+// backend's kernels. Unless logits are kept, no more of them exist than stay in cache.
 #pragma once
 
 #include <limits>
@@ -10,15 +10,15 @@
 
 namespace wakesleep {
 
-// Logits of so many bytes are kept for the backward pass rather than recomputed, unless the caller chooses.
+// Logits of up to kept_bytes() are kept for the backward pass instead of being recomputed, unless the caller chooses.
 constexpr int64_t kKeepNone = -1, kKeepAll = std::numeric_limits<int64_t>::max();
 inline int64_t kept_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : 4 * kMiB; }
 
-// A head beside an observation.
+// A head and an observation.
 struct LinearBernoulliOperands : Linear {
-  at::DimVector batch;  // what the leading dimensions of h and x broadcast to
+  at::DimVector batch;  // broadcast shape of the leading dimensions of h and x
   int64_t N;            // rows of the batch
-  at::Tensor h;         // [N, H]; copied only where x has batch dimensions that h has not
+  at::Tensor h;         // [N, H]; copied only if h is broadcast to the batch of x
   at::Tensor x;         // [*B, D]
   at::Tensor log_prob;  // [*S, *B]
 
@@ -37,7 +37,7 @@ struct LinearBernoulliOperands : Linear {
     log_prob = aten::empty(batch, weight.options().dtype(compute));
   }
 
-  // body(Type<compute_t>{}, Type<x_t>{}).
+  // Calls body(Type<compute_t>{}, Type<x_t>{}).
   template <typename Body>
   void dispatch(const Body& body) const {
     dispatch_computed(compute, [&](auto type) {
@@ -50,9 +50,9 @@ struct LinearBernoulliOperands : Linear {
 };
 
 struct LinearBernoulliLogProb : LinearBernoulliOperands {
-  bool keeps;         // the logits, if these are no more than `kept_bytes`
-  at::Tensor logits;  // [N, D], without bias, as they are kept; otherwise [0, D]
-  RowMap<1> rows;     // of x
+  bool keeps;         // true if the logits take at most `kept_bytes`
+  at::Tensor logits;  // [N, D] without bias if kept, otherwise [0, D]
+  RowMap<1> rows;     // operand: x
 
   LinearBernoulliLogProb(const at::Tensor& h_in, const at::Tensor& weight_in, const at::Tensor& bias_in,
                          const at::Tensor& x_in, int64_t kept_bytes)
@@ -65,12 +65,12 @@ struct LinearBernoulliLogProb : LinearBernoulliOperands {
 
 // The gradients of sum_n upstream_n log p(x_n | h_n).
 struct LinearBernoulliGradients : LinearBernoulliOperands {
-  at::Tensor upstream;  // [*S, *B], or undefined: ones
-  at::Tensor logits;    // [N, D], as the forward pass has kept them; or [0, D]
+  at::Tensor upstream;  // broadcasts to [*S, *B]; undefined means ones
+  at::Tensor logits;    // [N, D] if the forward pass kept them, otherwise [0, D]
   bool with_grad_h, with_grad_weight;
   Rows grad_h;               // [N, H]
   LayerGradients gradients;  // of weight and bias
-  RowMap<2> rows;            // of x and upstream
+  RowMap<2> rows;            // operands: x, upstream
 
   LinearBernoulliGradients(const char* op_in, const at::Tensor& h_in, const at::Tensor& weight_in,
                            const at::Tensor& bias_in, const at::Tensor& x_in, const Argument& upstream_in,
@@ -97,9 +97,9 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
                      logits.scalar_type());
   }
 
-  // write_gradient(first row, products [rows, D] of h and weight, gradient of the logits [rows, D], its sums [pieces,
-  // D]) for every chunk. The gradient may be written where the products are. Of a small batch, no sums are wanted:
-  // they come with the gradient of weight.
+  // Calls write_gradient(first row, products [rows, D] of h and weight, gradient of the logits [rows, D], its sums
+  // [pieces, D]) for every chunk. The gradient may alias the products. For a small batch the sums are undefined:
+  // small_batch_gradients() forms them.
   template <typename Kernels, typename WriteGradient>
   void accumulate(const WriteGradient& write_gradient) {
     const bool kept = logits.size(0) > 0;
@@ -137,7 +137,8 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
 
   at::TensorOptions options() const { return weight.options().dtype(dtype); }
 
-  // In the dtype of the parameters; that of h in the shape of the batch. Without elements where they are not wanted.
+  // The gradients of h, weight and bias in the promoted dtype, empty if not needed. That of h has the shape of the
+  // batch.
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result() {
     const at::Tensor of_h = grad_h.all(H, weight.options());
     return {with_grad_h ? in_batch(of_h, batch) : of_h, in_type(gradients.weight, dtype),
@@ -150,7 +151,7 @@ struct LinearBernoulliSample : Linear {
   at::Tensor h;          // [N, H]
   at::Tensor key;        // [2]
   at::ScalarType asked;  // dtype of the result
-  at::Tensor x;          // [*B, D], bytes or in the dtype of the parameters
+  at::Tensor x;          // [*B, D], uint8 or in the promoted dtype
 
   LinearBernoulliSample(const at::Tensor& h_in, const at::Tensor& weight_in, const at::Tensor& bias_in,
                         const at::Tensor& key_in, std::optional<at::ScalarType> dtype_in)
@@ -164,10 +165,17 @@ struct LinearBernoulliSample : Linear {
   }
 };
 
-// The ops over a backend's kernels: write_log_prob(call, first row, products) and write_gradient<with_log_prob>(call,
-// ...), the arguments being those of accumulate(), with the sums over every rows_of_sum(compute) rows. And, where the
-// kernels take small batches themselves: products(layer, h), and small_batch_gradients(layer, h, gradient of the
-// logits, gradients of weight, bias and h), which writes these three, those without elements not being wanted.
+// The ops that run a backend's kernels. `Kernels` has
+//
+//   write_log_prob(call, first row, products);
+//   write_gradient<with_log_prob>(call, ...) with the arguments that accumulate() passes on. The sums are over every
+//     rows_of_sum(compute) rows.
+//
+// With kOwnSmallBatches it also has
+//
+//   products(layer, h);
+//   small_batch_gradients(layer, h, gradient of the logits, gradients of weight, bias and h), which writes the last
+//     three, except those that are empty.
 template <typename Kernels>
 struct LinearBernoulliOps {
   static at::Tensor log_prob(const at::Tensor& h,       // [*S, *B, H]

@@ -1,8 +1,8 @@
-// MLPs: layers y = f(h weight^T + bias), each of which gets what the one before returns, f being an activation.
-// Checked operands of a call, and the ops over a backend's kernels.
+// MLPs: layers y = f(h weight^T + bias), applied in sequence, where f is an activation. This file has the checked
+// operands of a call, and the ops that run a backend's kernels.
 //
-// A chunk of rows goes through all layers, forwards or backwards, before the next one does: what one layer leaves, the
-// other finds in cache.
+// A chunk of rows passes through all layers, forward or backward, before the next chunk. Each layer finds the output of
+// the previous one in cache.
 #pragma once
 
 #include "activations.h"
@@ -12,7 +12,7 @@
 
 namespace wakesleep {
 
-// The name in messages: an MLP of one layer is known to callers as a linear one.
+// Returns the name in messages: callers know an MLP of one layer as `linear`.
 inline const char* mlp_name(at::TensorList weights) { return weights.size() == 1 ? "linear" : "mlp"; }
 
 struct Mlp : LinearCall {
@@ -21,7 +21,7 @@ struct Mlp : LinearCall {
   at::DimVector batch;  // leading dimensions of h
   int64_t N;            // rows of the batch
   at::Tensor h;         // [N, H]
-  int64_t rows;         // in a chunk
+  int64_t rows;         // rows in a chunk
 
   Mlp(const at::Tensor& h_in, at::TensorList weights, at::TensorList biases,
       std::optional<std::string_view> activation_in, std::optional<std::string_view> output_activation_in)
@@ -42,7 +42,7 @@ struct Mlp : LinearCall {
 
   size_t last() const { return layers.size() - 1; }
 
-  // body(activation, Type<scalar_t>{}) for those of a layer.
+  // Calls body(activation, Type<scalar_t>{}) for a layer.
   template <typename Body>
   void dispatch(size_t l, const Body& body) const {
     std::visit([&](auto activation) { dispatch_floating(op, dtype, [&](auto type) { body(activation, type); }); },
@@ -50,27 +50,31 @@ struct Mlp : LinearCall {
   }
 };
 
-// write_output(call, layer's number, products [rows, D], y [rows, D]) and write_gradient(call, layer's number, gradient
-// of y [rows, D], y [rows, D], gradient of the products [rows, D], its sums over every rows_of_sum(compute) rows
-// [pieces, D]). y may lie where the products do, and the gradient of the products where that of y does.
+// The ops that run a backend's kernels. `Kernels` has
 //
-// And, where the kernels take small batches themselves: small_batch_output(call, layer's number, h [N, H]), which
-// returns y [N, D]; small_batch_gradient(call, gradient of the last y, that y), which returns the gradient of the
-// products that it is made of; small_batch_gradients(call, layer's number, h, gradient of the products, gradients of
-// weight, bias and of what h is an activation of), which writes the three, those without elements not being wanted.
+//   write_output(call, layer, products [rows, D], y [rows, D]), where y may alias the products;
+//   write_gradient(call, layer, gradient of y [rows, D], y [rows, D], gradient of the products [rows, D], its sums over
+//     every rows_of_sum(compute) rows [pieces, D]). The gradient of the products may alias that of y.
+//
+// With kOwnSmallBatches it also has
+//
+//   small_batch_output(call, layer, h [N, H]), which returns y [N, D];
+//   small_batch_gradient(call, gradient of the last y, last y), which returns the gradient of the last products;
+//   small_batch_gradients(call, layer, h, gradient of the products, gradients of weight, bias and a), where h = f(a).
+//     It writes the last three, except those that are empty.
 template <typename Kernels>
 struct MlpOps {
   using Tensors = std::vector<at::Tensor>;
   using Name = std::optional<std::string_view>;
 
   static at::Tensor mlp(const at::Tensor& h,     // [*B, H]
-                        at::TensorList weights,  // [D, H] each, H being the D of the one before
+                        at::TensorList weights,  // [D, H] each, where H is the D of the previous layer
                         at::TensorList biases,   // [D] each
                         Name activation, Name output_activation) {
     return forward({h, weights, biases, activation, output_activation}, nullptr);
   }
 
-  // What the last layer returns, and what each of the others does, [N, D].
+  // Also returns the output [N, D] of every layer except the last.
   static std::tuple<at::Tensor, Tensors> with_hidden(const at::Tensor& h, at::TensorList weights, at::TensorList biases,
                                                      Name activation, Name output_activation) {
     const Mlp call(h, weights, biases, activation, output_activation);
@@ -112,7 +116,7 @@ struct MlpOps {
       for (size_t l = last;; --l) {
         const at::Tensor y = l == last ? chunk_of(output_rows) : chunk_of(hidden[l].contiguous());
         const at::Tensor below = l == 0 ? h_rows : in_type(chunk_of(hidden[l - 1]), call.operand);
-        const bool in_place = l < last && upstream.scalar_type() == call.operand;  // what came from a caller stays
+        const bool in_place = l < last && upstream.scalar_type() == call.operand;  // keeps the caller's grad
         const at::Tensor written =
             in_place ? upstream : aten::empty(upstream.sizes(), upstream.options().dtype(call.operand));
         gradients[l].template add<Kernels>(first, below, written, [&](const at::Tensor& sums) {

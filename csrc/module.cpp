@@ -1,5 +1,5 @@
-// The Python module `_C`. Importing it registers the operators of library.cpp; it also says how it was built, records
-// calls of operators, and watches what a recording depends on.
+// The Python module `_C`. Importing it registers the operators of schemas.cpp. It also reports how it was built,
+// records calls of operators, and watches what a recording depends on.
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -48,11 +48,11 @@ std::optional<std::vector<at::Tensor>> replay(Recording& recording, const std::v
 
 }  // namespace
 
-// It keeps no state that threads share, so free-threaded Python need not take up its lock for it.
+// The module has no state that threads share, so free-threaded Python need not enable the GIL for it.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of wakesleep_ext, registered as torch.ops.wakesleep_ext.*";
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");
-  pybind11::class_<Recording>(m, "Recording", "Calls of operators, to be made again.")
+  pybind11::class_<Recording>(m, "Recording", "Operator calls that can be made again.")
       .def(pybind11::init<std::vector<at::Tensor>>())
       .def("call", call, "Call the operator of this name and overload, and note it.")
       .def("returns", &Recording::returns, no_gil(), "Have these tensors returned by a replay.")
@@ -70,5 +70,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
              return Watch(tensors, places.ptr());
            }),
            "Note what is so now. The caller keeps the places.")
-      .def("holds", &Watch::holds, "Whether it is unchanged.");
+      .def("holds", &Watch::holds, "Return whether everything that is watched is unchanged.");
 }

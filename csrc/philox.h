@@ -1,18 +1,18 @@
-// Counter-based random numbers: every draw is a function of a key and the index of the element it is for.
+// Counter-based random numbers: every draw is a function of a key and an element's index.
 //
 // Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), checked
-// against the known-answer vectors published with Random123. The layout, stated here and nowhere else:
+// against the known-answer vectors published with Random123. Only this comment defines the layout:
 //
 //   key      = seed (64 bits)
 //   counter  = element / 4 (64 bits), then the lower 60 bits of offset with the stream in the top 4
 //   element i takes word i % 4 of its block.
 //
-// Threads, grid, chunk and vector width do not enter, so any order of evaluation draws the same words. A float64 draw
-// takes its upper 32 bits from the stream where the float32 draw has all of its bits, and its lower ones from another:
+// The words do not depend on threads, grid, chunk or vector width, so any order of evaluation draws the same ones. A
+// float64 draw takes its upper 32 bits from the stream of the float32 draw, and its lower bits from another stream. So
 // the same key gives the same draw at either precision, up to rounding.
 //
-// torch draws on CUDA from the same cipher under the same seed. Its counter has the index of a thread where ours has
-// the offset and the stream, and no thread's index reaches the top bits. So no stream is 0, and no block is shared.
+// On CUDA, torch draws from the same cipher under the same seed. Its counter has a thread's index where ours has the
+// offset and the stream. No thread's index reaches the top bits, and no stream is 0, so the two never share a block.
 #pragma once
 
 #include "elementary.h"
@@ -32,7 +32,7 @@ struct PhiloxKey {
 
 enum class Stream : uint32_t { kHighWords = 1, kLowWords = 2 };
 
-// The counter of the block of elements 4*block .. 4*block+3.
+// Returns the counter of the block of elements 4*block .. 4*block+3.
 WAKESLEEP_FUNCTION PhiloxBlock philox_counter(PhiloxKey key, Stream stream, uint32_t block_low, uint32_t block_high) {
   const uint32_t top = (uint32_t(key.offset >> 32) & 0x0FFFFFFF) | (uint32_t(stream) << 28);
   return {{block_low, block_high, uint32_t(key.offset), top}};
@@ -63,7 +63,7 @@ WAKESLEEP_FUNCTION PhiloxBlock philox(PhiloxBlock counter, uint64_t seed) {
   return {{c0, c1, c2, c3}};
 }
 
-// The words of a block at the precision of T: for float64 also the lower halves, which float32 leaves undrawn.
+// The words of a block at the precision of T. The low words are drawn for float64 only.
 template <typename T>
 struct Words {
   PhiloxBlock high;
@@ -82,7 +82,7 @@ WAKESLEEP_FUNCTION Words<T> draw_words(PhiloxKey key, uint32_t block_low, uint32
   return words;
 }
 
-// A uniform in (0, 1] from word w: (n + 1/2) / 2^bits, rounded, n being the integer of all its bits.
+// Returns a uniform in (0, 1] from word w: (n + 1/2) / 2^bits, rounded, where n is the integer of all its bits.
 template <typename T>
 WAKESLEEP_FUNCTION T uniform(const Words<T>& words, int w) {
   if constexpr (!kDrawsLowWords<T>) {
@@ -92,7 +92,7 @@ WAKESLEEP_FUNCTION T uniform(const Words<T>& words, int w) {
   }
 }
 
-// Word w as a fraction of a full turn.
+// Returns word w as a fraction of a full turn.
 template <typename T>
 WAKESLEEP_FUNCTION typename Format<T>::Int turn(const Words<T>& words, int w) {
   if constexpr (!kDrawsLowWords<T>) {
@@ -102,7 +102,7 @@ WAKESLEEP_FUNCTION typename Format<T>::Int turn(const Words<T>& words, int w) {
   }
 }
 
-// Two independent standard normals from words w and w + 1 (Box and Muller 1958).
+// Returns two independent standard normals from words w and w + 1 (Box and Muller 1958).
 template <typename T>
 WAKESLEEP_FUNCTION Pair<T> normals(const Words<T>& words, int w) {
   const T radius = square_root(T(-2) * log_of_normal(uniform(words, w)));

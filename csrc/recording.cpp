@@ -20,8 +20,8 @@ void Recording::stop() {
   own_.clear();
 }
 
-// Keeps the calls that do something, and those whose results a later one gets. They are gone through from the last
-// to the first, so that where a value is met first is where it is used last.
+// Keeps the calls that have side effects, and those whose results a kept call uses. It visits calls from last to first,
+// so the first use of a value that it meets is the last.
 void Recording::keep_needed_calls() {
   std::unordered_set<size_t> needed(results_.begin(), results_.end());
   for (const auto& left : left_behind_) {
@@ -48,7 +48,7 @@ void Recording::keep_needed_calls() {
   calls_.assign(std::make_move_iterator(kept.rbegin()), std::make_move_iterator(kept.rend()));
 }
 
-// body(place, tensor) for every tensor on a stack.
+// Calls body(place, tensor) for every tensor on a stack.
 template <typename Body>
 void Recording::for_tensors(const torch::jit::Stack& stack, const Body& body) {
   const auto visit = [&](const Place& place, const c10::IValue& value) {
@@ -84,7 +84,7 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
     }
   });
   if (multiplies_by_one(made)) {
-    stack.clear();  // it returns nothing
+    stack.clear();  // the op returns nothing
     return;
   }
   const bool is_mutable = op.schema().is_mutable();
@@ -104,8 +104,7 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
   calls_.push_back(std::move(made));
 }
 
-// A loss that is itself the end of a backward pass has 1 for its gradient: what is multiplied by it in place stays what
-// it is, however large.
+// The gradient of a loss itself is 1. Multiplying by it in place changes nothing, so the call is left out.
 bool Recording::multiplies_by_one(const Call& made) const {
   static const c10::OperatorName in_place("aten::_foreach_mul_", "Tensor");
   return made.op.operator_name() == in_place && !made.uses.empty() && made.uses.back().place.argument == 1 &&
@@ -127,7 +126,7 @@ void Recording::note_outside(const Call& made) {
   });
 }
 
-// Unless its memory was made by a call of this recording.
+// Saves the tensors that a call writes to, except those in memory that this recording allocated.
 void Recording::save_what_is_written(const Call& made) {
   const auto& schema = made.op.schema();
   for_tensors(made.arguments, [&](const Place& place, const at::Tensor& tensor) {
@@ -155,7 +154,7 @@ void Recording::undo() {
   }
 }
 
-// The tensors that it has made; not those that it has written to, which it returns as well.
+// Notes the tensors that a call made, but not the arguments that it wrote to and returns as well.
 void Recording::note_results(Call& made, const torch::jit::Stack& results) {
   static const c10::OperatorName ones_like("aten::ones_like", "");
   for_tensors(results, [&](const Place& place, const at::Tensor& tensor) {

@@ -1,9 +1,9 @@
-// Calls of operators, recorded while they are made, to be made again: to a CPU's operators what a CUDA graph is to
-// kernels. Neither Python nor autograd stands between the calls of a replay.
+// Records calls of operators and makes them again, as a CUDA graph does with kernels. A replay runs without Python or
+// autograd between the calls.
 //
-// Tensors that come from outside stay where they are, and every replay reads and writes them there. Numbers stay as
-// they were. Arguments are copied to where they were when the calls were recorded. If the calls made a tensor that is
-// still referenced when recording ends, such as a gradient, it gets the value of every replay.
+// A replay reads and writes tensors from outside in place. Numbers keep their recorded values. Arguments are copied
+// into those of the recorded calls. A tensor that the calls made and that is still referenced when recording ends, such
+// as a gradient, gets the value of every replay.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -16,53 +16,53 @@
 
 namespace wakesleep {
 
-// To be used by one thread at a time.
+// Only one thread at a time may use it.
 class Recording {
  public:
   explicit Recording(std::vector<at::Tensor> arguments) : arguments_(std::move(arguments)) {}
 
-  // Calls an operator below autograd, and notes it; its results take the place of its arguments on the stack.
+  // Calls an operator and records the call, below autograd. Its results replace its arguments on the stack.
   void call(const c10::OperatorHandle& op, torch::jit::Stack& stack);
 
-  // Has a replay return these tensors, or a copy of one that shares memory with others; comes last, before stop().
+  // Makes a replay return these tensors, copying any that shares memory with others. It is the last call before stop().
   void returns(const std::vector<at::Tensor>& results);
 
-  // Ends the recording, when its caller holds no tensor of it any more.
+  // Ends the recording. Tensors of it that the caller still holds are left behind.
   void stop();
 
-  // The calls once more, in their order, on other arguments like the first.
+  // Makes the calls again, in their order, with other arguments like the first.
   std::vector<at::Tensor> replay(const std::vector<at::Tensor>& arguments);
 
-  // Gives what was written to outside the values from before the recording, and frees the copies of these.
+  // Restores the outside tensors that were written to, and frees the saved copies.
   void undo();
 
-  // The operator that cannot be repeated, or an empty string. One that tells Python what it finds in a tensor cannot,
-  // nor can one that returns as many elements as it finds.
+  // The operator that cannot be replayed, or an empty string: it returns the content of a tensor to Python, or a shape
+  // that depends on it.
   const std::string& unrepeatable() const { return unrepeatable_; }
 
-  // Tensors that the calls got and did not make, apart from the arguments and from constants made of Python's numbers.
+  // Tensors that the calls used and did not make, except the arguments and constants from Python numbers.
   const std::vector<at::Tensor>& outside() const { return outside_; }
-  // Aliases of what was written to outside, arguments included.
+  // Aliases of the outside tensors that were written to, arguments included.
   const std::vector<at::Tensor>& written() const { return written_; }
-  // Tensors that the calls made and that others hold.
+  // Tensors that the calls made and that are still referenced.
   std::vector<at::Tensor> left_behind() const;
 
  private:
-  // A tensor's place on a stack: an argument, or an element of one that is a list.
+  // A tensor's place on a stack: an argument, or an element of a list argument.
   struct Place {
     size_t argument;
     std::optional<size_t> element;
   };
-  // A value is a tensor that a call has returned.
+  // A value is a tensor that a call returned, by its number.
   struct Link {
     Place place;
     size_t value;
   };
   struct Call {
     c10::OperatorHandle op;
-    torch::jit::Stack arguments;  // without the values among them
+    torch::jit::Stack arguments;  // values are left undefined
     std::vector<Link> uses, results;
-    std::vector<size_t> last_uses;  // values that no later call gets
+    std::vector<size_t> last_uses;  // values that no later call uses
   };
 
   template <typename Body>
@@ -80,16 +80,16 @@ class Recording {
   std::vector<size_t> results_;
   std::string unrepeatable_;
   std::vector<at::Tensor> outside_;
-  std::vector<at::Tensor> written_, saved_;  // aliases, and their values from before the call, until undo()
+  std::vector<at::Tensor> written_, saved_;  // aliases, and copies from before the call, until undo()
   std::vector<std::pair<at::Tensor, size_t>> left_behind_;
 
-  // While recording: the values by their tensors, which are held weakly, so that no other takes an address over.
+  // While recording: the values by their tensors. Weak references to these keep their addresses from being reused.
   std::unordered_map<const c10::TensorImpl*, size_t> value_of_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> addresses_;
   std::unordered_set<const c10::TensorImpl*> seen_outside_;
   std::unordered_set<const c10::StorageImpl*> own_storages_;
   std::unordered_set<size_t> ones_;
-  std::unordered_set<size_t> own_;  // that share no memory with what a call got
+  std::unordered_set<size_t> own_;  // values that share no memory with a call's arguments
 };
 
 }  // namespace wakesleep

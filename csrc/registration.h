@@ -12,12 +12,12 @@ class Library;
 
 namespace wakesleep {
 
-// Takes the kernels of one dispatch key.
+// Registers the kernels of one dispatch key.
 class Registrar {
  public:
   explicit Registrar(torch::Library& library) : library_(library) {}
 
-  // Signatures must be in the list of registration.cpp: with a missing one the extension does not load.
+  // The signature must be in the list of registration.cpp, or the extension does not load.
   template <typename Signature>
   void impl(const char* name, Signature* kernel);
 

@@ -14,7 +14,7 @@
 namespace wakesleep {
 namespace {
 
-constexpr size_t kLine = 64;  // bytes in a line of the cache
+constexpr size_t kLine = 64;  // bytes in a cache line
 
 Watch::Modes modes() {
   const auto autocast = [](c10::DeviceType device) {
@@ -52,7 +52,7 @@ Watch::Gradient gradient_of(const at::Tensor& tensor) {
           meta->hooks_.size() + (meta->post_acc_grad_hooks_ != nullptr ? 1 : 0)};
 }
 
-// Numbers and strings are the same if they are equal; everything else, if it is the same object.
+// Compares numbers and strings by value, and everything else by identity.
 bool is_same(PyObject* before, PyObject* now) {
   if (before == now) {
     return true;
@@ -65,7 +65,7 @@ bool is_same(PyObject* before, PyObject* now) {
   return equal == 1;
 }
 
-// A number that differs after every change of a dict (PEP 509). Python 3.12 has none that may be used: 0.
+// Returns a number that differs after every change of a dict (PEP 509), or 0 from Python 3.12 on, which has none.
 uint64_t version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
@@ -140,7 +140,7 @@ Watch::Watch(const std::vector<at::Tensor>& tensors, PyObject* places) : modes_(
       add_lines(container, kLine);
     } else {
       add_word(&container->ob_type);
-      if (PyObject** dict = _PyObject_GetDictPtr(container)) {  // not so where __dict__ is a property
+      if (PyObject** dict = _PyObject_GetDictPtr(container)) {  // null if __dict__ is a property
         add_word(dict);
       }
     }

@@ -1,5 +1,5 @@
-// Whether what a recording depends on is still what it was: a few microseconds of looking, at every call of a replay.
-// wakesleep_ext/watch.py says what is looked at.
+// Checks at every replay whether anything that a recording depends on has changed, in a few microseconds.
+// wakesleep_ext/watch.py lists what is watched.
 #pragma once
 
 #include <ATen/DimVector.h>
@@ -16,7 +16,7 @@ namespace wakesleep {
 
 class Watch {
  public:
-  // Whether a tensor requires a gradient, which one it has, and how many hooks.
+  // The gradient state of a tensor.
   struct Gradient {
     bool is_required;
     const at::TensorImpl* value;
@@ -27,14 +27,17 @@ class Watch {
   };
   using Modes = std::array<int64_t, 9>;
 
-  // Notes where these tensors lie, how they are laid out, whether they require a gradient, which one they have and how
-  // many hooks; the modes that torch is in; and these places, a tuple of tuples that the caller keeps. Of a dict the
-  // first item is that dict, then come its keys and values in turn; of a list the list, then its elements; of a cell
-  // the cell and what is in it; of an instance itself, whose class and dict are noted; of a global its name, the dict
-  // that has it, and its value.
+  // Notes the memory, layout and gradient state of these tensors, the modes of torch, and these places: a tuple of
+  // tuples that the caller keeps. The tuple of a place has
+  //
+  //   for a dict: the dict, then its keys and values in turn;
+  //   for a list: the list, then its elements;
+  //   for a cell: the cell and its content;
+  //   for an instance: the instance, whose class and dict are noted;
+  //   for a global: its name, the dict that has it, and its value.
   Watch(const std::vector<at::Tensor>& tensors, PyObject* places);
 
-  // Whether all this is unchanged.
+  // True if all this is unchanged.
   bool holds();
 
  private:
@@ -48,7 +51,7 @@ class Watch {
 
   using Check = bool (*)(PyObject* place);
 
-  // A dict holds what its place says for as long as its version is this one; after that, if the check says so.
+  // A dict is unchanged while its version is this one. After that, `check` compares it with its place.
   struct SeenDict {
     PyObject* dict;
     uint64_t version;
@@ -63,11 +66,11 @@ class Watch {
 
   std::vector<SeenTensor> tensors_;
   std::vector<SeenDict> dicts_;
-  std::vector<std::pair<const void* const*, const void*>> words_;  // of memory, and what they held
-  std::vector<std::pair<PyObject*, Check>> places_;                // those that are neither
+  std::vector<std::pair<const void* const*, const void*>> words_;  // addresses, and what they held
+  std::vector<std::pair<PyObject*, Check>> places_;                // lists and cells
   Modes modes_;
-  // The lines of the cache that are going to be read. The step before has displaced them: fetched together they take
-  // half the time that they take one after another.
+  // The cache lines that holds() reads. The previous step displaced them. Prefetched together, they take half the time
+  // that they take one after another.
   std::vector<const char*> lines_;
 };
 

@@ -1,33 +1,48 @@
-"""Makes the tables and pictures of the README anew from the results that it names: `make readme`.
+"""Redraws the tables and pictures of README.md and docs/benchmarks.md from committed results: `make readme`.
 
-Speed stands between `<!-- speed: FILE.json -->` and `<!-- end of speed -->`, its picture beside the file; likelihoods
-of the objectives between `<!-- mnist: FILE.json -->` and `<!-- end of mnist -->`.
+- `<!-- speed: FILE.json -->` to `<!-- end of speed -->`: the tables of a result of `wakesleep bench`, and its picture.
+- `<!-- mnist: FILE.json -->` to `<!-- end of mnist -->`: likelihoods of the objectives.
+- `docs/speed.png`, the README's first picture: an overview of the results that docs/benchmarks.md names.
+
+A package index shows the README without the repository. Its links become absolute as soon as `[project.urls]` in
+pyproject.toml names a repository on GitHub.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import mnist_objectives
 
 from wakesleep_ext._files import write_atomically
-from wakesleep_ext.benchmark import read, report, suite_of
-from wakesleep_ext.benchmark.result import Result
+from wakesleep_ext.benchmark import report
+from wakesleep_ext.benchmark.result import Result, Row, place, read
+from wakesleep_ext.benchmark.run import suite_of
+from wakesleep_ext.benchmark.suite import TIMES
 
 ROOT = Path(__file__).resolve().parent.parent
+README, BENCHMARKS, OVERVIEW = "README.md", "docs/benchmarks.md", "docs/speed.png"
 
 _SECTION = re.compile(r"(<!-- (speed|mnist): (\S+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+_REPOSITORY = re.compile(r'^\w+ = "(https://github\.com/[\w-]+/[\w.-]+?)/?"', re.MULTILINE)
+_LINK = re.compile(r"(!?)\[([^]]*)\]\((?:https://github\.com/[\w-]+/[\w.-]+/(?:blob|raw)/HEAD/)?([\w./-]+)\)")
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
 
 
 def results(text: str) -> list[Path]:
-    """The results of benchmarks that a Markdown text names, relative to its folder."""
+    """Lists the results of benchmarks that a Markdown text names, relative to its folder."""
     return [Path(name) for _, kind, name, _ in _SECTION.findall(text) if kind == "speed"]
 
 
 def refresh(text: str, folder: Path) -> str:
-    """The text with its sections made anew; they are up to date if nothing changes."""
+    """Writes the sections again from their results. A text that is up to date comes back unchanged."""
 
     def section(found: re.Match[str]) -> str:
         begin, kind, name, end = found.groups()
@@ -37,23 +52,156 @@ def refresh(text: str, folder: Path) -> str:
     return _SECTION.sub(section, text)
 
 
+def prose(text: str) -> str:
+    """Leaves out the sections."""
+    return _SECTION.sub("", text)
+
+
 def _likelihoods(path: Path) -> str:
     return mnist_objectives.summary(json.loads(path.read_text()))
 
 
 def _speed(path: Path, result: Result) -> str:
     suite = suite_of(result)
-    picture = f"![Bars: how many times as fast as eager PyTorch each {suite.noun} is]({path.with_suffix('.png')})"
-    return f"{picture}\n\n{report.text({**result, 'records': suite.headline(result['records'])}, suite)}"
+    picture = f"![Bars: speed-up of each {suite.noun}]({path.with_suffix('.png')})"
+    headline: Result = {**result, "records": suite.headline(result["records"])}
+    return f"{picture}\n\n{report.text(headline, suite, narrow=True)}"
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+def repository(pyproject: str) -> str | None:
+    """Finds the address of a repository on GitHub among the project's."""
+    urls = re.search(r"^\[project\.urls\]\n(.*?)(?=^\[|\Z)", pyproject, re.MULTILINE | re.DOTALL)
+    found = _REPOSITORY.search(urls[1]) if urls else None
+    return found[1] if found else None
+
+
+def relink(text: str, address: str | None) -> str:
+    """Points the links to files of the checkout at a repository on GitHub, or at the checkout if there is none."""
+
+    def link(found: re.Match[str]) -> str:
+        image, label, path = found.groups()
+        folder = f"{address}/{'raw' if image else 'blob'}/HEAD/" if address else ""
+        return f"{image}[{label}]({folder}{path})"
+
+    return _LINK.sub(link, text)
+
+
+# ---- overview --------------------------------------------------------------------------------------------------------
+
+_BASELINES = {
+    "distributions": ("torch.distributions", "#777777", "s"),
+    "compile": ("torch.compile", "#0072b2", "o"),
+    "compile with graphs": ("torch.compile with CUDA graphs", "#56b4e9", "D"),
+}
+"""Names, colours of Okabe and Ito's palette, which the colour-blind tell apart, and markers."""
+
+
+def overview(path: Path, figures: Sequence[Result]) -> None:
+    """Draws one picture of several results: a column for each kind of device, a row for each suite.
+
+    Args:
+        path: The picture to write, a PNG. It carries the :func:`digest` of the records.
+        figures: At most one result for each suite and kind of device.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    suites = list(dict.fromkeys(suite_of(result).noun for result in figures))
+    devices = sorted({result["machine"]["device"] for result in figures}, reverse=True)
+    cases = {id(result): _cases(result) for result in figures}
+    heights = [max(len(cases[id(r)]) for r in figures if suite_of(r).noun == noun) for noun in suites]
+    size = (8, 1.2 + 0.27 * sum(heights) + 0.7 * len(suites))
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    grid = figure.subplots(
+        len(suites), len(devices), sharey="row", sharex="all", squeeze=False, height_ratios=[h + 1 for h in heights]
+    )
+    for result in figures:
+        noun, rows = suite_of(result).noun, cases[id(result)]
+        axes = grid[suites.index(noun)][devices.index(result["machine"]["device"])]
+        speedups = [_speedup(row, "fused") for row in rows.values()]
+        axes.barh(range(len(rows)), [s - 1 for s in speedups], 0.55, 1, color="#d55e00", label="wakesleep_ext")
+        for at, (speedup, row) in enumerate(zip(speedups, rows.values(), strict=True)):
+            beyond = max(_speedup(row, name) for name in row if name != "products")
+            axes.annotate(
+                f"{speedup:.1f}{TIMES}", (beyond, at), (5, 0), textcoords="offset points", va="center", size=8.5
+            )
+        for name, (label, colour, marker) in _BASELINES.items():
+            if points := [(_speedup(row, name), at) for at, row in enumerate(rows.values()) if name in row]:
+                style = {"color": colour, "edgecolor": "white", "linewidth": 0.5, "zorder": 3}
+                axes.scatter(*zip(*points, strict=True), 26, marker=marker, label=label, **style)
+        axes.axvline(1, color="black", linewidth=1.2)
+        axes.set_yticks(range(len(rows)), list(rows), size=8.5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_title(f"{noun.capitalize()}s, {place(result)}", size=9.5)
+    for axes in grid.flat:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params(axis="x", labelsize=8.5, labelbottom=True)
+        axes.margins(x=0.14)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(f"times as fast as eager PyTorch (logarithmic; the line at 1{TIMES} is eager)", size=9.5)
+    drawn = [pair for axes in grid.flat for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in drawn}
+    names = [name for name in ("wakesleep_ext", *(label for label, *_ in _BASELINES.values())) if name in handles]
+    figure.legend(
+        [handles[n] for n in names], names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9
+    )
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture, metadata={report.DIGEST: digest(figures)})
+    write_atomically(path, picture.getvalue())
+
+
+def digest(figures: Sequence[Result]) -> str:
+    """Tells which results a picture shows."""
+    return hashlib.sha256("".join(map(report.digest, figures)).encode()).hexdigest()
+
+
+def _cases(result: Result) -> dict[str, Row]:
+    """Chooses the cases by a rule: the largest of each op, with its backward pass where it has one; of the steps, the
+    fewest and the most samples of each batch.
+    """
+    suite, chosen = suite_of(result), {}
+    for _, rows in suite.sections(suite.headline(result["records"])):
+        for row in rows:
+            record = row["fused"]
+            if suite.noun == "op" and record["bandwidth_fraction"] is not None:
+                backward = " + backward" if record["pass"] != "forward" else ""
+                chosen[record["op"]] = (f"{record['op']}{backward}", row)
+            elif suite.noun != "op":
+                samples, batch, _ = record["shape"]
+                few = min(other["fused"]["shape"][0] for other in rows)
+                many = max(other["fused"]["shape"][0] for other in rows)
+                if samples in (few, many):
+                    chosen[str(record)] = (f"{record['op']}, batch {batch:,}, L = {samples}", row)
+    return dict(chosen.values())
+
+
+def _speedup(row: Row, candidate: str) -> float:
+    return row["eager"]["median_us"] / row[candidate]["median_us"]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for path in results(text):
-        result = read(ROOT / path)
-        report.plot(ROOT / path.with_suffix(".png"), result, suite_of(result))
-    write_atomically(readme, refresh(text, ROOT).encode())
+    for page in (ROOT / README, ROOT / BENCHMARKS):
+        text = refresh(page.read_text(), page.parent)
+        for path in results(text):
+            result = read(page.parent / path)
+            report.plot((page.parent / path).with_suffix(".png"), result, suite_of(result))
+        if page.name == README:
+            text = relink(text, repository((ROOT / "pyproject.toml").read_text()))
+        write_atomically(page, text.encode())
+    benchmarks = ROOT / BENCHMARKS
+    overview(ROOT / OVERVIEW, [read(benchmarks.parent / path) for path in results(benchmarks.read_text())])
 
 
 if __name__ == "__main__":

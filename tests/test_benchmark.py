@@ -434,6 +434,19 @@ def test_a_result_in_words() -> None:
         assert len({len(line) for line in table.splitlines()}) == 1  # legible as it stands, too
 
 
+def test_a_narrow_report_has_a_table_for_each_pass_and_dtype() -> None:
+    parts = report.text(RESULT, SUITE, narrow=True).split("\n\n")
+    assert [part for part in parts if part.endswith(":")] == [
+        "Beyond the cache, forward, float32:",
+        "Within the cache, where overhead counts, forward, float32:",
+        "Within the cache, where overhead counts, forward, bfloat16:",
+    ]
+    assert cells(parts[1])[0] == ["", "op", "shape", "time", "eager", "of copy", ""]
+    assert cells(parts[3])[2] == ["", "`gaussian_kl`", "100 × 64", "10.00 µs", "2.5×", "0.8×", ""]  # noqa: RUF001
+    assert max(len(line) for part in parts for line in part.splitlines()) <= 100
+    assert parts[-1].split() == TEXT.split("\n\n")[-1].split()
+
+
 def test_the_headline_is_float32_small_and_large() -> None:
     odd = record("fused", 1.0, shape=[10_000, 50], bandwidth_fraction=0.5)
     between = record("fused", 1.0, shape=[1000, 64])
@@ -622,31 +635,40 @@ def update_readme() -> Any:
 
 
 @pytest.mark.source_tree
-def test_the_readme_shows_the_committed_results(update_readme: Any) -> None:
-    text = (ROOT / "README.md").read_text()
-    stale = "the README's speed tables or pictures are older than the results: run `make readme`"
-    assert update_readme.refresh(text, ROOT) == text, stale
-    assert update_readme.results(text)
-    for path in update_readme.results(text):
-        assert shows(ROOT / path.with_suffix(".png"), results.read(ROOT / path)), stale
+def test_the_pages_show_the_committed_results(update_readme: Any) -> None:
+    stale = "tables or pictures are older than the results: run `make readme`"
+    for page in (ROOT / "README.md", ROOT / "docs/benchmarks.md"):
+        text = page.read_text()
+        assert update_readme.refresh(text, page.parent) == text, stale
+    paths = [page.parent / path for path in update_readme.results(text)]
+    assert paths
+    for path in paths:
+        assert shows(path.with_suffix(".png"), results.read(path)), stale
+    with Image.open(ROOT / "docs/speed.png") as picture:
+        assert picture.info[report.DIGEST] == update_readme.digest(list(map(results.read, paths))), stale
 
 
 @pytest.mark.source_tree
-def test_a_readme_is_brought_up_to_date(update_readme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_brought_up_to_date(update_readme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_readme, "ROOT", tmp_path)
-    (tmp_path / "results").mkdir()
+    for folder in ("docs", "results"):
+        (tmp_path / folder).mkdir()
     results.write(tmp_path / "results/abacus.json", RESULT)
-    readme = tmp_path / "README.md"
-    readme.write_text("# Speed\n<!-- speed: results/abacus.json -->\nold\n<!-- end of speed -->\nafter\n")
+    (tmp_path / "pyproject.toml").write_text('[project.urls]\nSource = "https://github.com/a/b"\n')
+    (tmp_path / "README.md").write_text("![Bars](docs/speed.png)\n")
+    page = tmp_path / "docs/benchmarks.md"
+    page.write_text("# Speed\n<!-- speed: ../results/abacus.json -->\nold\n<!-- end of speed -->\nafter\n")
     update_readme.main()
-    text = readme.read_text()
+    text = page.read_text()
     assert "old" not in text
-    assert text.startswith("# Speed\n<!-- speed: results/abacus.json -->\n\n![")
+    assert text.startswith("# Speed\n<!-- speed: ../results/abacus.json -->\n\n![")
     assert text.endswith("\n<!-- end of speed -->\nafter\n")
-    assert report.text(result(*RESULT["records"][:5]), SUITE) in text
+    assert report.text(result(*RESULT["records"][:5]), SUITE, narrow=True) in text
     assert shows(tmp_path / "results/abacus.png", RESULT)
+    assert (tmp_path / "docs/speed.png").stat().st_size > 10_000
+    assert (tmp_path / "README.md").read_text() == "![Bars](https://github.com/a/b/raw/HEAD/docs/speed.png)\n"
     update_readme.main()
-    assert readme.read_text() == text
+    assert page.read_text() == text
 
     results.write(tmp_path / "results/abacus.json", result(record("fused", 5.0), *RESULT["records"][1:]))
-    assert update_readme.refresh(text, tmp_path) != text
+    assert update_readme.refresh(text, page.parent) != text

@@ -91,6 +91,6 @@ def test_a_wrong_answer_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsy
     assert verdict == "2 of 3 wrong"
 
 
-def test_a_picture_must_be_a_png(capsys: pytest.CaptureFixture[Any]) -> None:
-    assert cli.main(["check", "--plot", "ranks.svg"]) == 1
-    assert "expected --plot to name a .png file, got ranks.svg" in capsys.readouterr().err
+def test_a_picture_must_have_a_known_format(capsys: pytest.CaptureFixture[Any]) -> None:
+    assert cli.main(["check", "--plot", "ranks.jpg"]) == 1
+    assert "expected --plot to end in .png, .pdf, .svg, got ranks.jpg" in capsys.readouterr().err

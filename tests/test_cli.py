@@ -272,6 +272,20 @@ def test_sample_draws_as_many_dreams_as_asked(run, tmp_path):
     assert again.read_bytes() == (tmp_path / "new" / "4.png").read_bytes()
 
 
+PICTURES = {"png": b"\x89PNG", "PNG": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+
+
+@pytest.mark.parametrize(("suffix", "magic"), PICTURES.items())
+def test_pictures_are_what_their_suffix_says(run, tmp_path, suffix, magic):
+    dreams, again, evaluation = (tmp_path / f"{name}.{suffix}" for name in ("dreams", "more/dreams", "evaluation"))
+    for path in (dreams, again):
+        assert cli.main(["sample", str(run), "--count", "4", "--out", str(path)]) == 0
+    assert cli.main(["evaluate", str(run), "--bound-samples", "2", "--dreams", "9", "--picture", str(evaluation)]) == 0
+    for path in (dreams, evaluation):
+        assert path.read_bytes().startswith(magic)
+    assert dreams.read_bytes() == again.read_bytes()
+
+
 def test_the_table_names_the_baseline_beside_the_bound(tmp_path, data, capsys):
     command = ["train", "--data", str(data), "--out", str(tmp_path / "r"), *SMALL]
     assert cli.main([*command, "--bound-samples", "7"]) == 0
@@ -308,6 +322,8 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
         (["evaluate", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
         (["evaluate", "nowhere", "--dreams", "1"], "--dreams of at least 2, got 1"),
         (["evaluate", "nowhere", "--ais-images", "-1"], "--ais-images of at least 0, got -1"),
+        (["sample", "nowhere", "--out", "x.jpg"], "expected --out to end in .png, .pdf, .svg, got x.jpg"),
+        (["evaluate", "nowhere", "--picture", "x"], "expected --picture to end in .png, .pdf, .svg, got x"),
         (["sample", "nowhere", "--out", "x.png", "--count", "0"], "--count of at least 1, got 0"),
     ],
 )

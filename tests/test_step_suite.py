@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep_ext import cli, ops
 from wakesleep_ext._table import OPS
-from wakesleep_ext.benchmark import goals, measure, run, step_suite
+from wakesleep_ext.benchmark import goals, measure, report, run, step_suite
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.op_suite import TRAFFIC
 from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, StepCase, cases
@@ -314,5 +314,6 @@ def test_a_readme_can_show_steps(tmp_path: Path) -> None:
     results.write(tmp_path / "step.json", RESULT)
     text = "<!-- speed: step.json -->\n<!-- end of speed -->\n"
     refreshed = checkout.load("update_readme", "scripts").refresh(text, tmp_path)
-    assert TOLD[: TOLD.index("| batch | L  |")].strip() in refreshed
-    assert "how many times as fast as eager PyTorch each step is](step.png)" in refreshed
+    assert report.text(RESULT, step_suite.SUITE, narrow=True) in refreshed
+    assert "A step of 784-200-200-50:\n\n| batch | L | time     | eager | distrib. |" in refreshed
+    assert "![Bars: speed-up of each step](step.png)" in refreshed

@@ -24,7 +24,7 @@ from wakesleep_ext.benchmark.command import bench
 from wakesleep_ext.check.command import check
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.training.config import RECIPES, Recipe, RunOptions, TrainConfig
-from wakesleep_ext.usage import Device, UsageError, find_device
+from wakesleep_ext.usage import Device, UsageError, find_device, picture_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +168,7 @@ def evaluate(
         data: As for train; what the run was trained on by default.
         device: Where to compute; auto takes the GPU if there is one.
         seed: Seed of the samples.
-        picture: A PNG file that gets a picture of the result.
+        picture: Draw the result to this file: .png, .pdf or .svg.
         json: Print one JSON object instead of a table.
     """
     from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
@@ -177,14 +177,15 @@ def evaluate(
     from wakesleep_ext.training.run import Run
 
     effort.check()
+    if picture:
+        picture_format(picture, "--picture")
     where = find_device(device)
     trained, machine = Run.load(run)
     dataset = trained.load_data(data)
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
     evaluation = _evaluation(machine.to(where), test, effort, seed)
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
+    if picture:
         plots.evaluation(picture, evaluation)
     result = {"baseline_nll": baseline_nll} | evaluation.summary()
     print(dumps(result) if json else table(result))
@@ -195,7 +196,7 @@ def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", s
 
     Args:
         run: Folder of a training run.
-        out: The PNG file to write.
+        out: The picture to write: .png, .pdf or .svg.
         count: How many images.
         device: Where to compute; auto takes the GPU if there is one.
         seed: Seed of the draw.
@@ -205,6 +206,7 @@ def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", s
 
     if count < 1:
         raise UsageError(f"expected --count of at least 1, got {count}")
+    picture_format(out, "--out")
     where = find_device(device)
     trained, machine = Run.load(run)
     draw_dreams(out, machine.to(where), trained.config.image_shape, count, seed)

@@ -132,7 +132,7 @@ class Bernoulli(Distribution):
 
 @dataclass(frozen=True)
 class LinearBernoulli(Distribution):
-    """A :class:`Bernoulli` whose logits are a linear function of h `[*B, H]`, and never in memory as a whole."""
+    """A :class:`Bernoulli` whose logits are a linear function of h `[*B, H]`, computed by the fused head ops."""
 
     family = "bernoulli"
 

@@ -98,7 +98,7 @@ class BernoulliHead(_Linear):
     """
 
     def distribution(self, h: Tensor) -> LinearBernoulli:
-        """Return p(x|h) `[*B, D]` of h `[*B, H]`; it draws and scores without holding all logits in memory."""
+        """Return p(x|h) `[*B, D]` of h `[*B, H]`; it draws and scores with the fused head ops."""
         return LinearBernoulli(h, self.weight, self.bias)
 
 

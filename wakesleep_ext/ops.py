@@ -316,8 +316,9 @@ def linear_bernoulli_log_prob(
 ) -> Tensor:
     r"""Return the log-likelihood under a Bernoulli head: :func:`bernoulli_log_prob` of :math:`a = hW^\top + b`.
 
-    The logits are never in memory as a whole. The op multiplies a chunk of rows with the platform's BLAS, and scores
-    its logits while they are in cache. Half types are multiplied with float32 results, which are scored unrounded.
+    The op multiplies a chunk of rows with the platform's BLAS, and scores its logits while they are in cache. Unless
+    ``recompute`` keeps them, the logits are never in memory as a whole. For half types, the GEMM returns float32
+    logits, which are scored unrounded.
 
     Args:
         h: the last hidden layer, ``[*S, *B, H]``. It is copied if x has leading dimensions that h lacks.

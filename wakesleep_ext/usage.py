@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -13,6 +14,25 @@ Device = Literal["auto", "cpu", "cuda"]
 
 class UsageError(ValueError):
     """A command cannot be carried out as it was given."""
+
+
+PICTURE_FORMATS = ("png", "pdf", "svg")
+
+
+def picture_format(path: Path, option: str = "path") -> str:
+    """Return the format that the suffix of a picture's file names: "png", "pdf" or "svg".
+
+    Args:
+        path: the file.
+        option: what the error calls it.
+
+    Raises:
+        UsageError: the suffix names another format, or there is none.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in PICTURE_FORMATS:
+        raise UsageError(f"expected {option} to end in .{', .'.join(PICTURE_FORMATS)}, got {path}")
+    return kind
 
 
 def find_device(device: Device) -> torch.device:

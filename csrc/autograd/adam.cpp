@@ -1,5 +1,5 @@
-// The step of Adam is not differentiated. What it changes gets another version, so that a graph that has kept the old
-// values notices.
+// A step of Adam is not differentiable. It bumps the version of every tensor that it changes, so autograd raises an
+// error if a graph saved the old values.
 #include "operators.h"
 
 namespace wakesleep::autograd {

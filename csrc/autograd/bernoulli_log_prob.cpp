@@ -1,4 +1,4 @@
-// Gradients of log p(x; logits): x - s(a) for the logits, a for x.
+// Gradients of log p(x; a): x - s(a) for the logits a, and a for x.
 #include "operators.h"
 
 namespace wakesleep::autograd {
@@ -28,7 +28,7 @@ Tensor bernoulli_log_prob_of(const Tensor& logits, const Tensor& x) {
   return needs_gradient(logits, x) ? BernoulliLogProb::apply(logits, x) : below(bernoulli_log_prob(), logits, x);
 }
 
-// The backward itself differentiates through the formula.
+// Double backward: autograd differentiates this formula instead of the kernel.
 Tensor bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& logits, const Tensor& x) {
   if (!needs_gradient(grad, logits, x)) {
     return below(bernoulli_log_prob_backward(), grad, logits, x);

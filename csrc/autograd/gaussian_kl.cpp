@@ -1,4 +1,4 @@
-// Gradients of KL(N(mu, e^logvar) || N(0, I)): mu, and (e^logvar - 1) / 2.
+// Gradients of KL(N(mu, e^logvar) || N(0, I)): mu for mu, and (e^logvar - 1) / 2 for logvar.
 #include "operators.h"
 
 namespace wakesleep::autograd {
@@ -21,7 +21,7 @@ Tensor gaussian_kl_of(const Tensor& mu, const Tensor& logvar) {
   return needs_gradient(mu, logvar) ? GaussianKl::apply(mu, logvar) : below(gaussian_kl(), mu, logvar);
 }
 
-// The backward itself differentiates through the formula.
+// Double backward: autograd differentiates this formula instead of the kernel.
 Tensor gaussian_kl_backward_of(const Tensor& grad, const Tensor& mu, const Tensor& logvar) {
   if (!needs_gradient(grad, mu, logvar)) {
     return below(gaussian_kl_backward(), grad, mu, logvar);

@@ -1,5 +1,5 @@
-// Gradients of log N(z; mu, e^logvar), with d = (z - mu) e^-logvar: d for mu, ((z - mu) d - 1) / 2 for logvar, -d for
-// z.
+// Gradients of log N(z; mu, e^logvar), with d = (z - mu) e^-logvar:
+// d for mu, ((z - mu) d - 1) / 2 for logvar, and -d for z.
 #include "operators.h"
 
 namespace wakesleep::autograd {
@@ -27,7 +27,7 @@ Tensor gaussian_log_prob_of(const Tensor& mu, const Tensor& logvar, const Tensor
                                        : below(gaussian_log_prob(), mu, logvar, z);
 }
 
-// The backward itself differentiates through the formula.
+// Double backward: autograd differentiates this formula instead of the kernel.
 Pair gaussian_log_prob_backward_of(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const Tensor& z,
                                    bool with_grad_z) {
   if (!needs_gradient(grad, mu, logvar, z)) {

@@ -1,12 +1,12 @@
-// A packed [mu | logvar] as two views. The backward operators of the Gaussians write both gradients into one packed
-// tensor and hand out its halves; where these halves come back here, that tensor is the gradient as it stands.
+// Splits a packed [mu | logvar] into two views. The backward operators of the Gaussians write both gradients into one
+// packed tensor and return its halves. If both halves come back here, that tensor is the gradient, without a copy.
 #include "../checks.h"
 #include "operators.h"
 
 namespace wakesleep::autograd {
 namespace {
 
-// The tensor that two others are the halves of, or undefined.
+// Returns the tensor whose halves are `first` and `second`, or an undefined tensor.
 Tensor packed_of(const Tensor& first, const Tensor& second) {
   if (!first.is_view() || !second.is_view() || !first._base().is_same(second._base())) {
     return {};
@@ -38,7 +38,7 @@ Pair gaussian_parameters(const Tensor& packed) {  // [*B, 2K]
   constexpr auto op = "gaussian_parameters";
   check_event(op, {"packed", packed});
   TORCH_CHECK_VALUE(packed.sym_size(-1) % 2 == 0, op,
-                    ": expected the last dimension of packed to be even, mu beside logvar, got ", packed.sym_size(-1));
+                    ": expected the last dimension of packed to be even, [mu | logvar], got ", packed.sym_size(-1));
   if (!needs_gradient(packed)) {
     return halves(packed);
   }

@@ -1,9 +1,9 @@
-// Gradients of log p(x; h weight^T + bias). With g = x - s(logits), times what comes from upstream: g weight for h,
-// g^T h for weight, the sum of g for bias, the logits for x.
+// Gradients of log p(x; h weight^T + bias). With g = x - s(logits), times the upstream gradient: g weight for h, g^T h
+// for weight, the sum of g for bias. That for x is the logits, times the upstream gradient.
 //
-// Of one log-likelihood for each row, the upstream gradients are not known before the backward pass; the logits are
-// kept for it or, chunk by chunk, recomputed. Of a sum whose weights are given beforehand, the gradients are formed
-// while the logits are at hand, and the backward pass is left with multiplying them by a scalar.
+// For one log-likelihood per row, the upstream gradients are unknown until the backward pass. Until then the logits are
+// kept, or else recomputed chunk by chunk. For a sum with given weights, the forward pass forms the gradients from the
+// logits at hand. The backward pass only multiplies them by a scalar.
 #include "../linear_bernoulli.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -18,7 +18,7 @@
 namespace wakesleep::autograd {
 namespace {
 
-// For h, weight and bias.
+// Returns the gradients for h, weight and bias.
 variable_list parameter_gradients(const AutogradContext& context, const Tensor& grad, const Tensor& h,
                                   const Tensor& weight, const Tensor& bias, const Tensor& x,
                                   const OptionalTensor& logits) {
@@ -28,8 +28,8 @@ variable_list parameter_gradients(const AutogradContext& context, const Tensor& 
   return {with_grad_h ? sum_like(grad_h, h) : Tensor(), with_grad_weight ? grad_weight : Tensor(), grad_bias};
 }
 
-// For x the gradient is the logits; these are linear in h, and so is their sum over the rows that an x has met: they
-// need not be formed.
+// Returns the gradient for x: the weighted logits, summed over the rows that share an x. The logits are linear in h, so
+// the code sums h over these rows instead of forming logits.
 Tensor grad_x(const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x) {
   const auto type = grad.scalar_type();
   c10::SymDimVector batch(x.sym_sizes().begin(), x.sym_sizes().end() - 1), shape = batch;
@@ -66,7 +66,7 @@ Tensor linear_bernoulli_log_prob_of(const Tensor& h, const Tensor& weight, const
                                             : below(linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
 }
 
-// The backward itself differentiates through the formula.
+// Double backward: autograd differentiates this formula instead of the kernel.
 Triple linear_bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& h, const Tensor& weight,
                                              const Tensor& bias, const Tensor& x, const OptionalTensor& logits,
                                              bool with_grad_h, bool with_grad_weight) {
@@ -86,7 +86,7 @@ Triple linear_bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& h
           rows(grad_logits).sum(0)};
 }
 
-// sum_n sample_weight_n log_prob_n.
+// Returns sum_n sample_weight_n log_prob_n.
 Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& sample_weight) {
   if (!sample_weight) {
     return log_prob.sum();
@@ -95,13 +95,13 @@ Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& sample_weight)
   return (log_prob * sample_weight->to(log_prob.scalar_type())).sum();
 }
 
-// Where that can be told without waiting for a GPU or breaking a trace.
+// True if the scalar is known to be 1 without waiting for a GPU or breaking a trace.
 bool is_one(const Tensor& scalar) {
   return scalar.is_cpu() && !at::isTensorSubclassLike(scalar) && scalar.item<double>() == 1;
 }
 
-// What the forward pass has formed, times a scalar; in place where no other backward pass will want it. A loss that is
-// this sum has 1 for its scalar, and need not pass over gradients as large as the weights once more.
+// Multiplies the gradients of the forward pass by a scalar, in place unless the graph is kept. If this sum is the loss,
+// the scalar is 1, which saves a pass over gradients as large as the weights.
 variable_list times(c10::IValue& formed, const Tensor& scalar) {
   const variable_list gradients = formed.toTensorVector();
   if (torch::autograd::get_current_graph_task_keep_graph()) {
@@ -134,7 +134,7 @@ struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogP
       const Tensor weighted = sample_weight.defined() ? grad * sample_weight.to(grad.scalar_type()) : grad;
       return weighted.expand_symint(log_prob.sym_sizes());
     };
-    const bool differentiable = at::GradMode::is_enabled();  // the result, in its turn
+    const bool differentiable = at::GradMode::is_enabled();  // with create_graph=True
     variable_list result = differentiable
                                ? parameter_gradients(*context, grad_log_prob(), h, weight, bias, x, std::nullopt)
                                : times(context->saved_data["formed"], grad);

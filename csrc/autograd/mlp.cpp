@@ -1,6 +1,6 @@
-// Gradients of an MLP, layers y = f(h weight^T + bias). With g = f' times what comes from upstream, each has g^T
-// h for weight, the sum of g for bias, and hands g weight down. What is kept for the backward is the y of every layer
-// but a last one without activation.
+// Gradients of an MLP with layers y = f(h weight^T + bias). With g = f' times the upstream gradient, a layer's
+// gradients are g^T h for weight and the sum of g for bias. The layer below receives g weight. The graph saves the y of
+// every layer except a last layer without activation.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
@@ -33,7 +33,7 @@ struct Mlp : torch::autograd::Function<Mlp> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    const size_t layers = (saved.size() - 1) / 3;  // h, y; weights, biases, and hidden of one less
+    const size_t layers = (saved.size() - 1) / 3;  // saved: h, y, L weights, L biases, L - 1 hidden
     const auto part = [&](size_t first, size_t count) { return at::TensorList(saved).slice(first, count); };
     const auto weights = part(2, layers), biases = part(2 + layers, layers), hidden = part(2 + 2 * layers, layers - 1);
     const auto& names = context->saved_data["activations"].toTupleRef().elements();
@@ -67,7 +67,7 @@ Tensor mlp_of(const Tensor& h, at::TensorList weights, at::TensorList biases, Op
              : below(mlp(), h, weights, biases, activation, output_activation);
 }
 
-// f(a), and the gradient of a, given that of y = f(a), as functions of a that can be differentiated.
+// f(a), and the gradient for a given that for y = f(a), in differentiable operations.
 struct Differentiable {
   const Tensor& a;
   Tensor operator()(Identity) const { return a; }
@@ -84,7 +84,7 @@ struct DifferentiableGradient {
   Tensor operator()(Tanh f) const { return f.gradient(grad, a.tanh()); }
 };
 
-// The backward itself differentiates through the formula.
+// Double backward: autograd differentiates this formula instead of the kernel.
 std::tuple<Tensor, Tensors, Tensors> mlp_backward_of(const Tensor& grad, const Tensor& output, at::TensorList hidden,
                                                      const Tensor& h, at::TensorList weights, at::TensorList biases,
                                                      OptionalName activation, OptionalName output_activation,
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensors, Tensors> mlp_backward_of(const Tensor& grad, const T
   const auto activation_at = [&](size_t l) {
     return activation_of("mlp_backward", "activation", l + 1 == layers ? output_activation : activation);
   };
-  Tensors given = {h.to(type)}, a;  // of each layer: what it gets, and its result before the activation
+  Tensors given = {h.to(type)}, a;  // of each layer: input, and result before the activation
   for (size_t l = 0; l < layers; ++l) {
     a.push_back(at::linear(given[l], weights[l].to(type), biases[l].to(type)));
     given.push_back(std::visit(Differentiable{a[l]}, activation_at(l)));

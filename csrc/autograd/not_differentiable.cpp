@@ -1,5 +1,4 @@
-// Ops whose results carry no gradient, whatever their arguments require; those with two purposes in their names are
-// called by the differentiable ones.
+// Ops whose results never carry a gradient. The differentiable ops call those with `_and_` or `_with_` in their names.
 #include <torch/library.h>
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {

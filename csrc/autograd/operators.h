@@ -1,4 +1,4 @@
-// What the Autograd-key kernels share: typed handles of the operators, and the test whether a gradient is wanted.
+// Shared by the autograd kernels: typed operator handles, and a test whether a call needs a gradient.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -15,7 +15,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The operator of that name and signature, looked up once.
+// Defines name(), which looks the operator up once and returns its handle.
 #define WAKESLEEP_OPERATOR(name, ...)                                                                     \
   inline const c10::TypedOperatorHandle<__VA_ARGS__>& name() {                                            \
     static const auto handle =                                                                            \
@@ -66,17 +66,17 @@ bool needs_gradient(const Tensors&... tensors) {
   return (torch::autograd::isFwGradDefined(tensors) || ...) || torch::autograd::compute_requires_grad(tensors...);
 }
 
-// An operator below autograd.
+// Calls an operator below autograd.
 template <typename Operator, typename... Arguments>
 auto below(const Operator& op, const Arguments&... arguments) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(arguments...);
 }
 
-// A gradient in the broadcast shape, summed to the shape of what it belongs to.
+// Sums a gradient in the broadcast shape to the shape of its owner.
 inline Tensor sum_like(const Tensor& gradient, const Tensor& owner) { return at::sum_to(gradient, owner.sym_sizes()); }
 
-// The halves of a packed [mu | logvar], views of it.
+// Returns views of the halves of a packed [mu | logvar].
 inline Pair halves(const Tensor& packed) {
   const c10::SymInt K = packed.sym_size(-1) / 2;
   return {packed.narrow_symint(-1, 0, K), packed.narrow_symint(-1, K, K)};

@@ -19,7 +19,7 @@ Tensor standard_gaussian_log_prob_of(const Tensor& z) {
   return needs_gradient(z) ? StandardGaussianLogProb::apply(z) : below(standard_gaussian_log_prob(), z);
 }
 
-// The backward itself differentiates through the formula.
+// Double backward: autograd differentiates this formula instead of the kernel.
 Tensor standard_gaussian_log_prob_backward_of(const Tensor& grad, const Tensor& z) {
   return needs_gradient(grad, z) ? (-grad.unsqueeze(-1) * z).to(z.scalar_type())
                                  : below(standard_gaussian_log_prob_backward(), grad, z);

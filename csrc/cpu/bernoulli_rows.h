@@ -1,5 +1,5 @@
-// What is done with the logits of a row, wherever they come from: logits(tile, column, columns) is where to find so
-// many of them from that column on, in the type they are computed in; the tile is there to put them in.
+// Operations on a row of logits from any source. logits(tile, column, columns) returns a pointer to `columns` logits
+// from `column` on, in the compute type. It may store them in the tile.
 #pragma once
 
 #include "../densities.h"
@@ -7,7 +7,6 @@
 
 namespace wakesleep::cpu {
 
-// Logits as they are stored.
 template <typename logit_t>
 struct StoredLogits {
   const logit_t* row;  // [D]
@@ -18,7 +17,7 @@ struct StoredLogits {
   }
 };
 
-// Logits that a product has left without their bias.
+// Logits as a product without its bias; each read adds the bias.
 template <typename compute_t>
 struct ProductAndBias {
   const compute_t* product;  // [D]
@@ -29,7 +28,7 @@ struct ProductAndBias {
   }
 };
 
-// sum_d [x a - softplus(a)] over at most a tile, by lanes; also_for(element, a, x) is called on the way.
+// Returns sum_d [x a - softplus(a)] over at most a tile, by lanes, and calls also_for(element, a, x) for every element.
 template <typename compute_t, typename Body>
 C10_ALWAYS_INLINE Lanes<compute_t> tile_log_prob(const compute_t* logits, const compute_t* x, int64_t count,
                                                  const Body& also_for) {
@@ -50,7 +49,7 @@ C10_ALWAYS_INLINE Lanes<compute_t> tile_log_prob(const compute_t* logits, const 
   return log_prob;
 }
 
-// Of a row; also_for(element, a, x) is called on the way.
+// Returns the sum over a row, and calls also_for(element, a, x) for every element.
 template <typename compute_t, typename Logits, typename x_t, typename Body>
 C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const x_t* x, const Body& also_for) {
   Lanes<compute_t> log_prob(0);
@@ -68,11 +67,11 @@ C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const 
   return row_log_prob<compute_t>(D, logits, x, [](auto, compute_t, compute_t) {});
 }
 
-// x = [u <= probability(v)] for `rows` rows, the first of which is row `first` of the draw; values_of(row) are the v of
-// a row, counted from there, which are found as logits are.
+// Draws x = [u <= probability(v)] for `rows` rows, from row `first` of the draw on. values_of(row) reads the v of a
+// row, counted from `first`, as logits are read.
 template <typename compute_t, typename Probability, typename ValuesOf, typename x_t>
 void draw_rows(PhiloxKey key, int64_t first, int64_t rows, int64_t D, const Probability& probability,
-               const ValuesOf& values_of, x_t* x) {  // [.., D], the whole draw
+               const ValuesOf& values_of, x_t* x) {  // [.., D], all rows of the draw
   for_row_tiles(1, rows, D, [&](int64_t, int64_t first_of_tile, int64_t rows_of_tile) {
     DrawTile<Uniforms, compute_t> tile;
     for_tiles(D, [&](int64_t column, int64_t columns) {

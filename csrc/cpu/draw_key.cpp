@@ -1,4 +1,4 @@
-// A key from the CPU generator: one 64-bit draw under its lock.
+// Draws a key from the CPU generator: one 64-bit number under its lock.
 #include <ATen/CPUGeneratorImpl.h>
 
 #include <mutex>

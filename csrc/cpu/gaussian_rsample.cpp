@@ -96,7 +96,7 @@ at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z,   
         const int64_t last_sample = std::min(call.samples, first_sample + kPieceRows);
         for (int64_t column = 0; column < K; column += kTile) {
           const int64_t columns = std::min(kTile, K - column);
-          compute_t total_z[kTile] = {}, total_z_eps[kTile] = {};  // of `rows` rows
+          compute_t total_z[kTile] = {}, total_z_eps[kTile] = {};  // for `rows` rows
           if (grad_z_data != nullptr) {
             for (int64_t sample = first_sample; sample < last_sample; ++sample) {
               const int64_t first = (sample * B + first_row) * K + column;

@@ -10,7 +10,6 @@ namespace {
 struct Kernels : Products {
   static int64_t rows_of_sum(at::ScalarType) { return kPieceRows; }
 
-  // The log-likelihoods of a chunk.
   static void write_log_prob(const LinearBernoulliLogProb& call, int64_t first,
                              const at::Tensor& products) {  // [rows, D]
     call.dispatch([&](auto type, auto x_type) {
@@ -29,8 +28,8 @@ struct Kernels : Products {
     });
   }
 
-  // The gradient of a chunk's logits, which may lie where the products do, with its sum over every kPieceRows rows;
-  // and, where asked for, the log-likelihoods, from the same exponentials.
+  // Writes the gradient of a chunk's logits and its sum over every kPieceRows rows. grad_logits may alias products.
+  // With with_log_prob it also writes the log-likelihoods, from the same exponentials.
   template <bool with_log_prob>
   static void write_gradient(const LinearBernoulliGradients& call, int64_t first,
                              const at::Tensor& products,     // [rows, D]

@@ -1,9 +1,9 @@
-// Products of matrices on the CPU. Those of small batches (skinny GEMMs) are made here.
+// GEMMs on the CPU. Small batches (skinny GEMMs) use the kernels in this file.
 //
-// The platform's BLAS copies its operands into an order that suits it, and scales the result before it adds to it: that
-// pays where each of the copies is read many times. A weight matrix that meets 20 rows is read five times, from where
-// it is; a gradient of it is the sum of 20 outer products, written once. So a skinny product is made in tiles
-// whose sums stay in registers, and what the next tiles will read is asked for meanwhile.
+// The platform's BLAS packs its operands, and scales the result before it adds to it. This pays off if each packed copy
+// is read many times. But for 20 rows, a weight matrix is read five times, here in place. Its gradient is a sum of 20
+// outer products, written once. So these kernels keep the sums of a tile in registers, and prefetch the operands of the
+// next tiles.
 #include "products.h"
 
 #include <ATen/Context.h>
@@ -16,15 +16,15 @@
 namespace wakesleep::cpu {
 namespace {
 
-// Up to so many rows our own kernels are no slower than MKL's, measured on a Zen 3 with AVX2.
+// Up to this many rows our kernels are no slower than MKL's, measured on a Zen 3 with AVX2.
 constexpr int64_t kSmallBatch = 64;
 
 // ---- vectors ----------------------------------------------------------------------------------------------------
 
-// Loops over arrays that are to stay in registers.
+// Unrolls loops over arrays, so that the arrays stay in registers.
 #define WAKESLEEP_UNROLL _Pragma("GCC unroll 16")
 
-// A register of so many bytes.
+// Operations on a register of `bytes` bytes.
 template <typename T, int bytes>
 struct Vector {
   static constexpr int width = bytes / static_cast<int>(sizeof(T));
@@ -34,7 +34,7 @@ struct Vector {
   static C10_ALWAYS_INLINE Lanes load(const T* from) { return *reinterpret_cast<const Stored*>(from); }
   static C10_ALWAYS_INLINE void store(T* to, Lanes lanes) { *reinterpret_cast<Stored*>(to) = lanes; }
 
-  // The first `count` lanes alone, with zeros after them.
+  // Loads the first `count` lanes and zeros the others.
   static C10_ALWAYS_INLINE Lanes load(const T* from, int64_t count) {
     return load(RaggedEnd<T, width>(from, count).lane);
   }
@@ -59,7 +59,7 @@ struct Vector {
     return lanes;
   }
 
-  // a b + c, rounded once: products are not promised to the bit, and this is half the work.
+  // Returns a b + c, rounded once. This is half the work, and products need not be equal bit for bit.
   static C10_ALWAYS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     WAKESLEEP_UNROLL
     for (int l = 0; l < width; ++l) {
@@ -68,10 +68,9 @@ struct Vector {
     return c;
   }
 
-  // As many as 16 bytes hold.
   static constexpr int group = 16 / static_cast<int>(sizeof(T));
 
-  // The sums of a group of vectors, each over its lanes: neighbours are added in all vectors at once.
+  // Sums each vector of a group over its lanes. Each step adds neighbouring lanes in all vectors at once.
   static C10_ALWAYS_INLINE void sums(const Lanes (&of)[group], T* to) {
     T lane[width];
     store(lane, tree<group>(of));
@@ -79,7 +78,7 @@ struct Vector {
   }
 
  private:
-  // Each 16 bytes of the result add up those of `count` vectors.
+  // Each 16 bytes of the result hold sums over the same 16 bytes of `count` vectors.
   template <int count>
   static C10_ALWAYS_INLINE Lanes tree(const Lanes* of) {
     if constexpr (count == 1) {
@@ -100,13 +99,13 @@ struct Vector {
 #endif
   }
 
-  // Where the first of two neighbours is, among the lanes of two vectors: half of every 16 bytes comes from each.
+  // Returns the first of two neighbours among the lanes of two vectors. Each vector provides half of every 16 bytes.
   static constexpr int pair(int lane) {
     const int place = lane % group, half = group / 2;
     return lane - place + 2 * (place % half) + (place < half ? 0 : width);
   }
 
-  // The 16 bytes that all of them add up to.
+  // Adds up all groups of 16 bytes.
   template <int lanes>
   static C10_ALWAYS_INLINE void fold(const T* from, T* to) {
     if constexpr (lanes == group) {
@@ -120,11 +119,11 @@ struct Vector {
   }
 };
 
-// A tile of the product: as many sums as hide the time that a multiply-add takes, where two begin in every cycle; with
-// what they are made of they fit 16 registers. A column is an element forwards, a vector of them backwards.
+// The register tile of a GEMM. Its sums hide the latency of a multiply-add at two per cycle, and fit 16 registers with
+// their operands. A column is one element in the forward kernel, and a vector in the backward kernel.
 constexpr int kRegisterRows = 4, kRegisterColumns = 3;
 
-// body(n) for n = count, or the most if these are more; n is known to the compiler.
+// Calls body(n) with n = min(count, most) as a compile-time constant.
 template <int most, typename Body>
 C10_ALWAYS_INLINE void for_at_most(int64_t count, const Body& body) {
   if constexpr (most > 1) {
@@ -144,7 +143,6 @@ struct Strided {
   C10_ALWAYS_INLINE Strided from(int64_t m, int64_t n) const { return {at(m, n), row, column}; }
 };
 
-// Asks for a block of rows that will be wanted soon.
 template <typename T>
 C10_ALWAYS_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last, int64_t column, int64_t columns) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -155,15 +153,15 @@ C10_ALWAYS_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last
   }
 }
 
-// So many tiles are worth a thread.
+// Returns the number of tiles that are worth a thread.
 inline int64_t grain_of(int64_t multiplications) {
   constexpr int64_t kGrain = 1 << 18;
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiplications));
 }
 
-// ---- a b^T, both row by row: forwards ------------------------------------------------------------------------------
+// ---- forward: a b^T, both row-major --------------------------------------------------------------------------------
 
-// y[r, c] = sum_k a[r, k] b[c, k] for a tile: lanes add up every width-th k.
+// Computes y[r, c] = sum_k a[r, k] b[c, k] for a tile. Each lane adds up every width-th k.
 template <typename T, int bytes, int rows, int columns>
 C10_ALWAYS_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T>& b, int64_t K, const Strided<T>& y) {
   using V = Vector<T, bytes>;
@@ -216,7 +214,7 @@ C10_ALWAYS_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T
   }
 }
 
-// Every tile's rows of b meet all rows of a.
+// Each column tile multiplies its rows of b with all rows of a.
 template <typename T>
 void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                    const Strided<T>& y) {
@@ -238,13 +236,13 @@ void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t
       });
 }
 
-// ---- a b, b row by row: backwards ----------------------------------------------------------------------------------
+// ---- backward: a b, b row-major ------------------------------------------------------------------------------------
 
-// So many rows of b are added up at a time, which stay in cache for all rows of a.
+// Rows of b in a block, which stays in cache for all rows of a.
 constexpr int64_t kBlock = 32;
 
-// to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile; `count` is how many elements the last vector has, if it is
-// not full.
+// Computes to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile. `count` is the number of elements in the last
+// vector if it is not full.
 template <typename T, int bytes, int rows, int vectors, typename... Count>
 C10_ALWAYS_INLINE void outer_tile(const T (&a)[kBlock][kRegisterRows], const Strided<const T>& b, int64_t K,
                                   const Strided<const T>& from, const Strided<T>& to, Count... count) {
@@ -327,12 +325,12 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
   });
 }
 
-// ---- who multiplies ------------------------------------------------------------------------------------------------
+// ---- choice of implementation --------------------------------------------------------------------------------------
 
 bool is_small_batch(int64_t rows) { return rows <= small_batch_limit(kSmallBatch); }
 
-// Whether our own kernels make a b. Small is the number of rows of the product; or, where it is the gradient of a
-// weight, of those that are summed over.
+// True if our kernels compute a b. The batch is the rows of the result or, for the gradient of a weight, those summed
+// over.
 bool is_ours(const at::Tensor& a, const at::Tensor& b) {
   if (instruction_set() == InstructionSet::baseline || a.scalar_type() != b.scalar_type() || a.numel() == 0 ||
       b.numel() == 0) {
@@ -347,7 +345,7 @@ Strided<const T> operand(const at::Tensor& a) {
   return {a.const_data_ptr<T>(), a.stride(0), a.stride(1)};
 }
 
-// y = a b, which is contiguous.
+// Computes y = a b into a contiguous y.
 void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& y) {
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
   dispatch_computed(y.scalar_type(), [&](auto type) {
@@ -361,8 +359,8 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& y) {
   });
 }
 
-// Whether MKL leaves part of the processor idle: it uses AVX-512 on Intel's own processors alone, and where others have
-// it, oneDNN multiplies twice as fast. Elsewhere MKL is the faster of the two.
+// True if MKL leaves AVX-512 unused, as it does on processors that are not Intel's. There oneDNN multiplies twice as
+// fast. Elsewhere MKL is faster.
 bool blas_leaves_out_avx512() {
 #ifdef __x86_64__
   return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
@@ -371,7 +369,7 @@ bool blas_leaves_out_avx512() {
 #endif
 }
 
-// oneDNN's x weight^T, if this torch has it.
+// Returns oneDNN's x weight^T, if this torch has it.
 using OneDnnLinear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                                 std::string_view, c10::List<std::optional<at::Scalar>>,
                                 std::optional<std::string_view>);
@@ -383,14 +381,14 @@ const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
   return found;
 }
 
-// Whether a [M, N] is stored row by row or column by column, maybe with gaps.
+// True if a [M, N] is row-major or column-major, possibly with gaps.
 bool is_plain(const at::Tensor& a) {
   const auto M = a.size(0), N = a.size(1), row = a.stride(0), column = a.stride(1);
   return (column == 1 && row >= std::max<int64_t>(1, N)) || (row == 1 && column >= std::max<int64_t>(1, M));
 }
 
 bool is_for_onednn(const at::Tensor& a, const at::Tensor& b) {
-  constexpr int64_t kWorthwhile = 1 << 20;  // below so many multiplications its calls take longer to prepare
+  constexpr int64_t kWorthwhile = 1 << 20;  // multiplications; below, its calls take longer to prepare
   static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
   return is_better && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile && is_plain(a) &&
          is_plain(b) && at::globalContext().userEnabledMkldnn();

@@ -1,16 +1,16 @@
-// Products of matrices on the CPU, and who makes them.
+// GEMMs on the CPU, and the choice of their implementation.
 #pragma once
 
 #include "../linear.h"
 
 namespace wakesleep::cpu {
 
-// What kernels inherit. Our own kernels multiply small batches; of the platform's two libraries the faster one
-// does where they are many.
+// The base class of the CPU kernels. Our own GEMM computes small batches; the faster of the BLAS and oneDNN computes
+// large ones.
 struct Products {
   static constexpr bool kOwnSmallBatches = false;
 
-  // a b, of type `type`; a and b float32 or float64.
+  // Returns a b in `type`; a and b are float32 or float64.
   static at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);
 
   // sum += a b.

@@ -1,11 +1,11 @@
-// Rows whose sums are wanted beside what else is made of them: the gradient of a layer's result, and that of its bias.
+// Processes rows and sums them in the same pass: the gradient of a layer's output, and its sum, the bias gradient.
 #pragma once
 
 #include "vec.h"
 
 namespace wakesleep::cpu {
 
-// body(row, sum) for every row, where the sums [pieces, D] over every kPieceRows of them are to be added to.
+// Calls body(row, sum) for every row; body adds to `sum`. Every kPieceRows rows share a row of `sums` [pieces, D].
 template <typename compute_t, typename Body>
 void for_summed_rows(int64_t rows, int64_t D, compute_t* sums, const Body& body) {
   vectorized_parallel_for(inner_pieces(rows), grain_rows(kPieceRows * D), [&](int64_t begin, int64_t end) {

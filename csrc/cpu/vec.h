@@ -1,14 +1,13 @@
-// How CPU kernels use the width of the processor: ordinary loops, compiled once per instruction set, chosen at run
-// time.
+// Vectorisation of the CPU kernels: plain loops, compiled once per instruction set and chosen at run time.
 //
-// vectorized_parallel_for(n, grain, body) runs body(begin, end) over at::parallel_for, inside a function compiled for
-// AVX-512, AVX2 or the baseline. `flatten` inlines the whole of body into each of these, so body is written once, as
-// plain loops over the lanes of a 64-byte vector, and the compiler's vectoriser does the rest. A body that has to keep
-// vectors in registers asks how many bytes these have there: body(Bytes<n>{}, begin, end); it is for AVX alone. The
-// choice is ATen's own and obeys ATEN_CPU_CAPABILITY.
+// vectorized_parallel_for(n, grain, body) runs body(begin, end) under at::parallel_for, in a function compiled for
+// AVX-512, AVX2 or the baseline. `flatten` inlines all of body into each function. So body is written once, as plain
+// loops over the lanes of a 64-byte vector, which the compiler vectorises. A body that keeps vectors in registers takes
+// their size, body(Bytes<n>{}, begin, end), and runs with AVX only. The choice is ATen's own and obeys
+// ATEN_CPU_CAPABILITY.
 //
-// Reductions keep one accumulator per lane of those 64 bytes whatever the hardware's width, and add them in a fixed
-// order: with contraction off, every instruction set and every thread count returns the same bits.
+// Reductions keep one accumulator per lane of 64 bytes, whatever the hardware's width, and add them in a fixed order.
+// With contraction off, every instruction set and every thread count returns the same bits.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -36,7 +35,7 @@ inline InstructionSet instruction_set() {
 template <int n>
 using Bytes = std::integral_constant<int, n>;
 
-// body as it asks to be called, in a function whose vectors have so many bytes.
+// Calls body with or without the size of a vector, as its signature asks.
 template <int bytes, typename Body>
 C10_ALWAYS_INLINE void run(const Body& body, int64_t begin, int64_t end) {
   if constexpr (std::is_invocable_v<Body, Bytes<bytes>, int64_t, int64_t>) {
@@ -69,7 +68,7 @@ __attribute__((flatten, noinline)) void run_baseline(const Body& body, int64_t b
   if constexpr (std::is_invocable_v<Body, int64_t, int64_t>) {
     body(begin, end);
   } else {
-    TORCH_INTERNAL_ASSERT(false, "called without asking for the instruction set");
+    TORCH_INTERNAL_ASSERT(false, "this body needs AVX; check instruction_set() before the call");
   }
 }
 
@@ -89,7 +88,7 @@ void vectorized_parallel_for(int64_t count, int64_t grain, const Body& body) {
   });
 }
 
-// Rows per task, so that a task is worth a thread.
+// Returns the number of rows that are worth a thread.
 inline int64_t grain_rows(int64_t row_elements) {
   constexpr int64_t kGrainElements = 16384;
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row_elements));
@@ -119,7 +118,7 @@ struct Lanes {
   C10_ALWAYS_INLINE T sum() const { return pairwise_sum<width>(lane); }
 
  private:
-  // In halves, each half one addition of vectors.
+  // Adds the halves as vectors, recursively.
   template <int count>
   static C10_ALWAYS_INLINE T pairwise_sum(const T* value) {
     if constexpr (count == 2) {
@@ -138,8 +137,8 @@ struct Lanes {
   }
 };
 
-// An element in for_lanes, by its index and its lane. The last vector is worked through whole even if the elements end
-// before it does: there `holds` says whether there is one.
+// An element in for_lanes, with its index and lane. The last vector is processed whole; `holds` is false for lanes
+// without an element.
 template <typename Holds>
 struct Element {
   int64_t index;
@@ -178,9 +177,8 @@ struct Element {
   }
 };
 
-// The last elements of an operand, with zeros after them. They are put there before anything is computed: a masked load
-// alone leaves in the other lanes what was in the register, and arithmetic on what happens to look like a subnormal
-// takes a hundred cycles.
+// The last elements of an operand, padded with zeros before any computation. A masked load alone leaves old register
+// contents in the other lanes. Arithmetic on a value that happens to look like a subnormal takes a hundred cycles.
 template <typename T, int width>
 struct RaggedEnd {
   T lane[width];
@@ -193,8 +191,8 @@ struct RaggedEnd {
   }
 };
 
-// body(element, operands there ...) for count elements, as many at once as a vector has of T. The ragged end is a
-// vector under a mask, not a loop: one element takes as long as fifteen.
+// Calls body(element, operand values...) for `count` elements, as many at once as a 64-byte vector has of T. The ragged
+// end is a masked vector instead of a loop: one element takes as long as fifteen.
 template <typename T, typename Body, typename... Operands>
 C10_ALWAYS_INLINE void for_lanes(int64_t count, const Body& body, const Operands*... operand) {
   constexpr int width = Lanes<T>::width;
@@ -216,16 +214,16 @@ C10_ALWAYS_INLINE void for_lanes(int64_t count, const Body& body, const Operands
   }
 }
 
-// Rows go by tiles of at most this many elements, which stay in the first-level cache.
+// Rows are processed in tiles of at most this many elements, which stay in the L1 cache.
 constexpr int64_t kTile = 1024;
 
-// Elements in the type they are computed in: they themselves, where they lie, if that is the type they are stored in,
-// and a copy in the tile if not. A loop over one type takes the whole width of a vector; in a loop that mixes in
-// narrower ones, the compiler takes as many elements at once as it can widen, a quarter or less.
+// Elements in their compute type: in place if they are stored in it, otherwise copied to the tile. A loop over a single
+// type fills whole vectors. In a loop that mixes in narrower types, the compiler processes only as many elements at
+// once as it can widen, a quarter or less.
 template <typename compute_t>
 class Tile {
  public:
-  C10_ALWAYS_INLINE Tile() {}  // as it comes: Tile() would otherwise fill it with zeros
+  C10_ALWAYS_INLINE Tile() {}  // uninitialised; if defaulted, Tile() would fill it with zeros
 
   template <typename scalar_t>
   C10_ALWAYS_INLINE const compute_t* read(const scalar_t* from, int64_t count) {
@@ -244,7 +242,7 @@ class Tile {
     return value_;
   }
 
-  // Where to compute what goes to `to`; store() takes it there.
+  // Returns where to compute the values for `to`; store() then moves them there.
   template <typename scalar_t>
   C10_ALWAYS_INLINE compute_t* place_for(scalar_t* to) {
     if constexpr (std::is_same_v<scalar_t, compute_t>) {
@@ -266,7 +264,7 @@ class Tile {
   alignas(64) compute_t value_[kTile];
 };
 
-// body(column, columns) for the tiles of a row.
+// Calls body(column, columns) for the tiles of a row.
 template <typename Body>
 C10_ALWAYS_INLINE void for_tiles(int64_t width, const Body& body) {
   for (int64_t column = 0; column < width; column += kTile) {
@@ -274,7 +272,7 @@ C10_ALWAYS_INLINE void for_tiles(int64_t width, const Body& body) {
   }
 }
 
-// The sums over each lane of term(operands ...).
+// Returns the sum of term(operands...) for each lane.
 template <typename compute_t, typename Term, typename... Operands>
 C10_ALWAYS_INLINE Lanes<compute_t> lane_sums(int64_t count, const Term& term, const Operands*... operand) {
   Lanes<compute_t> sum(0);
@@ -282,7 +280,7 @@ C10_ALWAYS_INLINE Lanes<compute_t> lane_sums(int64_t count, const Term& term, co
   return sum;
 }
 
-// The sum over a row of term(operands ...), the operands in compute_t.
+// Returns the sum of term(operands...) over a row, with the operands converted to compute_t.
 template <typename compute_t, typename Term, typename... Operands>
 C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term, const Operands*... row) {
   Lanes<compute_t> sum(0);
@@ -293,7 +291,7 @@ C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term, const 
   return sum.sum();
 }
 
-// body(piece, its index, column, columns) for every piece of a sum over inner rows, a tile of columns at a time.
+// Calls body(piece, index, column, columns) for every piece of a sum over inner rows, tile by tile.
 template <int operands, typename Body>
 void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body& body) {
   const int64_t count = inner_pieces(rows.inner.rows) * rows.outer.rows;
@@ -306,7 +304,7 @@ void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body
       });
 }
 
-// body(layer, first row, rows) over tiles of whole rows, several narrow ones or one wide one, in each of `layers`.
+// Calls body(layer, first row, rows) in each of `layers`, for tiles of several narrow rows or one wide row.
 template <typename Body>
 void for_row_tiles(int64_t layers, int64_t rows, int64_t width, const Body& body) {
   const int64_t rows_at_once = std::max<int64_t>(1, kTile / std::max<int64_t>(1, width));

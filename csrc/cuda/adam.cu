@@ -1,4 +1,4 @@
-// A step of Adam on CUDA: a thread for every 16 bytes of a tensor, all tensors in one grid.
+// A step of Adam on CUDA: a thread for every 16 bytes of a tensor, and a launch for every kTensors tensors.
 #include "../adam.h"
 #include "../registration.h"
 
@@ -7,17 +7,17 @@
 namespace wakesleep::cuda {
 namespace {
 
-// What a block takes at once.
+// Elements that a block processes at once.
 template <typename scalar_t>
 constexpr int64_t kPiece = int64_t(kBlockThreads) * kPacket<scalar_t>;
 
-// As many tensors as fit, with the rule, into the 4 KB that every GPU allows for a kernel's arguments.
+// As many tensors as fit, with the rule, into the 4 KB of kernel arguments that every GPU allows.
 constexpr size_t kTensors = 82;
 
 template <typename scalar_t>
 struct AdamTensors {
   AdamTensor<scalar_t, kPiece<scalar_t>> tensor[kTensors];
-  int64_t first, end;  // of their pieces
+  int64_t first, end;  // numbers of their pieces
 };
 static_assert(sizeof(AdamTensors<float>) + sizeof(AdamRule) <= 4096);
 
@@ -40,7 +40,7 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads, 2) adam(const AdamTensors<scalar_t> tensors, const AdamRule rule) {
   using compute_t = at::opmath_type<scalar_t>;
   constexpr int n = kPacket<scalar_t>;
-  __shared__ AdamStep<compute_t> step;  // once for a block: some GPUs take long over powers in double
+  __shared__ AdamStep<compute_t> step;  // once per block: some GPUs are slow at powers in double
   if (threadIdx.x == 0) {
     step = rule.template read<compute_t>();
   }

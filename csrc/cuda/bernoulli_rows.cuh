@@ -1,5 +1,5 @@
-// What is done with the logits of a row, wherever they come from: logits(span) are those of a span, in the type they
-// are computed in. A row is walked by for_spans<n>(team, D, past, aligned).
+// Operations on a row of logits from any source. logits(span) returns the logits of a span in the compute type.
+// for_spans<n>(team, D, past, aligned) walks the row.
 #pragma once
 
 #include "../densities.h"
@@ -7,7 +7,6 @@
 
 namespace wakesleep::cuda {
 
-// Logits as they are stored.
 template <typename logit_t, typename computed_t = at::opmath_type<logit_t>>
 struct StoredLogits {
   using compute_t = computed_t;
@@ -24,7 +23,7 @@ struct StoredLogits {
   }
 };
 
-// Logits that a product has left without their bias.
+// Logits as a product without its bias; each read adds the bias.
 template <typename T>
 struct ProductAndBias {
   using compute_t = T;
@@ -70,7 +69,7 @@ struct LogProbSum {
     }
   }
 
-  // Of the whole team, written by one.
+  // Sums over the whole team; one thread writes the sum.
   template <int threads>
   __device__ void write(Team<threads> team, compute_t* log_prob) const {
     const compute_t sum = team.sum(linear - log_of_normal(product));
@@ -89,8 +88,8 @@ __device__ void write_log_prob(Team<threads> team, int64_t D, int past, const Lo
   sum.write(team, log_prob);
 }
 
-// [u <= p], without the quotient that p is: u + u e^-a <= 1 for that of a logit. Here 1 - u is exact where it is small,
-// and half a rounding of 1 more lets x be 1 for every u where s(a) rounds to 1.
+// Returns [u <= p] without dividing: for the p of a logit, it tests u + u e^-a <= 1. 1 - u is exact where it is small.
+// The tolerance, half a rounding of 1, makes x = 1 for every u if s(a) rounds to 1.
 template <typename T>
 __device__ bool draws_one(OfLogit, T u, T logit) {
   return u * wakesleep::exp(-logit) + (u - T(1)) <= std::numeric_limits<T>::epsilon() / T(4);
@@ -101,7 +100,7 @@ __device__ bool draws_one(OfGrey probability, T u, T grey) {
   return u * T(probability.white) <= grey;
 }
 
-// x = [u <= probability(v)] for the row whose first element is element `first` of the draw.
+// Draws x = [u <= probability(v)] for a row that begins at element `first` of the draw.
 template <int n, int threads, typename Probability, typename Values, typename x_t>
 __device__ void draw_row(Team<threads> team, PhiloxKey key, int64_t first, int64_t D, const Probability& probability,
                          const Values& values_of, x_t* x) {

@@ -1,4 +1,4 @@
-// x ~ Bernoulli(grey / white), for images found by their index, on CUDA.
+// x ~ Bernoulli(grey / white) for images that an index selects, on CUDA.
 #include "../bernoulli.h"
 #include "../registration.h"
 #include "bernoulli_rows.cuh"
@@ -9,7 +9,7 @@ namespace {
 template <typename grey_t, typename x_t>
 struct BinarizeRows {
   const grey_t* __restrict__ grey;
-  const int64_t* __restrict__ index;  // null: row by row
+  const int64_t* __restrict__ index;  // null means all rows in order
   const int64_t* __restrict__ key;
   x_t* __restrict__ x;
   OfGrey probability;

@@ -1,7 +1,7 @@
-// Rows whose sum is wanted beside what else is made of them.
+// Processes rows and sums them over the batch in the same kernel.
 //
-// A block takes a piece of the rows and all columns, tile by tile. Its warps divide the rows, its lanes the columns;
-// what the warps have summed is added up in shared memory, in their order. The pieces' sums are left to be added up.
+// A block processes a piece of the rows and all columns, tile by tile. Its warps divide the rows, and their lanes the
+// columns. It adds up its warps' sums in shared memory, in order. The caller adds up the pieces.
 #pragma once
 
 #include "rowwise.cuh"
@@ -10,7 +10,7 @@ namespace wakesleep::cuda {
 
 constexpr int kWarps = kBlockThreads / 32;
 
-// Rows that a warp takes: in float64, more would not fit in the registers.
+// Rows of a warp; in float64, more would not fit in the registers.
 template <typename compute_t>
 constexpr int kRowsOfWarp = 16 / sizeof(compute_t);
 
@@ -21,15 +21,15 @@ inline int64_t rows_of_sum(at::ScalarType compute) {
   return compute == at::kDouble ? kPieceOfSum<double> : kPieceOfSum<float>;
 }
 
-// What the warps of a block have for each column of a tile.
+// The sums of each warp of a block for every column of a tile.
 template <typename compute_t, int n>
 struct TileOfWarps {
   compute_t (&of)[kWarps][32 * n];
 
-  // sums[c] = the total over the warps for every column c of the tile that there is; `own` is a lane's part.
+  // Writes the total over the warps to sums[c] for every column c < `columns`. `own` is the lane's part.
   __device__ void add_up(const Packet<compute_t, n>& own, int64_t columns, compute_t* sums) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    __syncthreads();  // those of the tile before may still be read
+    __syncthreads();  // others may still read the previous tile
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       of[warp][lane * n + i] = own.value[i];
@@ -47,17 +47,17 @@ struct TileOfWarps {
   }
 };
 
-// The sums over every piece of rows, [pieces, D], where `rows` has
+// Computes the sums over every piece of rows, [pieces, D]. `rows` has
 //
-//   kSpan, the columns that a lane takes at once;
-//   begin(first row, how many of the warp's rows there are): what the warp keeps of them; of those that are missing,
-//     another may be kept instead;
-//   read(kept, r, span): what the span of the warp's row r is made from;
-//   make(kept, r, span, what was read): does what is to be done, and returns what is to be summed;
-//   end(kept): after the last columns.
+//   kSpan: the columns that a lane processes at once;
+//   begin(first row, held): returns the state of the warp's rows, of which `held` exist; another row may replace a
+//     missing one;
+//   read(kept, r, span): returns the inputs of the warp's row r in the span;
+//   make(kept, r, span, inputs): writes the outputs and returns the values to be summed;
+//   end(kept): runs after the last column.
 //
-// All of a warp's rows are read before the first is made. What one writes might, for all the compiler knows, be what
-// the next reads, and would be waited for.
+// A warp reads all its rows before it makes the first. Otherwise each read would wait for the write before it, since
+// the compiler has to assume that the two may overlap.
 template <typename compute_t, typename Rows>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     summed_rows_kernel(const Rows rows, compute_t* sums, int64_t count, int64_t D, int64_t pieces) {

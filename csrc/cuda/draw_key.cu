@@ -1,4 +1,4 @@
-// A key from the CUDA generator, through its graph-safe state: a captured draw gives fresh noise at each replay.
+// Draws a key from the CUDA generator through its graph-safe state. A captured draw gives fresh noise at each replay.
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/PhiloxUtils.cuh>
 
@@ -11,7 +11,8 @@
 namespace wakesleep::cuda {
 namespace {
 
-// Every draw, whatever its size, takes this much of the generator's offset; a multiple of 4, as it demands.
+// Each key advances the generator's offset by this much, whatever the size of the draw. The generator requires a
+// multiple of 4.
 constexpr uint64_t kOffsetPerKey = 4;
 
 __global__ void write_key(at::PhiloxCudaState state, int64_t* key) {

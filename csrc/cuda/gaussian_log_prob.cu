@@ -68,7 +68,7 @@ struct GaussianLogProbBackwardRows {
   const scalar_t* __restrict__ z;
   const compute_t* __restrict__ grad;
   grad_t* __restrict__ grad_parameters;
-  scalar_t* __restrict__ grad_z;  // null where it is not wanted
+  scalar_t* __restrict__ grad_z;  // null if not needed
   RowGroups<5> rows;
   int64_t K;
 

@@ -88,8 +88,8 @@ template <typename scalar_t, bool summed>
 struct GaussianRsampleBackwardRows {
   using compute_t = at::opmath_type<scalar_t>;
   using grad_t = std::conditional_t<summed, compute_t, scalar_t>;
-  const scalar_t* __restrict__ grad_z;          // null where no gradient came
-  const compute_t* __restrict__ grad_log_prob;  // null where no gradient came
+  const scalar_t* __restrict__ grad_z;          // null without this gradient
+  const compute_t* __restrict__ grad_log_prob;  // null without this gradient
   const scalar_t* __restrict__ logvar;
   const int64_t* __restrict__ key;
   grad_t* __restrict__ grad;
@@ -118,7 +118,7 @@ struct GaussianRsampleBackwardRows {
       for (int64_t sample = first_sample; grad_z != nullptr && sample < last_sample; ++sample) {
         const int64_t first = (sample * B + row) * K;
         const auto upstream = load<compute_t>(span, grad_z + first);
-        // a later sample's row may begin within a block
+        // A later sample's row may begin within a Philox block.
         const auto eps = draw<StandardNormals, compute_t, span.size, summed>(key_words, first + span.column);
 #pragma unroll
         for (int i = 0; i < span.size; ++i) {

@@ -1,4 +1,4 @@
-// How a kernel is started: on the current stream, with the launch checked. No other file says so.
+// Launches kernels on the current stream, and checks the launch. No other file launches one.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -21,8 +21,8 @@ inline void check_launch(cudaError_t error) {
   C10_CUDA_CHECK(error);
 }
 
-// Runs kernel(arguments...) on `blocks` blocks of `threads`. Kernels stride over their work by the grid, so that a grid
-// at the hardware's limit is still right.
+// Runs kernel(arguments...) on `blocks` blocks of `threads`. Kernels use grid-stride loops, so a grid cut to the
+// hardware's limit still covers all work.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) {
   if (blocks == 0) {

@@ -14,7 +14,7 @@ struct LinearBernoulliLogProbRows {
   const x_t* __restrict__ x;
   compute_t* __restrict__ log_prob;
   RowMap<1> rows;
-  int64_t first;   // row of the chunk
+  int64_t first;   // first row of the chunk
   int64_t stride;  // of products
   int64_t D;
 
@@ -26,24 +26,24 @@ struct LinearBernoulliLogProbRows {
   }
 };
 
-// The gradient of a chunk's logits, which may lie where the products do, and, where asked for, the log-likelihoods: row
-// by row, or with the sum of the gradient over rows.
+// Writes the gradient of a chunk's logits and, with with_log_prob, the log-likelihoods. It works row by row, or also
+// sums the gradient over rows. grad_logits may alias products.
 template <typename compute_t, typename x_t, typename grad_t, bool with_log_prob>
 struct LinearBernoulliLogProbBackwardRows {
   static constexpr int kSpan = kPacket<compute_t>;
   const compute_t* products;
   const compute_t* __restrict__ bias;
   const x_t* __restrict__ x;
-  const compute_t* __restrict__ upstream;  // null: ones
+  const compute_t* __restrict__ upstream;  // null means ones
   compute_t* __restrict__ log_prob;
   grad_t* grad_logits;
   RowMap<2> rows;
-  int64_t first;  // row of the chunk
+  int64_t first;  // first row of the chunk
   int64_t products_stride, grad_stride;
   int64_t D;
 
   struct Row {
-    int64_t row;  // of the chunk
+    int64_t row;  // in the chunk
     const x_t* x;
     compute_t weight;
     LogProbSum<compute_t> log_prob;
@@ -182,7 +182,7 @@ struct Kernels : PlatformProducts {
             call.D};
         if (sums.defined()) {
           launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), products.size(0), call.D);
-        } else {  // of a small batch, whose rows have a block each
+        } else {  // a small batch has one block per row
           launch_teams(Team<kBlockThreads>{}, products.size(0), rows);
         }
       };

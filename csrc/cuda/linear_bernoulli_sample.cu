@@ -13,7 +13,7 @@ struct LinearBernoulliSampleRows {
   const compute_t* __restrict__ bias;
   const int64_t* __restrict__ key;
   x_t* __restrict__ x;
-  int64_t first;   // row of the chunk
+  int64_t first;   // first row of the chunk
   int64_t stride;  // of products
   int64_t D;
 
@@ -25,7 +25,7 @@ struct LinearBernoulliSampleRows {
   }
 };
 
-// Each element by itself: of the words that come at once it needs one.
+// Draws each element by itself: it needs one of the words of its Philox block.
 template <typename compute_t, typename x_t>
 struct WriteSample {
   const compute_t* __restrict__ bias;

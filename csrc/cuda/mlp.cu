@@ -10,7 +10,7 @@ template <typename compute_t, typename scalar_t, typename F>
 struct MlpRows {
   const compute_t* products;
   const compute_t* __restrict__ bias;
-  scalar_t* output;  // may lie where the products do
+  scalar_t* output;  // may alias products
   int64_t products_stride, output_stride;
   int64_t D;
   F activation;
@@ -30,14 +30,14 @@ struct MlpRows {
   }
 };
 
-// The gradient of the products: row by row, or with its sum over rows.
+// Writes the gradient of the products, row by row or together with its sums over rows.
 template <typename compute_t, typename scalar_t, typename grad_t, typename F>
 struct MlpBackwardRows {
   static constexpr int kSpan = kPacket<scalar_t>;
   const scalar_t* grad;
   const scalar_t* __restrict__ output;
-  grad_t* written;  // may lie where grad does
-  int64_t stride;   // of what is written
+  grad_t* written;  // may alias grad
+  int64_t stride;   // of written
   int64_t D;
   F activation;
 
@@ -134,7 +134,7 @@ struct Kernels : PlatformProducts {
                            activation};
         if (sums.defined()) {
           launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), N, D);
-        } else {  // of a small batch, whose rows have a block each
+        } else {  // a small batch has one block per row
           launch_teams(Team<kBlockThreads>{}, N, rows);
         }
       };
@@ -179,7 +179,7 @@ struct Kernels : PlatformProducts {
       using scalar_t = typename decltype(type)::type;
       launch_layer_gradients<scalar_t>(operands, grad, grad_weight, grad_bias, grad_h, activation);
     };
-    if (l == 0) {  // h is what the MLP gets
+    if (l == 0) {  // h is the input of the MLP
       return dispatch_floating(call.op, call.dtype, [&](auto type) { launch_for(Identity{}, type); });
     }
     call.dispatch(l - 1, launch_for);

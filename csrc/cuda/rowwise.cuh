@@ -1,9 +1,9 @@
-// How rows are divided among threads, read, and summed.
+// Divides rows among threads, reads them and sums them.
 //
-// A team of threads works on a row. Its size follows, where a row is summed, from the row's width alone, so a row's
-// value does not depend on the batch it is in; sums go by shuffles, in a fixed order. A row is walked in spans of 16
-// bytes between the boundaries of its first operand, the first and the last of them ragged, so an odd width costs
-// little; an operand that has no boundary there is read by single elements.
+// A team of threads works on a row. If the row is summed, the team's size depends on its width alone, so the sum does
+// not depend on the batch. Sums use shuffles in a fixed order. Spans of 16 bytes lie between the boundaries of the
+// row's first operand. Only the first and the last are ragged, so an odd width costs little. An operand without
+// boundaries there is read element by element.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -27,7 +27,7 @@ struct Team {
   static __device__ int64_t first() { return int64_t(blockIdx.x) * per_block + threadIdx.x / threads; }
   static __device__ int64_t count() { return int64_t(gridDim.x) * per_block; }
 
-  // The sum over the team, in every thread of its first warp.
+  // Returns the sum over the team, in every thread.
   template <typename T>
   static __device__ T sum(T value) {
     constexpr int lanes = threads < 32 ? threads : 32;
@@ -39,7 +39,7 @@ struct Team {
     if constexpr (threads > 32) {
       constexpr int warps = threads / 32;
       __shared__ T partial[warps];
-      __syncthreads();  // the row before may still be read
+      __syncthreads();  // others may still read the previous row
       if (threadIdx.x % 32 == 0) {
         partial[threadIdx.x / 32] = value;
       }
@@ -54,8 +54,8 @@ struct Team {
   }
 };
 
-// Two blocks at least fit on a multiprocessor, up to 128 registers. Left to itself, the compiler spills a few of them
-// for the sake of one block more.
+// The bounds allow 128 registers, with two blocks or more on a multiprocessor. Left to itself, the compiler spills some
+// to fit one more block.
 template <int threads, typename RowBody>
 __global__ void __launch_bounds__(kBlockThreads, 2) row_kernel(const RowBody body, int64_t rows) {
   for (int64_t row = Team<threads>::first(); row < rows; row += Team<threads>::count()) {
@@ -69,8 +69,8 @@ void launch_teams(Team<threads>, int64_t rows, const RowBody& body) {
   launch(row_kernel<threads, RowBody>, (rows + per_block - 1) / per_block, kBlockThreads, body, rows);
 }
 
-// body(team, row) for every row, which is walked in spans of n. A thread has a few spans at least, so that what is done
-// once for a row is shared by many elements.
+// Calls body(team, row) for every row. A thread has a few spans of n, so many elements share the work done once per
+// row.
 template <int n = 4, typename RowBody>
 void launch_rows(int64_t rows, int64_t width, const RowBody& body) {
   const int64_t spans = (width + n - 1) / n;
@@ -85,8 +85,8 @@ void launch_rows(int64_t rows, int64_t width, const RowBody& body) {
   }
 }
 
-// The same where nothing is summed along a row. The team is then free, and rows too few to keep a GPU busy have a block
-// each, which is done sooner.
+// Like launch_rows, if nothing is summed along a row. Results do not depend on the team then. A block for each row is
+// faster if rows are too few to keep a GPU busy.
 template <int n, typename RowBody>
 void launch_free_rows(int64_t rows, int64_t width, const RowBody& body) {
   constexpr int64_t few = 1024;
@@ -103,12 +103,11 @@ struct Packet {
   T value[n];
 };
 
-// Elements of T in 16 bytes.
 template <typename T>
 constexpr int kPacket = 16 / sizeof(T);
 
-// Where a packet lies in a row: n columns from `column` on, of which the row holds `first` to `last` - 1; all of them
-// where every operand is aligned, as is known to the compiler.
+// The position of a packet in a row: n columns from `column` on, of which the row holds `first` to `last` - 1. If
+// `aligned`, the row holds all, as the compiler knows.
 template <int n, bool aligned>
 struct Span {
   static constexpr int size = n;
@@ -124,14 +123,14 @@ __device__ bool on_boundary(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (sizeof(T) * n) == 0;
 }
 
-// Whether all operands of a row begin on a boundary of n elements, and end on one.
+// True if all operands of a row begin and end on a boundary of n elements.
 template <int n, typename... T>
 __device__ bool aligned(int64_t width, const T*... rows) {
   return width % n == 0 && (on_boundary<n>(rows) && ...);
 }
 
-// What a packet is moved as, once or several times. Explicitly so: were it moved element by element, the compiler would
-// find the aligned path no different from the unaligned one, and merge them.
+// The words that move a packet. If it moved element by element, the compiler would find the aligned and the unaligned
+// path equal, and merge them.
 template <size_t bytes>
 struct WideWord : Type<uint4> {};
 template <>
@@ -144,7 +143,7 @@ struct WideWord<8> : Type<uint2> {};
 template <typename T, int n>
 using WideWords = std::array<typename WideWord<sizeof(T) * n>::type, sizeof(T) * n <= 16 ? 1 : sizeof(T) * n / 16>;
 
-// What a kernel only reads, and what it also writes: the one by way of a cache that sees no writes.
+// Memory that a kernel only reads, through the read-only cache, and memory that it also writes.
 struct ReadOnly {
   template <typename Word>
   static __device__ Word load(const Word* from) {
@@ -158,8 +157,8 @@ struct Written {
   }
 };
 
-// The elements of `row` that the span holds; zeros for others. They are converted only where both ways of reading have
-// met, or the one load would be waited for before the next is issued.
+// Loads the elements of `row` that the span holds, and zeros elsewhere. They are converted only after the branches
+// join, or each load would finish before the next is issued.
 template <typename compute_t, typename Access = ReadOnly, int n, bool aligned, typename T>
 __device__ Packet<compute_t, n> load(Span<n, aligned> span, const T* row) {
   WideWords<T, n> words;
@@ -210,13 +209,13 @@ __device__ void store(Span<n, aligned> span, const Packet<compute_t, n>& values,
   }
 }
 
-// How many elements a row begins past a boundary of n.
+// Returns how many elements after a boundary of n the row begins.
 template <int n, typename T>
 __device__ int past_boundary(const T* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % n);
 }
 
-// body(span) for spans that cover a row which begins `past` elements after a boundary, divided among the team.
+// Calls body(span) for the spans of a row that begins `past` elements after a boundary, divided among the team.
 template <int n, int threads, typename Body>
 __device__ void for_spans(Team<threads> team, int64_t width, int past, const Body& body) {
   for (int64_t column = int64_t(team.rank()) * n - past; column < width; column += threads * n) {
@@ -224,7 +223,7 @@ __device__ void for_spans(Team<threads> team, int64_t width, int past, const Bod
   }
 }
 
-// The same, but where the row is aligned, without asking again: several loads are then under way at once.
+// Like the above, without bounds checks if the row is aligned, so that several loads are in flight at once.
 template <int n, int threads, typename Body>
 __device__ void for_spans(Team<threads> team, int64_t width, int past, bool aligned, const Body& body) {
   if (aligned) {
@@ -241,18 +240,18 @@ inline __device__ PhiloxKey read_key(const int64_t* key) {
   return {static_cast<uint64_t>(key[0]), static_cast<uint64_t>(key[1])};
 }
 
-// Elements of T that are drawn and moved at once: whole blocks of draws, and 16 bytes at least.
+// Elements of T that are drawn and moved at once: whole Philox blocks, and at least 16 bytes.
 template <typename T>
 constexpr int kDrawPacket = kPacket<T> > kPhiloxWords ? kPacket<T> : kPhiloxWords;
 
-// The draws for the elements first .. first + n - 1; `first` begins a block unless `across` allows it to lie within.
+// Returns the draws for the elements first .. first + n - 1. `first` must begin a Philox block unless `across` is true.
 template <typename Distribution, typename T, int n, bool across = false>
 __device__ Packet<T, n> draw(PhiloxKey key, int64_t first) {
   static_assert(n % kPhiloxWords == 0);
   const auto draw_block = [&](int64_t block) {
     return Distribution::from(draw_words<T>(key, uint32_t(block), uint32_t(block >> 32)));
   };
-  const int64_t block = uint64_t(first) / kPhiloxWords;  // a signed one would be rounded
+  const int64_t block = uint64_t(first) / kPhiloxWords;  // signed division takes more instructions
   Packet<T, n> draws;
 #pragma unroll
   for (int i = 0; i < n; i += kPhiloxWords) {
@@ -265,7 +264,7 @@ __device__ Packet<T, n> draw(PhiloxKey key, int64_t first) {
   const int past = static_cast<int>(first % kPhiloxWords);
   if (across && past > 0) {
     const Draws<T> next = draw_block(block + n / kPhiloxWords);
-    // by constant indices, lest the draws go to local memory
+    // Constant indices keep the draws in registers instead of local memory.
 #pragma unroll
     for (int shift = 0; shift < kPhiloxWords - 1; ++shift) {
       if (shift < past) {

@@ -1,10 +1,9 @@
-// Layers of small batches: products with what comes before and after them in one launch.
+// Layers of small batches: the GEMM and what comes before and after it, in one launch.
 //
-// A product of tens of rows is too little work to fill a GPU, and takes as long as it takes to start it, to fetch its
-// operands and to add up: the platform's BLAS cuts it into tiles that are made for many rows, or into parts that a
-// second kernel adds up, and leaves the bias, the activation and the sums over rows to kernels of their own. Here a
-// layer is one launch forwards and one backwards. Tiles are small, so that there are many; what a tile sums over is
-// divided among lanes or warps, always in the same order.
+// A GEMM of tens of rows is too little work to fill a GPU: it takes as long as its launch, its loads and its sums.
+// cuBLAS cuts it into tiles made for many rows, or into parts that a second kernel adds up. It leaves the bias, the
+// activation and the sums over rows to separate kernels. Here a layer is one launch forward and one backward. Tiles are
+// small, so that there are many. Lanes or warps divide the sums of a tile, always in the same order.
 #pragma once
 
 #include "../linear.h"
@@ -12,10 +11,10 @@
 
 namespace wakesleep::cuda {
 
-// Measured on an H200.
+// The limit of 256 rows was measured on an H200.
 inline int64_t small_batch_limit() { return wakesleep::small_batch_limit(256); }
 
-// n consecutive elements, on a boundary of as many.
+// Loads n consecutive elements from a boundary of n elements.
 template <typename compute_t, int n, typename T>
 __device__ Packet<compute_t, n> load_packet(const T* from) {
   return load<compute_t>(Span<n, true>{0, 0, n}, from);
@@ -26,8 +25,8 @@ __device__ void store_packet(const Packet<compute_t, n>& values, T* to) {
   store(Span<n, true>{0, 0, n}, values, to);
 }
 
-// The sums over a warp of 32 values that each lane has: that of value i in lane i. Halves are named to the compiler,
-// lest it should keep the values where it can index them, in memory.
+// Sums 32 values per lane over the warp; lane i returns the sum of value i. `half` is a template argument so that the
+// values stay in registers.
 template <int half = 16, typename T>
 __device__ T sum_by_lane(T (&values)[32]) {
   const bool upper = (threadIdx.x & half) != 0;
@@ -43,7 +42,6 @@ __device__ T sum_by_lane(T (&values)[32]) {
   }
 }
 
-// What a layer reads.
 template <typename scalar_t>
 struct LayerOperands {
   const scalar_t* __restrict__ h;       // [N, H]
@@ -51,14 +49,14 @@ struct LayerOperands {
   int64_t N, H, D;
 };
 
-// ---- forwards -----------------------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------------------------
 
-// A warp makes 8 rows by 4 columns of h weight^T, one for each lane in the end; its lanes divide the features.
+// A warp computes 8 rows by 4 columns of h weight^T, one for each lane in the end. Its lanes divide the features.
 constexpr int kTileRows = 8, kTileColumns = 4, kTileThreads = 64;
 
 inline int64_t column_tiles(int64_t D) { return (D + kTileColumns - 1) / kTileColumns; }
 
-// finish(row, column, element of the product) for every element; n features are read at once.
+// Calls finish(row, column, element of the product) for every element. A lane reads n features at once.
 template <int n, typename scalar_t, typename Finish>
 __global__ void __launch_bounds__(kTileThreads)
     layer_kernel(const LayerOperands<scalar_t> layer, const Finish finish, int64_t columns, int64_t tiles) {
@@ -78,7 +76,7 @@ __global__ void __launch_bounds__(kTileThreads)
       weight[c] = layer.weight + min(column + c, layer.D - 1) * layer.H;
     }
     compute_t sums[kTileRows * kTileColumns] = {};
-    Packet<compute_t, n> w[2][kTileColumns], v[2][kTileRows];  // what is multiplied, and what comes next
+    Packet<compute_t, n> w[2][kTileColumns], v[2][kTileRows];  // the current operands, and the next ones
     const auto read = [&](int64_t k, int into) {
 #pragma unroll
       for (int c = 0; c < kTileColumns; ++c) {
@@ -126,11 +124,11 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// ---- backwards ----------------------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------------------------
 
 constexpr int kColumnsAtOnce = 4;  // of the products' gradient
 
-// Values that every warp of a block has summed in part: value i of a lane, over the warps.
+// Sums of each warp of a block. total(i, lane) adds up value i of a lane over the warps.
 template <typename T, int count>
 struct SumsOfWarps {
   T (&of)[kWarps][count][32];
@@ -147,16 +145,16 @@ struct SumsOfWarps {
   }
 };
 
-// With g the gradient of the products, g^T h for weight, the sum of g over the rows for bias, and f'(h) g weight for
-// what h = f(a) was made of. The first blocks are for weight and bias: a lane makes 4 columns of g by n features, and
-// the warps divide the rows. The others are for h: a lane makes 4 rows of one feature, and the warps divide the
-// columns.
+// The gradients of a layer, with g that of the products: g^T h for weight, and the sum of g over the rows for bias.
+// That for a, where h = f(a), is f'(h) g weight. The first blocks compute weight and bias: a lane handles 4 columns of
+// g by n features, and the warps divide the rows. The others compute a: a lane handles 4 rows of one feature, and the
+// warps divide the columns.
 template <int n, typename scalar_t, typename F>
 struct LayerGradientsOf : LayerOperands<scalar_t> {
   using compute_t = at::opmath_type<scalar_t>;
   using Columns = Packet<compute_t, kColumnsAtOnce>;
   static constexpr int kRowsOfH = 4;
-  static constexpr int kAhead = kPacket<compute_t>;  // steps of a sum that are read before the first is taken
+  static constexpr int kAhead = kPacket<compute_t>;  // terms of a sum that are read at once
   static constexpr int kSums = kColumnsAtOnce * (n + 1);
   static_assert(kSums >= kRowsOfH);
   using Sums = SumsOfWarps<compute_t, kSums>;
@@ -167,7 +165,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
   scalar_t* __restrict__ grad_h;       // [N, H], or null
   F activation;
 
-  // Of a row of h, one at least: somebody has to write the bias.
+  // Packets in a row of h, at least one, so that a thread writes the bias gradient even if H is 0.
   __host__ __device__ int64_t packets() const { return this->H == 0 ? 1 : (this->H + n - 1) / n; }
   int64_t blocks_of_weight() const {
     const int64_t tiles = (this->D + kColumnsAtOnce - 1) / kColumnsAtOnce * packets();
@@ -177,7 +175,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     return grad_h == nullptr ? 0 : (this->N + kRowsOfH - 1) / kRowsOfH * ((this->H + 31) / 32);
   }
 
-  // Columns column .. column + 3 of a row of g, zeros for those beyond.
+  // Returns columns column .. column + 3 of a row of g, with zeros for columns beyond D.
   __device__ Columns columns_of(int64_t row, int64_t column) const {
     const scalar_t* from = grad + row * this->D + column;
     if constexpr (n > 1) {
@@ -235,7 +233,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
       sums.put(kColumnsAtOnce * n + c, bias.value[c]);
     }
     __syncthreads();
-    const int64_t d = column + warp;  // a warp writes a column's
+    const int64_t d = column + warp;  // a warp writes one column
     if (warp >= kColumnsAtOnce || d >= this->D) {
       return;
     }
@@ -259,7 +257,8 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     const int64_t feature = inside ? k : 0;
     compute_t products[kRowsOfH] = {};
     constexpr int step = kWarps * kColumnsAtOnce;
-    // without branches among the loads, which are then all under way at once; what is read in vain is not used
+    // No branches among the loads, so all are in flight at once; loads out of range read other elements and are not
+    // used.
     for (int64_t start = warp * kColumnsAtOnce; start < this->D; start += kAhead * step) {
       Columns w[kAhead], g[kAhead][kRowsOfH];
 #pragma unroll
@@ -293,7 +292,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
       sums.put(r, products[r]);
     }
     __syncthreads();
-    const int64_t row = first + warp;  // a warp writes a row's
+    const int64_t row = first + warp;  // a warp writes one row
     if (warp < kRowsOfH && row < this->N && inside) {
       const int64_t place = row * this->H + k;
       const auto y = static_cast<compute_t>(this->h[place]);
@@ -312,13 +311,13 @@ __global__ void __launch_bounds__(kBlockThreads)
     } else {
       gradients.write_h(block - blocks_of_weight, {shared});
     }
-    __syncthreads();  // before the next block's sums take the place of these
+    __syncthreads();  // before the next block's sums overwrite these
   }
 }
 
-// ---- from tensors -------------------------------------------------------------------------------------------------
+// ---- host code ----------------------------------------------------------------------------------------------------
 
-// A layer's operands as the kernels want them: dense, in one type.
+// A layer's operands as the kernels read them: contiguous, in one dtype.
 struct FewRows {
   at::Tensor h;       // [N, H]
   at::Tensor weight;  // [D, H]
@@ -332,12 +331,12 @@ struct FewRows {
   }
 };
 
-// body(std::integral_constant<int, n>) for the elements that can be read at once: four, of 16 bytes at most, if all
-// rows of all tensors are on such boundaries, or one. More would not fit in the registers.
+// Calls body(std::integral_constant<int, n>), where n elements are read at once: four, or 16 bytes at most, if all rows
+// are on such boundaries, otherwise one. More would not fit in the registers.
 template <typename scalar_t, typename Body>
 void dispatch_packet(std::initializer_list<at::Tensor> tensors, const Body& body) {
   constexpr int n = kPacket<scalar_t> < kColumnsAtOnce ? kPacket<scalar_t> : kColumnsAtOnce;
-  constexpr int multiple = kColumnsAtOnce;  // columns are read so many at once, too
+  constexpr int multiple = kColumnsAtOnce;  // columns of grad, too, are read so many at once
   bool aligned = true;
   for (const at::Tensor& tensor : tensors) {
     aligned =

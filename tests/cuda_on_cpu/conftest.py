@@ -1,4 +1,4 @@
-"""The tests in this folder run the CUDA kernels on the CPU, under two schedules."""
+"""Runs the CUDA kernels of the tests in this folder on the CPU, under two schedules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emulation import cuda_kernels, schedule
 
 @pytest.fixture(params=["in order", "shuffled"])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The CPU, with the CUDA kernels on it; in the shuffled schedule every block has to do several rows."""
+    """The CPU, running the CUDA kernels. In the shuffled schedule, a block processes several rows."""
     shuffled = request.param == "shuffled"
     schedule(shuffled=shuffled, max_blocks=2 if shuffled else 0)
     with cuda_kernels():

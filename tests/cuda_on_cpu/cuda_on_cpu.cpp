@@ -19,8 +19,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Switches to another stack. It saves the callee-saved registers on the old stack, and that stack's pointer in `from`.
-// swapcontext() makes two system calls for this, and tests switch stacks a hundred million times.
+// Switches to another stack: saves the callee-saved registers on the old stack, and its pointer in `from`.
+// swapcontext() makes two system calls for this, and the tests switch stacks a hundred million times.
 extern "C" void wakesleep_switch_stack(void** from, void* to);
 extern "C" void wakesleep_start_fiber();  // on aarch64 only
 
@@ -28,9 +28,9 @@ namespace cuda_on_cpu {
 namespace {
 
 // Set by the tests, for every launch that follows.
-std::atomic<bool> shuffled = false;     // any runnable thread goes on, rather than the first
-std::atomic<int64_t> max_blocks = 0;    // the grid is cut to this many, if positive: kernels stride over their work
-std::atomic<int64_t> launch_count = 0;  // so far
+std::atomic<bool> shuffled = false;     // picks a random runnable thread instead of the first
+std::atomic<int64_t> max_blocks = 0;    // cuts the grid to this many blocks, if positive; kernels use grid-stride loops
+std::atomic<int64_t> launch_count = 0;  // launches so far
 
 constexpr size_t kStackBytes = 256 << 10;
 
@@ -60,7 +60,7 @@ wakesleep_switch_stack:
 .popsection
 )");
 
-// What a new stack holds: zeros for registers, the function to begin with, and a zero that ends backtraces.
+// Prepares a new stack: zeros for registers, the function to begin with, and a zero that ends backtraces.
 void** prepare_stack(void** top, void (*enter)()) {
   top[-2] = reinterpret_cast<void*>(enter);
   return top - 8;
@@ -109,7 +109,7 @@ wakesleep_start_fiber:
 .popsection
 )");
 
-// What a new stack holds: in x19 the function to begin with, which returns nowhere, so that backtraces end there.
+// Prepares a new stack: x19 holds the function to begin with. Its return address is zero, so backtraces end there.
 void** prepare_stack(void** top, void (*enter)()) {
   top -= 20;
   top[0] = reinterpret_cast<void*>(enter);
@@ -120,9 +120,9 @@ void** prepare_stack(void** top, void (*enter)()) {
 #error "cuda_on_cpu: expected x86-64 or aarch64"
 #endif
 
-// A stack to run on; the address sanitizer is told of every change.
+// A stack to run on. The address sanitizer is told of every switch.
 struct Context {
-  void* pointer = nullptr;  // while another one runs
+  void* pointer = nullptr;  // valid while another context runs
   const void* bottom = nullptr;
   size_t bytes = 0;
 
@@ -164,7 +164,7 @@ struct Fiber : Context {
 
   ~Fiber() {
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(bottom, bytes);  // of frames that have not returned
+    __asan_unpoison_memory_region(bottom, bytes);  // frames that have not returned
 #endif
     munmap(const_cast<void*>(bottom), bytes);
   }
@@ -179,7 +179,7 @@ struct Exchange {
   Shown shown = {};
 };
 
-// The threads of a block, and what they wait for.
+// Runs the threads of a block, and keeps track of what they wait for.
 class Block {
  public:
   void run(unsigned threads, const std::function<void()>& thread) {
@@ -223,7 +223,7 @@ class Block {
 
   Shown exchange(unsigned members, uint64_t value) {
     const int lane = cuda_on_cpu::lane();
-    TORCH_CHECK((members >> lane & 1) != 0, "lane ", lane, " takes part in a shuffle or vote of others");
+    TORCH_CHECK((members >> lane & 1) != 0, "lane ", lane, " takes part in a shuffle or vote whose mask excludes it");
     const unsigned warp = threadIdx.x / 32;
     auto& exchanges = warps_[warp].exchanges;
     const auto is_open = [&](const Exchange& slot) { return slot.members == members && slot.arrived != members; };
@@ -321,8 +321,9 @@ void barrier() { Block::current->barrier(); }
 Shown exchange(unsigned members, uint64_t value) { return Block::current->exchange(members, value); }
 
 void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
-  TORCH_CHECK(grid.x >= 1 && grid.y == 1 && grid.z == 1, "grids are of 1 block or more, in x");
-  TORCH_CHECK(block.x >= 1 && block.x <= 1024 && block.y == 1 && block.z == 1, "blocks are of 1 to 1024 threads in x");
+  TORCH_CHECK(grid.x >= 1 && grid.y == 1 && grid.z == 1, "expected a grid of at least 1 block, in x only");
+  TORCH_CHECK(block.x >= 1 && block.x <= 1024 && block.y == 1 && block.z == 1,
+              "expected a block of 1 to 1024 threads, in x only");
   ++launch_count;
   if (max_blocks > 0) {
     grid.x = std::min<int64_t>(grid.x, max_blocks);
@@ -362,7 +363,7 @@ TORCH_LIBRARY(cuda_on_cpu, m) {
 
 }  // namespace cuda_on_cpu
 
-// The ops register on CPU tensors, under a name of their own.
+// Registers the ops on CPU tensors, in a library of their own.
 wakesleep::Registration::Registration(c10::DispatchKey, void (*implement)(Registrar&), const char* file,
                                       uint32_t line) {
   static std::vector<torch::Library> registered;

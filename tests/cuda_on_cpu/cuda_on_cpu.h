@@ -1,10 +1,10 @@
-// As much of CUDA as the kernels of csrc/cuda use, in C++: they compile unchanged, and run on the CPU.
+// The parts of CUDA that the kernels of csrc/cuda use, in C++. The kernels compile unchanged and run on the CPU.
 //
 // A launch runs its blocks one after the other. Shared memory begins as zeros, and a block sees the values that the
-// previous block left. Every thread of a block is a fiber, which runs until it waits for others: at a barrier, a
-// shuffle or a vote. The schedule picks the next fiber. In order, it picks the first that can run, so each runs as far
-// ahead as barriers allow. Shuffled, it picks any fiber of the foremost warp, with warps in random order. Errors are: a
-// wait that never ends, a lane that speaks for others, and an address that a GPU would fault on.
+// previous block left. Every thread of a block is a fiber, which runs until it waits for others at a barrier, a shuffle
+// or a vote. The schedule picks the next fiber. In order, it picks the first that can run, so each runs as far ahead as
+// barriers allow. Shuffled, it picks any fiber of the foremost warp, with warps in random order. The emulation reports
+// a wait that never ends, a lane that its mask excludes, and an address on which a GPU would fault.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -19,7 +19,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static thread_local  // a launch runs on a thread of the host, new to it
+#define __shared__ static thread_local  // every launch runs on a new host thread
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -40,7 +40,7 @@ void run(dim3 grid, dim3 block, const std::function<void()>& thread);
 // Waits for every thread of the block.
 void barrier();
 
-// What the lanes of a warp show each other, those of `members` only.
+// Exchanges a value among the lanes in `members` and returns the values of all of them.
 using Shown = std::array<uint64_t, 32>;
 Shown exchange(unsigned members, uint64_t value);
 

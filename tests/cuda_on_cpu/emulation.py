@@ -1,7 +1,7 @@
-"""Compiles the CUDA kernels as C++ and puts them in the place of the CPU kernels.
+"""Compiles the CUDA kernels as C++ and runs them instead of the CPU kernels.
 
 ``WAKESLEEP_SANITIZE=1`` compiles them with the address and undefined-behaviour sanitizers, whose run-time libraries
-have to be preloaded: ``make cuda-on-cpu-asan`` does that.
+must be preloaded. ``make cuda-on-cpu-asan`` does that.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ SANITIZE = os.environ.get("WAKESLEEP_SANITIZE") == "1"
 
 
 def operators() -> list[str]:
-    """The names of all operators in the package's schema table that have kernels."""
+    """Returns the names of all operators in the package's schema table that have kernels."""
     names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
     return [name.split("::")[1] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
 
 
 @cache
 def load() -> None:
-    """Builds the library, if need be, and registers ``wakesleep_cuda_on_cpu``, the kernels on CPU tensors."""
+    """Builds the library if necessary, and registers its kernels for CPU tensors as ``wakesleep_cuda_on_cpu``."""
     build = ROOT / "build" / ("cuda_on_cpu-sanitized" if SANITIZE else "cuda_on_cpu")
     build.mkdir(parents=True, exist_ok=True)
     sources = [HERE / "cuda_on_cpu.cpp", *(ROOT / "csrc" / name for name in ("aten.cpp", "registration.cpp"))]
-    with FileLock(build / "sources.lock"):  # several workers may be at it
+    with FileLock(build / "sources.lock"):  # several workers may build at once
         for kernels in (*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "emulator_cases.cu"):
-            source = build / f"{kernels.stem}.cpp"  # under a name that is compiled as C++
+            source = build / f"{kernels.stem}.cpp"  # a name that compiles as C++
             text = f'#include "{HERE / "cuda_on_cpu.h"}"\n#include "{kernels}"\n'
             if not source.exists() or source.read_text() != text:
                 source.write_text(text)
             sources.append(source)
-    # As on a GPU, multiplications and additions are contracted: what is said of errors holds either way.
+    # As on a GPU, multiplications and additions are contracted. The error bounds hold either way.
     flags = ["-O1", "-DAT_PER_OPERATOR_HEADERS", "-ffp-contract=fast"]
     flags += ["-mfma"] if platform.machine() == "x86_64" else []
     linked = []
@@ -76,12 +76,12 @@ def load() -> None:
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
-    """Within it, the package's operators on CPU tensors run the CUDA kernels."""
+    """Makes the package's operators run the CUDA kernels on CPU tensors."""
     load()
     library = torch.library.Library("wakesleep_ext", "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that they override others is the purpose
+            warnings.simplefilter("ignore")  # overriding kernels is the purpose
             for name in operators():
                 kernel = getattr(torch.ops.wakesleep_cuda_on_cpu, name).default
                 library.impl(name, kernel, "CPU", allow_override=True)
@@ -91,18 +91,18 @@ def cuda_kernels() -> Iterator[None]:
 
 
 def device_tests(*modules: ModuleType) -> dict[str, Callable[..., None]]:
-    """The tests of these modules that take a device, by name."""
+    """Returns the tests of these modules that take a device, by name."""
     found: dict[str, Callable[..., None]] = {}
     for module in modules:
         for name, test in vars(module).items():
             if name.startswith("test_") and "device" in inspect.signature(test).parameters:
-                assert name not in found, f"two tests of the name {name}, of which one would not run"
+                assert name not in found, f"two tests are called {name}; one of them would not run"
                 found[name] = test
     return found
 
 
 def count_launches(case: Case) -> tuple[int, int | None]:
-    """Kernels that an op launches forward and backward; no backward, none."""
+    """Returns the number of kernel launches forward and backward, the latter None without a gradient."""
     inputs = case.inputs(torch.float32, requires_grad=True)
     function = case.function(key=make_key())
     before = launches()
@@ -115,13 +115,13 @@ def count_launches(case: Case) -> tuple[int, int | None]:
 
 
 def schedule(*, shuffled: bool = False, max_blocks: int = 0) -> None:
-    """Which runnable thread goes on, the first or any, and how many blocks there are at most (0: as many as asked)."""
+    """Sets whether a random runnable thread runs next, and the largest number of blocks (0 means no limit)."""
     load()
     torch.ops.cuda_on_cpu.schedule(shuffled, max_blocks)
 
 
 def launches() -> int:
-    """How many kernels were launched so far."""
+    """Returns the number of kernels launched so far."""
     return int(torch.ops.cuda_on_cpu.launches())
 
 

@@ -1,4 +1,4 @@
-// Kernels that are right, and kernels that are wrong in the ways the emulation is to notice.
+// Correct kernels, and kernels with the errors that the emulation must detect.
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -24,7 +24,7 @@ void reverse(const float* from, float* to) {
   to[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
 }
 
-// The same twice over one tile, whose second filling has to wait for the first to be read.
+// Reverses twice through one tile. The second write to the tile must wait for the reads of the first.
 template <bool with_barrier>
 void reverse_twice(const float* from, float* to) {
   __shared__ float tile[kThreads];
@@ -40,7 +40,7 @@ void reverse_twice(const float* from, float* to) {
   to[threadIdx.x] = value;
 }
 
-void sum_of_teams(const float* from, float* to) {  // of 8
+void sum_of_teams(const float* from, float* to) {  // of 8 threads
   float sum = from[threadIdx.x];
   for (int distance = 4; distance > 0; distance /= 2) {
     sum += __shfl_xor_sync(0xffu << (threadIdx.x % 32 / 8 * 8), sum, distance);

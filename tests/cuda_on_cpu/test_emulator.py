@@ -1,4 +1,4 @@
-"""The emulation itself: it runs what is right, and notices what is wrong."""
+"""The emulation runs correct kernels and reports errors in wrong ones."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_votes() -> None:
     ("name", "message"),
     [
         ("divergent_barrier", r"deadlock in block 0: thread 0 waits at a barrier for threads that have returned"),
-        ("shuffle_of_others", r"lane \d+ takes part in a shuffle or vote of others"),
+        ("shuffle_of_others", r"lane \d+ takes part in a shuffle or vote whose mask excludes it"),
         ("shuffle_beyond_members", r"a shuffle reads lane \d+, which is not among its members"),
         ("misaligned", r"misaligned address: 16 bytes at 0x"),
     ],

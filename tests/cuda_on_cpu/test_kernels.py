@@ -1,4 +1,4 @@
-"""The CUDA kernels under every test that takes a device, and beside the CPU kernels."""
+"""The CUDA kernels pass every test that takes a device, and agree with the CPU kernels."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_every_operator_has_a_cuda_kernel(device: str) -> None:
 
 
 def _launches(case: Case) -> tuple[int, int]:
-    """Forward and backward, of a small batch, whose products are launches of ours."""
+    """Launches forward and backward for a small batch, whose GEMMs are our own kernels."""
     return {
-        "linear": (1, 1 if case.activation is None else 2),  # the gradient of a last activation comes first
+        "linear": (1, 1 if case.activation is None else 2),  # the last activation has its own launch
         "mlp": (2, 3),
         "linear_bernoulli_log_prob": (2, 3 if case.recompute else 2),
-        "linear_bernoulli_log_prob_sum": (3, 0),  # its gradients come with it
+        "linear_bernoulli_log_prob_sum": (3, 0),  # forward also forms the gradients
     }.get(case.op, (1, 1))
 
 
@@ -49,7 +49,7 @@ def test_launches_forward_and_backward(case: Case, device: str) -> None:
     assert count_launches(case.wide(40, 85)) == (forward, None if case.is_binary else backward)
 
 
-# Contraction moves the polynomials by an ulp, and the two normals of a pair by that of the larger of them.
+# Contraction moves the polynomials by an ulp, and both normals of a pair by an ulp of the larger one.
 NORMAL_ULP = 4
 
 
@@ -69,7 +69,7 @@ def test_draws_are_those_of_the_cpu(case: Case, dtype: torch.dtype) -> None:
         assert ((u - p).abs() <= 4 * torch.finfo(compute).eps * p)[unequal].all()
     else:
         mu, logvar = (tensor.double() for tensor in inputs)
-        scale = (mu.abs() + (0.5 * logvar).exp() * 7).expand_as(on_cpu)  # of the terms that make up z
+        scale = (mu.abs() + (0.5 * logvar).exp() * 7).expand_as(on_cpu)  # bounds the terms of z
         assert ((on_cuda - on_cpu).abs() <= NORMAL_ULP * torch.finfo(dtype).eps * scale).all()
 
 

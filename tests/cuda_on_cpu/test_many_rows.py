@@ -1,4 +1,4 @@
-"""Layers and heads by the platform's products, as those of many rows are, on rows that a test has the time for."""
+"""Layers and heads use the BLAS, as they do for large batches, on batches small enough for a test."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def _no_batch_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_one_launch_for_a_product_forward_and_one_backward(case: Case, device: str) -> None:
-    """Beside the products themselves."""
+    """Apart from the GEMMs themselves."""
     products = 2 if case.op == "mlp" else 1
-    formed_before = case.op == "linear_bernoulli_log_prob_sum"  # its gradients, in the forward pass
+    formed_before = case.op == "linear_bernoulli_log_prob_sum"  # gradients are formed in the forward pass
     backward = None if case.is_binary else 0 if formed_before else products
     assert count_launches(case.wide(40, 85)) == (products, backward)
 

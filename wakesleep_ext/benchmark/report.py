@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from wakesleep_ext._files import write_atomically
 from wakesleep_ext.benchmark.result import Record, Result, ResultError, Row, place, ratio, rows
-from wakesleep_ext.benchmark.suite import NONE, TIMES, Suite
+from wakesleep_ext.benchmark.suite import NONE, TIMES, Section, Suite
 
 _BARS = {
     "fused": ("wakesleep_ext", "#d55e00"),
@@ -27,40 +29,68 @@ DIGEST = "SHA-256 of the records"
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
+_WIDTH = 100
+"""Columns of a narrow report."""
 
-def text(result: Result, suite: Suite) -> str:
-    """All records of a suite in Markdown, what follows from them, and where they were taken."""
-    parts = [f"{heading}\n\n{table(part, suite)}" for heading, part in suite.sections(result["records"])]
-    return "\n\n".join([*parts, *suite.notes(rows(result["records"])), caption(result)])
+_SHORT = {"distributions": "distrib.", "compile with graphs": "with graphs", "of copy speed": "of copy"}
+"""Titles in a narrow table."""
+
+_KIND = ("pass", "dtype")
+"""Columns that are in the heading of a narrow table."""
 
 
-def table(cases: Sequence[Row], suite: Suite) -> str:
-    """A Markdown table, a line for each case.
+def text(result: Result, suite: Suite, *, narrow: bool = False) -> str:
+    """All records of a suite in Markdown, what follows from them, and where they were taken.
 
-    Our time, median ± half the interquartile range; how many times as long the others take; what the suite holds our
-    time to; the most memory that is allocated, the largest error, and the kernels launched on a GPU, with those of
-    eager in brackets.
+    Args:
+        result: The records, and where they were taken.
+        suite: The suite that they belong to.
+        narrow: Fit into 100 columns: wrapped paragraphs, and tables of medians and ratios alone, one for each pass and
+            dtype.
     """
-    others = [name for name in suite.rivals if any(name in row for row in cases)]
+    sections = suite.sections(result["records"])
+    paragraphs = [*suite.notes(rows(result["records"])), caption(result)]
+    if narrow:
+        sections = [part for section in sections for part in _by_kind(*section, suite)]
+        paragraphs = [textwrap.fill(paragraph, _WIDTH, break_on_hyphens=False) for paragraph in paragraphs]
+    tables = [f"{heading}\n\n{table(part, suite, narrow=narrow)}" for heading, part in sections]
+    return "\n\n".join([*tables, *paragraphs])
+
+
+def table(cases: Sequence[Row], suite: Suite, *, narrow: bool = False) -> str:
+    """A Markdown table with a line for each case.
+
+    Our time, median ± half the interquartile range; how many times as long the baselines take; what the suite compares
+    our time with; the most memory that is allocated, the largest error, and the kernels launched on a GPU, with those
+    of eager in brackets. A narrow table leaves out the range, the cases' pass and dtype, and what the brackets compare.
+    """
+    columns = {title: _of_any(cell) for title, cell in suite.columns.items()}
+    if narrow:
+        columns = {title: cell for title, cell in columns.items() if title not in _KIND}
+    columns["time"] = lambda row: _time(row.get("fused"), spread=not narrow)
+    for name in suite.rivals:
+        if any(name in row for row in cases):
+            title = _SHORT.get(name, name) if narrow else f"{name} takes"
+            columns[title] = partial(_times_of, name=name, decimals=suite.decimals)
     yardstick, measured, form = suite.yardstick
-    beside_eager = {"memory": _memory, "error": _error}
-    if any("launches" in record and record["launches"] is not None for row in cases for record in row.values()):
-        beside_eager["launches"] = _launches
-    titles = (*suite.columns, "time", *(f"{name} takes" for name in others), yardstick)
-    lines = [(*titles, *(f"{name} (eager)" for name in beside_eager))]
+    held = partial(_held, measured=measured, form=form)
+    if not narrow:
+        columns[yardstick] = held
+        for name, cell in _COMPARED.items():
+            if name != "launches" or any(record.get(name) is not None for row in cases for record in row.values()):
+                columns[f"{name} (eager)"] = partial(_with_eager, cell=cell)
+    elif any(held(row) != NONE for row in cases):
+        columns[_SHORT.get(yardstick, yardstick)] = held
+    return markdown([tuple(columns), *(tuple(cell(row) for cell in columns.values()) for row in cases)])
+
+
+def _by_kind(heading: str, cases: Sequence[Row], suite: Suite) -> list[Section]:
+    """A section in parts whose headings tell the pass and the dtype of their cases."""
+    parts: dict[str, list[Row]] = {}
     for row in cases:
-        some, fused, eager = next(iter(row.values())), row.get("fused"), row.get("eager")
-        held = measured(row) if fused else None
-        lines.append(
-            (
-                *(cell(some) for cell in suite.columns.values()),
-                _time(fused),
-                *(_times(ratio(row, name), suite.decimals) for name in others),
-                NONE if held is None else form.format(held),
-                *(f"{cell(fused)} ({cell(eager)})" for cell in beside_eager.values()),
-            )
-        )
-    return markdown(lines)
+        kind = [suite.columns[title](_any(row)) for title in _KIND if title in suite.columns]
+        parts.setdefault(", ".join([heading.removesuffix(":"), *kind]) + ":", []).append(row)
+    return list(parts.items())
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -79,11 +109,34 @@ def caption(result: Result) -> str:
     return f"{where}; copies at {result['copy_bandwidth_gbs']:.1f} GB/s. Measured by `{about['command']}`."
 
 
-def _time(record: Record | None) -> str:
+def _any(row: Row) -> Record:
+    """One of the records of a case; they have its labels in common."""
+    return next(iter(row.values()))
+
+
+def _of_any(cell: Callable[[Record], str]) -> Callable[[Row], str]:
+    return lambda row: cell(_any(row))
+
+
+def _times_of(row: Row, name: str, decimals: int) -> str:
+    return _times(ratio(row, name), decimals)
+
+
+def _held(row: Row, measured: Callable[[Row], float | None], form: str) -> str:
+    held = measured(row) if "fused" in row else None
+    return NONE if held is None else form.format(held)
+
+
+def _with_eager(row: Row, cell: Callable[[Record | None], str]) -> str:
+    return f"{cell(row.get('fused'))} ({cell(row.get('eager'))})"
+
+
+def _time(record: Record | None, spread: bool = True) -> str:
     if record is None:
         return NONE
     unit, scale = ("ms", 1e3) if record["median_us"] >= 1e3 else ("µs", 1.0)
-    return f"{record['median_us'] / scale:.2f} ± {record['iqr_us'] / scale / 2:.2f} {unit}"
+    half_range = f" ± {record['iqr_us'] / scale / 2:.2f}" if spread else ""
+    return f"{record['median_us'] / scale:.2f}{half_range} {unit}"
 
 
 def _times(ratio: float | None, decimals: int) -> str:
@@ -106,6 +159,10 @@ def _error(record: Record | None) -> str:
 def _launches(record: Record | None) -> str:
     count = record.get("launches") if record else None
     return NONE if count is None else str(count)
+
+
+_COMPARED = {"memory": _memory, "error": _error, "launches": _launches}
+"""What a table gives for our op and for eager, by title."""
 
 
 # ---- picture ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wakesleep_ext.usage import UsageError
+from wakesleep_ext.usage import picture_format
 
 if TYPE_CHECKING:
     from wakesleep_ext.check.problems import Answer
@@ -19,13 +19,13 @@ def check(quick: bool = False, json: bool = False, plot: Path | None = None) -> 
     Args:
         quick: Train for a quarter of the time, half a minute in all, to the same tolerances.
         json: Print one JSON object instead of a table.
-        plot: Draw the histograms of simulation-based calibration to this file, a PNG.
+        plot: Draw the histograms of simulation-based calibration to this file: .png, .pdf or .svg.
     """
     from wakesleep_ext.check import calibration, problems
     from wakesleep_ext.report import plots
 
-    if plot and plot.suffix != ".png":
-        raise UsageError(f"expected --plot to name a .png file, got {plot}")
+    if plot:
+        picture_format(plot, "--plot")
     form, answers = problems.Check(quick=quick, ranks={}), []
     if not json:
         print(_ROW.format("problem", "quantity", "expected", "got", "tolerance", ""))

@@ -82,8 +82,8 @@ def sleep_phi_loss(
     .. math:: -\frac1N\sum_n \log q_\phi(z_n \mid x_n),
         \qquad z_n \sim p(z),\; x_n \sim p_\theta(x \mid z_n)
 
-    Over phi, it has the same minimum as the mean of KL(p(z|x) || q(z|x)) over dreams, the reverse of the ELBO's
-    direction (Hinton et al. 1995).
+    Minimising it over phi minimises the mean of KL(p(z|x) || q(z|x)) over dreams, the reverse of the ELBO's direction
+    (Hinton et al. 1995).
 
     Args:
         recognition: the network to train.

@@ -21,7 +21,6 @@ def draw_dreams(path: Path, machine: HelmholtzMachine, shape: tuple[int, int], c
     with torch.no_grad():
         latents, _ = machine.dream(count, keys=_keys(machine.generative, seed))
         means = machine.generative.pixel_means(latents[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
     plots.samples(path, means, shape)
 
 

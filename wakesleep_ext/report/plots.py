@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wakesleep_ext._files import write_atomically
 from wakesleep_ext.evaluation.bounds import ACTIVE, Evaluation
+from wakesleep_ext.usage import picture_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 _DPI = 150
 _LEAST_ACTIVITY = 1e-5  # lower limit of the plot; smaller or negative estimates are drawn here
 _WAKE, _SLEEP, _TEST, _BASELINE = "#c2571a", "#35478c", "#1b7f5c", "#8a8a8a"
+_NO_DATE: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 _LOSSES = (
     ("wake_loss", "Wake: generative network", "nats per image", _WAKE),
     ("wake_phi_loss", "Wake: recognition network", "nats per image", _SLEEP),
@@ -114,13 +118,14 @@ def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> 
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(ranks), 2.8), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(3.4 * len(ranks), 3.2), dpi=_DPI, layout="constrained")
     for axes, (name, values) in zip(figure.subplots(1, len(ranks), squeeze=False)[0], ranks.items(), strict=True):
         expected = len(values) / num_ranks
         spread = 2.58 * math.sqrt(expected * (1 - 1 / num_ranks))
         axes.bar(range(num_ranks), values.bincount(minlength=num_ranks).tolist(), width=1, color=_SLEEP, alpha=0.7)
-        axes.axhspan(expected - spread, expected + spread, color=_BASELINE, alpha=0.4)
-        _label(axes, name, "dreams", "rank")
+        band = axes.axhspan(expected - spread, expected + spread, color=_BASELINE, alpha=0.4)
+        _label(axes, name, "dreams per rank", f"rank among {num_ranks - 1} posterior samples")
+    figure.legend([band], ["99% of counts if ranks are uniform"], loc="outside lower center", frameon=False, fontsize=9)
     _save(path, figure)
 
 
@@ -200,6 +205,13 @@ def _save_mosaic(path: Path, mosaic: Tensor) -> None:
 
 
 def _save(path: Path, figure: Figure) -> None:
+    """Write the figure in the format that the suffix of the file names."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure).print_png(path)
+    kind = picture_format(path)
+    picture = io.BytesIO()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):  # the same figure is the same file
+        FigureCanvasAgg(figure).print_figure(picture, format=kind, dpi=_DPI, metadata=_NO_DATE.get(kind))
+    write_atomically(path, picture.getvalue())

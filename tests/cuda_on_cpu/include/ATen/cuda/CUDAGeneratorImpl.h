@@ -5,7 +5,7 @@
 
 namespace at {
 
-// The CPU's generator, with the one method that the kernels use of a GPU's.
+// The CPU generator, with the one method of a CUDA generator that the kernels use.
 struct CUDAGeneratorImpl : CPUGeneratorImpl {
   PhiloxCudaState philox_cuda_state(uint64_t increment) {
     TORCH_CHECK(increment % 4 == 0, "the offset of a CUDA generator grows by multiples of 4");

@@ -1,9 +1,9 @@
 // Every operator of the library: the table of contents of csrc/.
 //
-// Parameters come first, then the value. The last dimension is the event, K latent or D observed; B are batch
-// dimensions and S sample dimensions, of any number. An operator X is implemented in cpu/X.cpp and cuda/X.cu, its
-// gradient in autograd/X.cpp; X_backward stands beside X, and returns the gradients of mu and logvar packed. What they
-// compute and accept is documented in wakesleep_ext/ops.py, the functions people call.
+// Parameters come before the value. The last dimension is the event, K latent or D observed. B stands for batch
+// dimensions and S for sample dimensions, any number of each. An operator X is implemented in cpu/X.cpp and cuda/X.cu,
+// and its gradient in autograd/X.cpp. X_backward is in the same files as X, and returns the gradients of mu and logvar
+// packed. wakesleep_ext/ops.py documents the public functions.
 #include "registration.h"
 
 #include <torch/library.h>
@@ -17,24 +17,24 @@ enum class Kind { kernel, reads_generator, composite };
 
 struct Operator {
   const char* schema;
-  Kind kind = Kind::kernel;  // a composite one is made of others, and has no kernels of its own
+  Kind kind = Kind::kernel;  // a composite calls other operators and has no kernels
 };
 
 constexpr Operator kOperators[] = {
     // keys: int64 [seed, offset] on the device of `like`
     {"draw_key(Tensor like, *, Generator? generator=None) -> Tensor", Kind::reads_generator},
 
-    // the halves of [mu | logvar]; their gradients come back packed
+    // splits [mu | logvar]; the gradients of the halves come back packed
     {"gaussian_parameters(Tensor(a) packed) -> (Tensor(a), Tensor(a))", Kind::composite},
 
-    // draws, functions of their key
+    // draws: functions of their key
     {"gaussian_rsample(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> Tensor"},
     {"gaussian_rsample_log_prob(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> (Tensor, Tensor)"},
     {"gaussian_rsample_backward(Tensor? grad_z, Tensor? grad_log_prob, Tensor mu, Tensor logvar, Tensor key, "
      "SymInt[] sample_shape) -> Tensor"},
     {"bernoulli_sample(Tensor logits, Tensor key, SymInt[] sample_shape, ScalarType? dtype=None) -> Tensor"},
 
-    // images grey [N, D] of uint8, those of an index [B]
+    // binary images from grey ones [N, D] of uint8, optionally from the rows in index [B]
     {"binarize(Tensor grey, Tensor key, int white=255, Tensor? index=None, ScalarType? dtype=None) -> Tensor"},
 
     // densities, summed over the event
@@ -48,32 +48,32 @@ constexpr Operator kOperators[] = {
     {"bernoulli_log_prob(Tensor logits, Tensor x) -> Tensor"},
     {"bernoulli_log_prob_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor"},
 
-    // layers f(h weight^T + bias), each of which gets what the one before returns: h [*B, H], weight [D, H], bias [D]
+    // layers f(h weight^T + bias), applied in sequence: h [*B, H], weight [D, H], bias [D]
     {"mlp(Tensor h, Tensor[] weights, Tensor[] biases, str? activation=None, str? output_activation=None) "
      "-> Tensor"},
-    // also what every layer but the last returns, [N, D]
+    // also returns the output [N, D] of every layer except the last
     {"mlp_with_hidden(Tensor h, Tensor[] weights, Tensor[] biases, str? activation, str? output_activation) "
      "-> (Tensor, Tensor[])"},
     {"mlp_backward(Tensor grad, Tensor output, Tensor[] hidden, Tensor h, Tensor[] weights, Tensor[] biases, "
      "str? activation, str? output_activation, bool with_grad_h, bool with_grad_weights) "
      "-> (Tensor, Tensor[], Tensor[])"},
 
-    // a Bernoulli head, its logits being h weight^T + bias: h [*S, *B, H], weight [D, H], bias [D], x [*B, D]
+    // a Bernoulli head with logits h weight^T + bias: h [*S, *B, H], weight [D, H], bias [D], x [*B, D]
     {"linear_bernoulli_sample(Tensor h, Tensor weight, Tensor bias, Tensor key, ScalarType? dtype=None) -> Tensor"},
     {"linear_bernoulli_log_prob(Tensor h, Tensor weight, Tensor bias, Tensor x, bool? recompute=None) -> Tensor"},
-    // also the logits, but for the bias, if they take no more than kept_bytes; otherwise none of them
+    // also returns the logits without their bias if they take at most kept_bytes, otherwise an empty tensor
     {"linear_bernoulli_log_prob_and_logits(Tensor h, Tensor weight, Tensor bias, Tensor x, int kept_bytes) "
      "-> (Tensor, Tensor)"},
     {"linear_bernoulli_log_prob_backward(Tensor grad, Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? logits, "
      "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor)"},
-    // sum_n sample_weight_n log p(x_n | h_n); the gradients that go with it
+    // sum_n sample_weight_n log p(x_n | h_n), and the op that forms its gradients
     {"linear_bernoulli_log_prob_sum(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight=None) "
      "-> Tensor",
      Kind::composite},
     {"linear_bernoulli_log_prob_and_gradients(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight, "
      "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)"},
 
-    // a step of an optimizer: tensors of any shapes, all in one pass
+    // a step of an optimizer, for tensors of any shapes in one call
     {"adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor step, "
      "Tensor lr, float beta1, float beta2, float eps) -> ()"},
 };
@@ -91,7 +91,7 @@ TORCH_LIBRARY(wakesleep_ext, m) {
 namespace wakesleep {
 
 Registration::Registration(c10::DispatchKey key, void (*implement)(Registrar&), const char* file, uint32_t line) {
-  static std::vector<torch::Library> registered;  // for as long as this library is loaded
+  static std::vector<torch::Library> registered;  // lives as long as the library is loaded
   registered.emplace_back(torch::Library::IMPL, "wakesleep_ext", key, file, line);
   Registrar registrar(registered.back());
   implement(registrar);
@@ -106,8 +106,8 @@ void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
   C10_THROW_ERROR(NotImplementedError,
                   op.operator_name().name +
                       ": got a CUDA tensor, but wakesleep_ext was built without CUDA. Install the CUDA toolkit of "
-                      "this torch (nvcc on the PATH, or CUDA_HOME set) and reinstall: "
-                      "WAKESLEEP_FORCE_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir wakesleep_ext");
+                      "this torch (nvcc on the PATH, or CUDA_HOME set), and reinstall with WAKESLEEP_FORCE_CUDA=1 in "
+                      "front of the command that `wakesleep info` names");
 }
 
 }  // namespace
