@@ -93,8 +93,13 @@ def write(results: dict[str, Any], to: Path = RESULTS) -> None:
     to.mkdir(parents=True, exist_ok=True)
     write_atomically(to / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     write_atomically(to / "README.md", page(results).encode())
-    curves = {name: _mean_curve(records) for name, records in _by_objective(results).items()}
-    plots.comparison(to / "curves.png", curves)
+    runs = _by_objective(results)
+    curves = {name: _mean_curve(records) for name, records in runs.items()}
+    bounds = {
+        "NLL, $K = 5000$": {name: [record["nll"] for record in records] for name, records in runs.items()},
+        "$-$ELBO": {name: [-record["elbo"] for record in records] for name, records in runs.items()},
+    }
+    plots.comparison(to / "curves.png", curves, bounds)
 
 
 def page(results: dict[str, Any]) -> str:
@@ -110,7 +115,7 @@ def page(results: dict[str, Any]) -> str:
 with step size 1e-3 falling to 1e-4 exponentially and ε = 1e-4, 100 epochs. Nats per image of the 10,000 test images,
 binarised once from a fixed seed: the bound with K = 5000 samples, and the ELBO of the same samples.
 
-![Test -ELBO over the epochs](curves.png)
+![Test -ELBO over the epochs, and next to it the NLL and -ELBO of each run](curves.png)
 
 {markdown(lines)}
 

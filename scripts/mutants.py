@@ -233,7 +233,7 @@ def check_baseline(faults: Sequence[Fault]) -> None:
 
 def key_of(fault: Fault) -> str:
     """The key of a result: it changes with the fault, its file and its tests."""
-    shared = ("wakesleep_ext/_table.py", "tests/cases.py", "tests/conftest.py")
+    shared = ("wakesleep_ext/_op_table.py", "tests/cases.py", "tests/conftest.py")
     files = (fault.file, shlex.split(fault.tests)[0], *shared)
     content = b"".join((ROOT / file).read_bytes() for file in files)
     return hashlib.sha256(repr(fault).encode() + content).hexdigest()

@@ -1,4 +1,4 @@
-"""The sample inputs that the tests walk, for the ops of `wakesleep_ext/_table.py`.
+"""The sample inputs that the tests walk, for the ops of `wakesleep_ext/_op_table.py`.
 
 A Case is an op with inputs of given shapes and dtypes. Inputs are drawn from a seed in float64 and rounded, so that
 the same case at another dtype has the same inputs up to rounding.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import wakesleep_ext as ws
 from wakesleep_ext import ops, reference
-from wakesleep_ext._table import OPS, Op, Sizes, values
+from wakesleep_ext._op_table import OPS, Op, Sizes, values
 
 KEY_SEED = 0x9E3779B97F4A7C15 - 2**64  # any 64 bits
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from wakesleep_ext import cli, ops
-from wakesleep_ext._table import OPS
+from wakesleep_ext._op_table import OPS
 from wakesleep_ext.benchmark import goals, measure, report, run
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.command import bench

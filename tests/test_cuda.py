@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 import wakesleep_ext as ws
-from wakesleep_ext._table import FLOATING
+from wakesleep_ext._op_table import FLOATING
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)

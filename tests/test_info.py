@@ -15,7 +15,7 @@ from torch import Tensor
 
 import wakesleep_ext as ws
 from wakesleep_ext import cli, info, ops, selftest
-from wakesleep_ext._table import OPS
+from wakesleep_ext._op_table import OPS
 
 
 def test_facts() -> None:

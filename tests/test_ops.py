@@ -9,7 +9,7 @@ from torch import Tensor
 
 import wakesleep_ext as ws
 from wakesleep_ext import ops, reference
-from wakesleep_ext._table import FLOATING
+from wakesleep_ext._op_table import FLOATING
 
 # What float32 arithmetic may cost, whatever the dtype of the inputs: half types are computed in float32, and only
 # samples and gradients are rounded to their dtype.

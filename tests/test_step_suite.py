@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep_ext import cli, ops
-from wakesleep_ext._table import OPS
+from wakesleep_ext._op_table import OPS
 from wakesleep_ext.benchmark import goals, measure, report, run, step_suite
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.op_suite import TRAFFIC

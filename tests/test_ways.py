@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import wakesleep_ext as ws
 from wakesleep_ext import reference
-from wakesleep_ext._table import OPS
+from wakesleep_ext._op_table import OPS
 
 Tensors = tuple[Tensor, ...]
 Way = Callable[[Case, str], None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import _build, ops, random, reference
-from wakesleep_ext._table import OPS, Op, Sizes, values
+from wakesleep_ext._op_table import OPS, Op, Sizes, values
 
 _SIZES = Sizes((3,), batch=5, event=131, features=17)  # odd widths: full vectors and a remainder
 _KEY = random.make_key(7)

@@ -17,7 +17,7 @@ from cases import SHAPES, SMALL, Case, make_key
 from emulation import count_launches, cuda_kernels, device_tests, operators
 
 import wakesleep_ext as ws
-from wakesleep_ext._table import FLOATING
+from wakesleep_ext._op_table import FLOATING
 
 pytestmark = pytest.mark.source_tree
 

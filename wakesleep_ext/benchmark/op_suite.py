@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import ops, reference
-from wakesleep_ext._table import OPS, Op, Sizes, values
-from wakesleep_ext.benchmark import distributions, eager
+from wakesleep_ext._op_table import OPS, Op, Sizes, values
+from wakesleep_ext.benchmark.baselines import eager, torch_distributions
 from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
 from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite, shape
@@ -152,7 +152,7 @@ class OpCase(Case[Inputs]):
         if candidate == "fused":
             return self._bind(ops)
         if candidate == "distributions":
-            return self._in_float32(self._bind(distributions))
+            return self._in_float32(self._bind(torch_distributions))
         by_hand = self._in_float32(self._bind(eager))
         if candidate == "eager":
             return by_hand

@@ -201,6 +201,7 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
             # bars that start from 1: a loss points to the left
             name, colour = _BARS[candidate]
             axes.barh(heights, [s - 1 for s in speedups], 0.93 * width, 1, color=colour, label=name)
+            axes.plot(speedups, heights, "o", color=colour, markersize=3.5)  # a bar of exactly 1 has no length
             if candidate == "fused":
                 for at, speedup in zip(heights, speedups, strict=True):
                     beyond = f" {_times(speedup, suite.decimals)}"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from wakesleep_ext.benchmark import distributions, eager
+from wakesleep_ext.benchmark.baselines import eager, torch_distributions
 from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
 from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite
@@ -169,7 +169,7 @@ def _cases(case: type[StepCase], quick: bool) -> Iterator[StepCase]:
 def _losses(candidate: str) -> tuple[_Loss, _Loss]:
     """Return an implementation's wake loss and sleep loss."""
     if candidate == "distributions":
-        return distributions.wake_loss, distributions.sleep_loss
+        return torch_distributions.wake_loss, torch_distributions.sleep_loss
     if candidate == "eager":
         return eager.wake_loss, eager.sleep_loss
     torch.compiler.reset()  # otherwise later shapes would reach the recompilation limit and run uncompiled

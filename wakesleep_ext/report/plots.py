@@ -88,23 +88,34 @@ def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: floa
     _save(path, figure)
 
 
-def comparison(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
-    """Draw the test losses of several runs in one plot.
+def comparison(
+    path: Path, curves: Mapping[str, Sequence[float]], bounds: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
+    """Draw the test losses of several runs over the epochs, and next to them the bounds that the runs reach.
 
     Args:
         path: the file to write.
-        curves: -ELBO after each epoch, in nats per image, by the name of the run.
+        curves: -ELBO after each epoch, in nats per image, by the name of the objective.
+        bounds: by the label of a bound, its value in each run, in nats per image, by the name of the objective.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4), dpi=_DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, label=name)
+        left.plot(range(1, len(values) + 1), values, label=name)
     last = [values[-1] for values in curves.values()]
-    axes.set_ylim(min(last) - 1, max(last) + 12)
-    axes.legend(frameon=False)
-    _label(axes, "Test: $-$ELBO", "nats per image")
+    left.set_ylim(min(last) - 1, max(last) + 12)
+    left.legend(frameon=False)
+    _label(left, "Test: $-$ELBO", "nats per image")
+
+    for (label, by_name), marker, color in zip(bounds.items(), ("o", "D"), (_TEST, _WAKE), strict=True):
+        places = [(value, place) for place, name in enumerate(curves) for value in by_name[name]]
+        right.plot(*zip(*places, strict=True), marker, color=color, fillstyle="none", label=label)
+    right.set_yticks(range(len(curves)), list(curves))
+    right.invert_yaxis()
+    right.legend(frameon=False, loc="lower right")
+    _label(right, "Test, after the last epoch, each run", "", "nats per image")
     _save(path, figure)
 
 

@@ -1,0 +1,1 @@
+"""The implementations that the benchmark compares the package with; one module each."""
