@@ -90,7 +90,7 @@ def extension_and_commands() -> dict[str, Any]:
             (ROOT / "build" / "last-build").write_text(plan.summary + "\n")
 
     csrc = ROOT / "csrc"
-    patterns = ["*.cpp", "cpu/*.cpp"]  # autograd.cpp includes autograd/*.cpp
+    patterns = ["*.cpp", "cpu/*.cpp", "runtime/*.cpp"]  # autograd.cpp includes autograd/*.cpp
     cxx_flags = [*CXX_FLAGS, *OPENMP_FLAGS]
     nvcc_flags = [*NVCC_FLAGS]
     include_dirs: list[str] = []

@@ -4,8 +4,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include "recording.h"
-#include "watch.h"
+#include "runtime/recording.h"
+#include "runtime/watch.h"
 
 namespace {
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext import random
-from wakesleep_ext._registrations import call
+from wakesleep_ext._registrations.functorch import call
 
 __all__ = [
     "adam_",
