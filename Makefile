@@ -1,6 +1,6 @@
-# make train   an environment, compiled kernels, and a Helmholtz machine trained on the digits (runs/digits)
-# make test    the same environment, and the everyday tests in it
-# make help    the rest
+# make train   makes an environment, compiles the kernels and trains a Helmholtz machine on the digits (runs/digits)
+# make test    makes the same environment and runs the everyday tests
+# make help    lists all targets
 
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
@@ -14,7 +14,7 @@ ON_EVERY_CORE := --numprocesses auto --dist loadgroup
 PIP := -m pip install --quiet --disable-pip-version-check
 EXTRAS := train test lint docs examples
 BUILD_TOOLS := setuptools wheel ninja pybind11
-# The packages of an extra. pyproject.toml lists each extra on one line.
+# Returns the packages of an extra. pyproject.toml lists each extra on one line.
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
@@ -29,19 +29,19 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make test-thorough  runs every test, the sanitizers and the CUDA build, in an hour or two"
 	@echo "make mutants     plants one fault at a time and checks that a test fails, in 90 minutes; ONLY selects faults"
-	@echo "make lint        ruff, mypy, clang-format"
-	@echo "make format      rewrites the sources as ruff and clang-format would have them"
+	@echo "make lint        runs ruff, mypy and clang-format"
+	@echo "make format      formats the sources with ruff and clang-format"
 	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and docs/benchmarks.md"
 	@echo "make readme      updates the tables and pictures of README.md and docs/benchmarks.md from committed results"
 	@echo "make mnist       trains every objective on the MNIST in the folder DATA, in hours; writes benchmarks/results/mnist"
 	@echo "make docs        builds the documentation, build/docs/index.html; a warning is an error"
 	@echo "make cuda-check  compiles the CUDA kernels for CUDA_ARCHITECTURES and checks their machine code; needs nvcc, no GPU"
-	@echo "make cuda-test   also runs the everyday tests with the CUDA build, on a GPU where there is one"
+	@echo "make cuda-test   also runs the everyday tests with the CUDA build, on a GPU if there is one"
 	@echo "make cuda-on-cpu-asan  runs the CUDA kernels on the CPU under the address and undefined-behaviour sanitizers"
 	@echo "make cuda-on-cpu-asan-subset  the same for the tests that .ci/run requires"
 	@echo "make sass-report prints registers, spills and loads of every kernel; needs nvcc, no GPU"
 	@echo "make gpu-check   builds, tests, sanitizes and measures on a GPU; OUT names the folder for the results"
-	@echo "make clean       removes what was built, not the environments"
+	@echo "make clean       removes build products, but not the environments"
 
 train: $(VENV)/.installed
 	@echo "Training a Helmholtz machine on the digits (half a minute)"
@@ -81,9 +81,9 @@ benchmark: $(VENV)/.installed
 readme: $(VENV)/.installed
 	$(VENV)/bin/python scripts/update_readme.py
 
-# Checks addresses and undefined behaviour in every kernel, as the tests run it on the CPU. Python loads the instrumented
-# library, so the sanitizers' own are preloaded; leaks would be Python's. The subset runs every kernel in float32 under
-# the shuffled schedule. The whole leaves out the tests that call an op many times over.
+# Checks addresses and undefined behaviour in every kernel as the tests run it on the CPU. Python loads the instrumented
+# library, so the sanitizer runtimes are preloaded. Leaks are ignored, as they would be Python's. The subset runs every
+# kernel in float32 with the shuffled schedule. The full run excludes tests that call an op many times.
 SANITIZED_SUBSET := shuffled and (values_and_gradients and float32 or a_step_is_that or rows_apart or layer_in_several_chunks) \
 	or emulator
 SANITIZED := not gradcheck and not opcheck and not every_way
@@ -94,7 +94,7 @@ cuda-on-cpu-asan cuda-on-cpu-asan-subset: $(VENV)/.installed $(VENV)/.test
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) --capture=sys -k "$(SANITIZED)" tests/cuda_on_cpu
 
-# The checks run from the tests' folder, so that they find the installed wheel rather than the source tree.
+# The checks run in the tests folder, so that Python imports the installed wheel rather than the source tree.
 cuda-check: $(CUDA_VENV)/.installed
 	@cd tests && ../$(CUDA_VENV)/bin/python ../scripts/cuda_check.py
 	@cd tests && ../$(CUDA_VENV)/bin/pytest -q -c ../pyproject.toml --rootdir . test_machine_code.py
@@ -114,7 +114,7 @@ docs: $(VENV)/.installed $(VENV)/.test $(VENV)/.docs
 mnist: $(VENV)/.installed
 	$(VENV)/bin/python scripts/mnist_objectives.py --data $(DATA) --runs runs/mnist
 
-# With the torch that $(PYTHON) has: on a machine with a GPU nothing need be fetched.
+# Uses the torch of $(PYTHON), so that a computer with a GPU downloads nothing.
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py
 
@@ -138,7 +138,7 @@ $(VENV)/.installed: $(VENV)/.environment $(VENV)/.train $(SOURCES)
 	@$(VENV)/bin/python $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Everything as in the other environment, but for a torch that has CUDA in it.
+# The same packages as in the other environment, except for a torch with CUDA.
 $(CUDA_VENV)/.environment: constraints.txt pyproject.toml
 	@echo "Installing a torch with CUDA into $(CUDA_VENV) (several GB, minutes)"
 	@test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)

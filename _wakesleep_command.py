@@ -1,6 +1,6 @@
-"""The `wakesleep` command, a module next to the package.
+"""The `wakesleep` command, in a module outside the package.
 
-`wakesleep info` answers where the package does not import, and `--help` and `--version` where torch is not imported.
+So `wakesleep info` works if the package cannot be imported, and `--help` and `--version` do not import torch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _EXTRA_PACKAGES = {
     "typeguard": "typeguard",
     "tyro": "tyro",
 }
-"""The modules of the extra `train`, and the packages that they come from."""
+"""The modules that the extra `train` provides, and their packages."""
 
 
 def main() -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     if sys.argv[1:] == ["info"]:
         package = find_spec("wakesleep_ext")  # found, not imported
         assert package is not None
@@ -52,10 +52,10 @@ def main() -> int:
 
 
 def _put_in_place(name: str) -> Callable[[], None]:
-    """Make a package's modules importable before its `__init__.py` has run, which imports torch.
+    """Make a package's modules importable without running its `__init__.py`, which imports torch.
 
     Returns:
-        What runs it.
+        A function that runs `__init__.py`.
     """
     if name in sys.modules:
         return lambda: None

@@ -1,7 +1,7 @@
-"""A Gaussian policy in a policy-gradient update: `python examples/gaussian_policy.py`.
+"""Train a Gaussian policy by policy gradients: `python examples/gaussian_policy.py`.
 
-A point mass in several dimensions is to be driven to the origin. The policy's log-probabilities and entropy come from
-`torch.distributions`, or with one line changed from the fused ops; both are trained side by side, taking turns.
+The policy learns to drive a point mass in several dimensions to the origin. Log-probabilities and entropy come from
+`torch.distributions` or, with one line changed, from the fused ops. Both versions train in alternating steps.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def fused(mu: Tensor, logvar: Tensor) -> Distribution:
 
 
 class Policy(nn.Module):
-    """Force on the mass, given its position and velocity."""
+    """The distribution of the force on the mass, given its position and velocity."""
 
     def __init__(self, distribution: Callable[[Tensor, Tensor], Distribution]) -> None:
         super().__init__()
         self.distribution = distribution
         self.mean = nn.Linear(2 * DIMENSIONS, DIMENSIONS)
-        nn.init.zeros_(self.mean.weight)  # no force at first: a random one would drive the mass away, ever faster
+        nn.init.zeros_(self.mean.weight)  # random initial forces would make the mass diverge
         nn.init.zeros_(self.mean.bias)
         self.logvar = nn.Parameter(torch.full((DIMENSIONS,), -1.0))
 
@@ -45,7 +45,7 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def play(policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
-    """States, actions and discounted returns, `[HORIZON, EPISODES, ...]`."""
+    """Return states, actions and discounted returns, `[HORIZON, EPISODES, ...]`."""
     position, velocity = torch.randn(2, EPISODES, DIMENSIONS)
     states, actions, rewards = [], [], []
     for _ in range(HORIZON):
@@ -61,7 +61,7 @@ def play(policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss(policy: Policy, states: Tensor, actions: Tensor, returns: Tensor) -> Tensor:
-    """REINFORCE with a baseline for each moment, and a bonus for entropy."""
+    """Return the REINFORCE loss with a baseline for each time step and an entropy bonus."""
     advantage = (returns - returns.mean(1, keepdim=True)) / returns.std()
     action = policy(states)
     return -(advantage * action.log_prob(actions)).mean() - 1e-3 * action.entropy().mean()

@@ -1,4 +1,4 @@
-"""Training under Lightning, with eager losses and with the fused ops: `python examples/lightning_vae.py`."""
+"""Train a VAE in Lightning, with eager losses and with the fused ops: `python examples/lightning_vae.py`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class VAE(lightning.LightningModule):
 
 
 class FusedVAE(VAE):
-    """With fused layers and heads in the place of the linear ones, and the state dict of the other."""
+    """The same VAE with fused layers and heads; its state dict has the same keys."""
 
     def __init__(self, pixels: int) -> None:
         super().__init__(pixels)

@@ -1,8 +1,7 @@
-"""A variational autoencoder as people write it, and with two lines changed: `python examples/mnist_vae.py`.
+"""Time a typical variational autoencoder before and after changing two lines: `python examples/mnist_vae.py`.
 
-Both are trained on the same batches by torch's Adam, taking turns of some steps, which are timed; the steps of the
-second are recorded once and replayed. `--data` names a folder of MNIST's IDX files; without it scikit-learn's small
-digits are taken.
+Both versions train on the same batches with torch's Adam, alternating every 50 steps. The second records its step once
+and replays it. `--data` names a folder of MNIST's IDX files; by default, scikit-learn's small digits are used.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import wakesleep_ext as ws
 from wakesleep_ext.replay import Replay
 from wakesleep_ext.training.data import DIGITS, load
 
-TURN = 50  # steps: somebody's model has the processor's caches to itself, too
+TURN = 50  # steps, so that each model runs with warm caches, as it would alone
 
 
 class VAE(nn.Module):
@@ -46,7 +45,7 @@ class FusedVAE(VAE):
 
 
 def step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
-    """A step of training; the loss."""
+    """Take a training step and return the loss."""
     optimizer.zero_grad()
     loss = model.loss(x)
     loss.backward()

@@ -1,6 +1,6 @@
-"""A variational autoencoder in Pyro, with its own distributions and with ours: `python examples/pyro_vae.py`.
+"""Train a variational autoencoder in Pyro, with its distributions and with ours: `python examples/pyro_vae.py`.
 
-Model and guide are the same; only the classes differ. They are trained on small digits, taking turns.
+Model and guide are the same; only the distribution classes differ. Both train on small digits in alternating steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shows that the installed package was built with CUDA and that every operator has a CUDA kernel; needs no GPU."""
+"""Check that the installed package was built with CUDA and every operator has a CUDA kernel. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main() -> int:
     missing = []
     for name in names:
         if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
-            print(f"{name:55} made of others")
+            print(f"{name:55} composed of other operators")
             continue
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
         print(f"{name:55} {'CUDA' if has_kernel else 'no CUDA kernel'}")

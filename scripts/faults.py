@@ -1,6 +1,6 @@
-"""Lists the faults that `make mutants` plants, by area. Each changes one line, and with it a result.
+"""List the faults that `make mutants` plants, by area. Each one changes one line, and thereby a result.
 
-`before` occurs once in its file. `tests` are the arguments of pytest: the everyday tests that should notice.
+`before` occurs once in its file. `tests` holds the pytest arguments of the everyday tests that should fail.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """A line of code that is replaced by a wrong one."""
+    """A line of code, and the wrong line that replaces it."""
 
     name: str
     file: str
@@ -20,12 +20,12 @@ class Fault:
 
     @property
     def is_compiled(self) -> bool:
-        """The fault is in C++ or CUDA."""
+        """True if the fault is in C++ or CUDA."""
         return self.file.startswith("csrc/")
 
     @property
     def changes_extension(self) -> bool:
-        """Whether to build the extension again. Tests compile CUDA kernels and `elementary.h` themselves."""
+        """True if the extension must be rebuilt. Tests compile CUDA kernels and `elementary.h` themselves."""
         return self.is_compiled and not self.file.startswith("csrc/cuda/") and self.file != "csrc/elementary.h"
 
 

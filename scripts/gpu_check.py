@@ -1,8 +1,8 @@
-"""Builds the package on a machine with a GPU, tests it there, sanitizes it and measures it: `make gpu-check`.
+"""Build, test, sanitize and benchmark the package on a computer with a GPU: `make gpu-check`.
 
-Needs no network: only the torch, nvcc and pytest that are there. Writes `gpu-check.json`, a `gpu-check.log` of
-everything that was printed, and `benchmark.json` into the folder that the environment variable OUT names. Exits with 0
-if every step passed, with 1 if one failed, and with 2, after one line, where it cannot begin.
+Needs an installed torch, nvcc and pytest, but no network. Writes `gpu-check.json`, all output as `gpu-check.log`, and
+`benchmark.json` to the folder in the environment variable OUT. Exits with 0 if every step passed, 1 if a step failed,
+and 2 with a one-line reason if the check cannot start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = 9 * 60.0  # seconds, for all of it
+BUDGET = 9 * 60.0  # seconds for all steps
 
 DEVICE_TESTS = (
     "test_cuda.py",
@@ -35,7 +35,7 @@ DEVICE_TESTS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and how long it may take."""
+    """A command and its time limit."""
 
     name: str
     command: tuple[str, ...]
@@ -43,7 +43,7 @@ class Step:
     cwd: Path = ROOT
     environment: dict[str, str] = field(default_factory=dict)
     required: bool = False
-    """Without it nothing that follows makes sense."""
+    """If it fails, the remaining steps are skipped."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Outcome:
 
 
 def steps(python: str, site: Path, out: Path, capability: str) -> list[Step]:
-    """What is done, in this order; the package is installed into `site`."""
+    """Return the steps in order. The first one installs the package into `site`."""
     installed = {"PYTHONPATH": str(site)}
     tests = ROOT / "tests"
     pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--thorough", "-c", str(ROOT / "pyproject.toml"))
-    # the allocator of CUDA itself, so that every tensor has bounds that a sanitizer knows
+    # without torch's caching allocator, so that the sanitizer knows the bounds of every tensor
     sanitized = {**installed, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     small_pass = (python, str(ROOT / "scripts" / "gpu_small_pass.py"))
-    # called as functions: the command line's own packages may not be there
+    # calls functions, because the packages of the command line may be missing
     bench = (
         "import sys; from pathlib import Path; from wakesleep_ext.benchmark.command import bench; "
         "from wakesleep_ext.benchmark.plan import Plan; from wakesleep_ext.benchmark.result import write; "
@@ -109,7 +109,7 @@ def steps(python: str, site: Path, out: Path, capability: str) -> list[Step]:
 
 
 def run(step: Step, log: TextIO, seconds: float) -> Outcome:
-    """Runs a step for at most so many seconds; what it prints goes to the log and to the terminal."""
+    """Run a step for at most `seconds`. Its output goes to the log, and the last lines to the outcome."""
     command = " ".join(step.command)
     if seconds <= 0 or shutil.which(step.command[0]) is None:
         reason = "no time was left" if seconds <= 0 else f"{step.command[0]}: not found"
@@ -137,7 +137,7 @@ def run(step: Step, log: TextIO, seconds: float) -> Outcome:
 
 
 def run_all(plan: list[Step], log: TextIO, budget: float) -> list[Outcome]:
-    """All steps within the budget; those after a required one that failed are skipped."""
+    """Run all steps within the budget. After a required step fails, the rest are skipped."""
     deadline = time.monotonic() + budget
     outcomes: list[Outcome] = []
     broken = ""
@@ -156,7 +156,7 @@ def run_all(plan: list[Step], log: TextIO, budget: float) -> list[Outcome]:
 
 
 def machine() -> dict[str, str]:
-    """The GPU and the versions, for the record."""
+    """Return the GPU and the software versions."""
     import torch
 
     properties = torch.cuda.get_device_properties(0)
@@ -174,14 +174,14 @@ def machine() -> dict[str, str]:
 
 
 def write(path: Path, record: object) -> None:
-    """All of it or nothing."""
+    """Write a JSON file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(path)
 
 
 def obstacle() -> str | None:
-    """Why the check cannot begin here."""
+    """Return the reason why the check cannot start, or None."""
     if not os.environ.get("OUT"):
         return "OUT is not set: it names the folder that the results are written to"
     try:
@@ -189,7 +189,7 @@ def obstacle() -> str | None:
     except ImportError:
         return f"{sys.executable} has no torch"
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no GPU on this machine"
+        return f"torch {torch.__version__} finds no GPU"
     return None
 
 

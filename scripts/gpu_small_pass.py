@@ -1,6 +1,6 @@
-"""Every op once forward and once backward, at the shapes of the tests: little enough to run under a sanitizer.
+"""Run every op forward and backward on the shapes of the tests, which is small enough for a sanitizer.
 
-Run from the folder of the tests, whose table it walks.
+Run it in the tests folder, because it imports the table of cases there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cases import SHAPES, Case
 
 def main() -> None:
     walk(SHAPES)
-    os.environ["WAKESLEEP_SMALL_BATCH"] = "0"  # as if rows were many
+    os.environ["WAKESLEEP_SMALL_BATCH"] = "0"  # takes the path of large batches
     walk(case for case in SHAPES if case.op.startswith(("linear", "mlp")))
     torch.cuda.synchronize()
 
 
 def walk(cases: Iterable[Case]) -> None:
     for case in cases:
-        if 70 in case.sample_shape:  # more of the same
+        if 70 in case.sample_shape:  # adds no new path
             continue
         for dtype in (torch.float32, torch.bfloat16):
             results = case(*case.inputs(dtype, "cuda", requires_grad=True))

@@ -1,4 +1,4 @@
-"""Which module imports which: prints the longest chain, and every import that points upwards."""
+"""Print the longest chain of imports between modules, and every import from a higher layer."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "wakesleep_ext"
 
 FLOORS = ("", "helmholtz", "evaluation", "training", "report", "benchmark check", "cli")
-"""From the ground up, the ops. A module may import from its own floor and from those below."""
+"""The layers from the bottom, the ops, to the top. A module may import from its own layer and lower ones."""
 
 CHAIN = ("helmholtz", "evaluation", "training", "report", "cli")
-"""Where the length of a chain counts."""
+"""The packages whose chains are measured."""
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its name within the package."""
+    """Return the paths of all modules, by name within the package."""
     files = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
 
 
 @cache
 def imports(module: str) -> tuple[str, ...]:
-    """The modules of the package that a module imports when it runs, anywhere in it."""
+    """Return the modules of the package that a module imports at run time, at any level of its code."""
     known = modules()
     return tuple(sorted({name for name in _imported(known[module]) if name in known} - {module}))
 
@@ -53,13 +53,13 @@ def floor(module: str) -> int:
 
 
 def upward() -> list[str]:
-    """Imports from a floor above."""
+    """Return the imports from a higher layer, as text."""
     return [f"{a} imports {b}" for a in modules() for b in imports(a) if floor(b) > floor(a)]
 
 
 @cache
 def longest_chain(module: str) -> tuple[str, ...]:
-    """From a module down."""
+    """Return the longest chain of imports that starts at a module."""
     chains = [longest_chain(name) for name in imports(module) if name.split(".")[0] in CHAIN]
     return (module, *max(chains, key=len, default=()))
 

@@ -1,8 +1,8 @@
-"""Objectives side by side on MNIST, under one protocol: `make mnist DATA=folder`.
+"""Compare the objectives on MNIST with the same training options: `make mnist DATA=folder`.
 
-Trains what has not been trained yet, goes on with what was interrupted, and writes `benchmarks/results/mnist`: every
-run's figures in `results.json`, a table of them with the commands in `README.md`, learning curves in `curves.png`. It
-takes about an hour and a half for each seed on one CPU thread.
+Trains missing runs, resumes interrupted ones, and writes `benchmarks/results/mnist`: the results in `results.json`, a
+table with the commands in `README.md`, and learning curves in `curves.png`. It takes about an hour and a half per seed
+on one CPU thread.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ PROTOCOL = "--recipe mnist --bound-samples 5000"
 
 
 def train(data: Path, runs: Path, seeds: tuple[int, ...] = (0, 1)) -> None:
-    """Train every objective with every seed, and write the table.
+    """Train every objective with every seed, and write the results.
 
     Args:
         data: Folder of MNIST's IDX files.
-        runs: Where the run folders are; those that are there already are not trained again.
-        seeds: Of the initial weights and of every draw.
+        runs: Folder of the run folders; finished runs in it are not trained again.
+        seeds: Seeds of the initial weights and all draws.
     """
     for seed in seeds:
         for name in OBJECTIVES:
@@ -68,7 +68,7 @@ def finished(run: Path) -> bool:
 
 
 def collect(runs: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """The figures of every run, and the machine at hand, which is taken to be theirs."""
+    """Return the results of every run, with this computer, on which they are assumed to have run."""
     records = []
     for name in OBJECTIVES:
         for seed in seeds:
@@ -89,7 +89,7 @@ def collect(runs: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
 
 
 def write(results: dict[str, Any], to: Path = RESULTS) -> None:
-    """Figures, table and curves."""
+    """Write the results as JSON, table and curves."""
     to.mkdir(parents=True, exist_ok=True)
     write_atomically(to / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     write_atomically(to / "README.md", page(results).encode())
@@ -103,7 +103,7 @@ def write(results: dict[str, Any], to: Path = RESULTS) -> None:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Every run, with its command."""
+    """Return the page with all runs and their commands."""
     lines = [("objective", "seed", "NLL", "-ELBO", "training", "command")]
     for record in results["records"]:
         figures = f"{record['nll']:.2f}", f"{-record['elbo']:.2f}", f"{record['training_minutes']:.0f} min"
@@ -111,29 +111,32 @@ def page(results: dict[str, Any]) -> str:
     about = results["machine"]
     return f"""# Objectives on MNIST
 
-784-200-200-50 and back, tanh, one Gaussian layer; images binarised anew each time they are visited, batch 100, Adam
-with step size 1e-3 falling to 1e-4 exponentially and ε = 1e-4, 100 epochs. Nats per image of the 10,000 test images,
-binarised once from a fixed seed: the bound with K = 5000 samples, and the ELBO of the same samples.
+The model has one Gaussian layer and tanh networks, 784-200-200-50 and back. Training takes 100 epochs with batch size
+100 and Adam (ε = 1e-4), whose learning rate falls exponentially from 1e-3 to 1e-4. Training images are binarised again
+in each epoch. Results are in nats per image on the 10,000 test images, binarised once with a fixed seed. NLL is the
+bound with K = 5000 samples, and the ELBO uses the same samples.
 
-![Test -ELBO over the epochs, and next to it the NLL and -ELBO of each run](curves.png)
+![Test -ELBO by epoch, and the NLL and -ELBO of each run](curves.png)
 
 {markdown(lines)}
 
-{about["processor"]}, {about["simd"]}, {about["threads"]} thread for each run; torch {about["torch"]}, commit
-{str(about["commit"])[:7]}. Times are of a machine that was busy with other things. `make mnist DATA=mnist` trains them
-all.
+Each run used {about["threads"]} thread of {about["processor"]} ({about["simd"]}), torch {about["torch"]} and commit
+{str(about["commit"])[:7]}. The processor was running other jobs too, so times are approximate. `make mnist DATA=mnist`
+repeats all runs.
 
 The best reweighted objective ends 0.4 to 0.6 nats behind IWAE. Both train the generative network on the same bound of
-five samples; what differs is what recognition follows: IWAE the gradient of that bound, reweighted wake-sleep five
-self-normalised samples of the posterior, a biased estimate, and dreams, whose divergence from the posterior asks for
-one that covers it rather than one that makes the bound tight (compare the -ELBO). The mixture is not the cause: with
-seed 0, `--sleep-weight 0.25` gave 89.94 and `0.75` 90.28; the noise of the dreams is a part of it: `--num-dreams 500`
-gave 89.80. These three are single runs on another machine, an Intel Xeon, and not in `results.json`.
+five samples, but they train the recognition network differently. IWAE follows the gradient of the bound. Reweighted
+wake-sleep uses a biased estimate from five self-normalised samples of the posterior, and dreams. The divergence it
+minimises makes q cover the posterior rather than tighten the bound (compare the -ELBO).
+
+The sleep weight does not explain the gap: with seed 0, `--sleep-weight 0.25` gave 89.94 and `0.75` gave 90.28. Noise of
+the dreams explains part of it: `--num-dreams 500` gave 89.80. These three are single runs on another processor, an
+Intel Xeon, and are not in `results.json`.
 """
 
 
 def summary(results: dict[str, Any]) -> str:
-    """A line for each objective: its runs' bounds, and the mean of their ELBOs."""
+    """Return a table with one row per objective: the bound of each run, and the mean ELBO."""
     seeds = sorted({record["seed"] for record in results["records"]})
     lines = [("objective", *(f"NLL, seed {seed}" for seed in seeds), "-ELBO")]
     for name, records in _by_objective(results).items():

@@ -1,8 +1,8 @@
-"""Plants the faults of `faults.py` one at a time in a copy of the checkout, and checks that a test fails for each.
+"""Plant the faults of `faults.py` one at a time in a copy of the checkout, and check that a test fails for each.
 
-A fault is caught when pytest reports a failed test. A fault that does not build or import proves nothing, so it is an
-error. Results are kept in `build/mutants`: a second run skips what was caught. When every fault is caught, the table
-`tests/mutants.md` is written.
+A fault is caught if pytest reports a failed test. A fault that does not build or import proves nothing, so it is an
+error. Results are kept in `build/mutants`, and later runs skip faults already caught. When every fault is caught, the
+script writes the table `tests/mutants.md`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutants"
 COPY, CLEAN, RESULTS = WORK / "copy", WORK / "clean", WORK / "results.json"
 TABLE = ROOT / "tests" / "mutants.md"
-TIMEOUT = 600  # seconds, of a fault's build or tests
-WHOLE_TIMEOUT = 3600  # of a build from nothing, or of the tests that also compile every CUDA kernel
+TIMEOUT = 600  # seconds for the build or the tests of a fault
+WHOLE_TIMEOUT = 3600  # for a build from scratch, or tests that also compile every CUDA kernel
 BINARIES = ("wakesleep_ext/_C*.so", "wakesleep_ext/_build.py")
 BUILT = ("build", *BINARIES)
 
 
 class InvalidFaultError(Exception):
-    """A fault proves nothing as it stands, or the tests do not pass without it."""
+    """A fault proves nothing, or the tests fail without it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def all_faults() -> list[Fault]:
 
 
 def run(command: Sequence[str], timeout: int = TIMEOUT) -> Finished:
-    """Run a command on the copy, in a process group of its own that ends with the timeout.
+    """Run a command in the copy, in a new process group that is killed at the timeout.
 
     Raises:
         InvalidFaultError: the command takes longer than the timeout.
@@ -102,7 +102,7 @@ def run(command: Sequence[str], timeout: int = TIMEOUT) -> Finished:
 
 
 def build(timeout: int = TIMEOUT) -> None:
-    """Compile what changed in the copy."""
+    """Compile the changed sources of the copy."""
     done = run([sys.executable, "setup.py", "build_ext", "--inplace"], timeout)
     if done.status != 0:
         raise InvalidFaultError(f"the copy does not build:\n{done.tail()}")
@@ -114,10 +114,10 @@ def run_tests(tests: str, timeout: int = TIMEOUT) -> Finished:
 
 
 def failed_test(done: Finished) -> str | None:
-    """The test that failed, or None if all passed.
+    """Return the test that failed, or None if all passed.
 
     Raises:
-        InvalidFaultError: pytest ended otherwise, such as by an error at import.
+        InvalidFaultError: pytest ended in another way, for example with an import error.
     """
     failed = [line for line in done.output.splitlines() if line.startswith("FAILED ")]
     if done.status == 1 and failed:
@@ -131,9 +131,9 @@ def failed_test(done: Finished) -> str | None:
 
 
 def synchronise() -> None:
-    """Bring the copy up to date.
+    """Update the copy from the checkout.
 
-    A changed file gets the time of now, so that ninja also compiles what an interrupted run has left changed.
+    A changed file gets the current time. So ninja also recompiles files that an interrupted run left changed.
     """
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -152,7 +152,7 @@ def synchronise() -> None:
 
 
 def copy_binaries() -> None:
-    """Take the extension that the checkout has, instead of building one."""
+    """Copy the extension from the checkout instead of building one."""
     for pattern in BINARIES:
         found = list(ROOT.glob(pattern))
         if not found:
@@ -164,7 +164,7 @@ def copy_binaries() -> None:
 
 
 def copy_built(source: Path, target: Path) -> None:
-    """Copy everything built, with its times, so that ninja finds it up to date."""
+    """Copy all build products with their times, so that ninja considers them up to date."""
     for path in [path for pattern in BUILT for path in source.glob(pattern)]:
         to, fresh = target / path.relative_to(source), target / "fresh"
         fresh.parent.mkdir(parents=True, exist_ok=True)
@@ -180,9 +180,9 @@ def copy_built(source: Path, target: Path) -> None:
 
 
 def prepare(is_built: bool) -> None:
-    """Make the copy, and check that Python imports the package from it."""
+    """Create the copy, and check that Python imports the package from it."""
     synchronise()
-    for lock in (COPY / "build").glob("*/lock"):  # of a build that was killed, for which the next would wait
+    for lock in (COPY / "build").glob("*/lock"):  # left by a killed build; the next build would wait for it
         lock.unlink()
     if is_built:
         print("Building the copy (minutes, the first time)", flush=True)
@@ -199,7 +199,7 @@ def prepare(is_built: bool) -> None:
 
 
 def try_fault(fault: Fault) -> str | None:
-    """Plant a fault, run its tests, and take it out again; returns the test that caught it."""
+    """Plant a fault, run its tests, and restore the file. Returns the test that caught it, or None."""
     path = COPY / fault.file
     original, times = path.read_text(), path.stat()
     path.write_text(original.replace(fault.before, fault.after))
@@ -215,7 +215,7 @@ def try_fault(fault: Fault) -> str | None:
 
 
 def check_baseline(faults: Sequence[Fault]) -> None:
-    """Check that the tests pass without a fault, each file's in one run. Those of CUDA kernels also compile them.
+    """Check that the tests pass without a fault, in one run per file. Tests of CUDA kernels also compile them.
 
     Raises:
         InvalidFaultError: a test fails.
@@ -232,7 +232,7 @@ def check_baseline(faults: Sequence[Fault]) -> None:
 
 
 def key_of(fault: Fault) -> str:
-    """The key of a result: it changes with the fault, its file and its tests."""
+    """Return the key of a result, which changes with the fault, its file and its tests."""
     shared = ("wakesleep_ext/_op_table.py", "tests/cases.py", "tests/conftest.py")
     files = (fault.file, shlex.split(fault.tests)[0], *shared)
     content = b"".join((ROOT / file).read_bytes() for file in files)
@@ -240,7 +240,7 @@ def key_of(fault: Fault) -> str:
 
 
 def read_results() -> dict[str, dict[str, str | float]]:
-    """The faults caught so far: `{key: {"test": ..., "seconds": ...}}`."""
+    """Return the faults caught so far: `{key: {"test": ..., "seconds": ...}}`."""
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
@@ -269,7 +269,7 @@ def code(text: str) -> str:
 
 
 def select(pattern: str) -> list[Fault]:
-    """The faults whose name or area a pattern matches, as a part of it or with wildcards."""
+    """Return the faults whose name or area contains a pattern, which may have wildcards."""
     chosen = []
     for area, faults in FAULTS.items():
         chosen += [f for f in faults for name in (f.name, area) if fnmatch.fnmatch(name, f"*{pattern}*")]
@@ -281,8 +281,8 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="part of the name or area of the faults to plant; may have wildcards"
     )
-    parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
-    parser.add_argument("--no-build", action="store_true", help="plant faults in Python only; build nothing")
+    parser.add_argument("--fresh", action="store_true", help="discard the results of earlier runs")
+    parser.add_argument("--no-build", action="store_true", help="plant only faults in Python, without building")
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     try:
@@ -298,7 +298,7 @@ def main() -> int:
 
 
 def plant(pattern: str, *, is_fresh: bool, is_built: bool) -> int:
-    """Plant the chosen faults that no earlier run caught; returns the exit status."""
+    """Plant the selected faults that no earlier run caught. Returns the exit status."""
     check_table()
     if is_fresh:
         RESULTS.unlink(missing_ok=True)

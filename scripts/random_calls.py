@@ -1,8 +1,8 @@
-"""Calls every operator of torch.ops.wakesleep_ext at random: `python scripts/random_calls.py --seed 0`.
+"""Call every operator of torch.ops.wakesleep_ext with random arguments: `python scripts/random_calls.py --seed 0`.
 
-Operators are public, so whatever they get they answer with a result or an error. A call starts from valid arguments.
-Half of them have one argument changed: its shape, dtype, layout, device, memory or value; some have more, the rest
-none. Calls are made in processes of their own: one that crashes or hangs is named, with the seed that repeats it.
+Operators are public, so they must return a result or raise an error whatever their arguments are. A call starts from
+valid arguments. Half of the calls change one argument: its shape, dtype, layout, device, memory or value. A quarter
+make three changes, and a quarter none. Calls run in subprocesses, so a crash or hang is reported with its seed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PER_PROCESS = 100
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calls", type=int, default=400, help="of each operator")
-    parser.add_argument("--only", help="one operator")
+    parser.add_argument("--calls", type=int, default=400, help="number of calls of each operator")
+    parser.add_argument("--only", help="call this operator only")
     options = parser.parse_args()
     outcomes: Counter[str] = Counter()
     failures = []
@@ -50,7 +50,7 @@ def main() -> int:
     return bool(failures)
 
 
-# ---- in a process of its own -----------------------------------------------------------------------------------------
+# ---- in a subprocess -------------------------------------------------------------------------------------------------
 
 
 def make_calls(name: str, seed: int, first: int, count: int) -> None:
@@ -63,7 +63,7 @@ def make_calls(name: str, seed: int, first: int, count: int) -> None:
         torch.manual_seed(chosen.getrandbits(32))
         arguments = OPERATORS[name](Maker(chosen))
         for _ in range(chosen.choice([0, 1, 1, 3])):
-            with suppress(RuntimeError, NotImplementedError):  # torch cannot make that of what there is
+            with suppress(RuntimeError, NotImplementedError):  # torch cannot make this change
                 change_one(chosen, arguments)
         try:
             results = operator(*arguments)
@@ -78,7 +78,7 @@ def make_calls(name: str, seed: int, first: int, count: int) -> None:
 
 
 class Maker:
-    """Valid arguments."""
+    """Makes valid arguments."""
 
     def __init__(self, chosen: random.Random) -> None:
         self.random = chosen
@@ -175,7 +175,7 @@ OPERATORS: dict[str, Callable[[Maker], list[Any]]] = {
 
 
 def change_one(chosen: random.Random, arguments: list[Any]) -> None:
-    """One argument, or an element of one that is a list."""
+    """Change one argument, or one element of a list."""
     place = chosen.randrange(len(arguments))
     value = arguments[place]
     if isinstance(value, list) and value and chosen.random() < 0.7:
@@ -204,7 +204,7 @@ def _another_size(chosen: random.Random, tensor: Any, others: Sequence[Any]) -> 
 
 
 def _another_memory(chosen: random.Random, tensor: Any, others: Sequence[Any]) -> Any:
-    """That of another argument, if it is large enough."""
+    """Return a view of another argument's memory, if one is large enough."""
     for other in others:
         for candidate in other if isinstance(other, list) else [other]:
             is_tensor = isinstance(candidate, torch.Tensor) and candidate.device == tensor.device

@@ -1,7 +1,7 @@
-"""What the compiler made of every kernel: registers, spills, shared memory, loads, and work per element.
+"""Report registers, spills, shared memory, loads, and work per element of every compiled kernel.
 
-Reads the machine code of a CUDA build, by default of the installed package; needs cuobjdump, of the CUDA toolkit or of
-the triton package, and no GPU. Exits with 1 if a kernel spills, or a row kernel does not load 16 bytes at once.
+Reads the machine code of a CUDA build, by default of the installed package. Needs cuobjdump, from the CUDA toolkit or
+the triton package, but no GPU. Exits with 1 if a kernel spills, or a row kernel does not load 16 bytes at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDE = 16
 BLOCK_THREADS = 256  # csrc/cuda/launch.cuh
 REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 
-# the operands that a row kernel reads along the row, as indices of its template arguments
+# the operands that a row kernel reads along the row, as indices into its template arguments
 OPERANDS = {
     "MlpRows": (0, 0),  # products and bias
     "BernoulliLogProbRows": (0, 1),
@@ -37,7 +37,7 @@ OPERANDS = {
     "LinearBernoulliLogProbBackwardRows": (0, 0, 1),
     "LinearBernoulliSampleRows": (0, 0),
     "MlpBackwardRows": (1, 1),  # gradients and activations
-    "GaussianRsampleBackwardRows": (0,),  # its loop over samples reads the gradient of z alone
+    "GaussianRsampleBackwardRows": (0,),  # its loop over samples reads only the gradient of z
     "StandardGaussianLogProbRows": (0,),
     "StandardGaussianLogProbBackwardRows": (0,),
 }
@@ -46,7 +46,7 @@ OPERANDS = {
 @dataclass
 class Instruction:
     address: int
-    opcode: str  # with its modifiers: LDG.E.128.CONSTANT
+    opcode: str  # with modifiers, such as LDG.E.128.CONSTANT
     target: int | None = None  # of a branch
 
 
@@ -56,7 +56,7 @@ class Kernel:
 
     architecture: str
     name: str
-    threads: int | None = None  # per row; None if it is no row kernel
+    threads: int | None = None  # per row; None if it is not a row kernel
     arguments: tuple[str, ...] = ()
     registers: int = 0
     stack: int = 0
@@ -68,19 +68,19 @@ class Kernel:
 
     @property
     def spills(self) -> int:
-        """Moves between registers and local memory."""
+        """The number of moves between registers and local memory."""
         return self.count(r"STL|LDL")
 
     @property
     def occupancy(self) -> float:
-        """Threads that fit on a multiprocessor of compute capability 8.0 to 10.0, of those it can hold."""
+        """The fraction of a multiprocessor's threads in use, for compute capability 8.0 to 10.0."""
         per_thread = -(-self.registers // 8) * 8
         blocks = min(THREADS_PER_SM // BLOCK_THREADS, REGISTERS_PER_SM // (per_thread * BLOCK_THREADS))
         return blocks * BLOCK_THREADS / THREADS_PER_SM
 
     @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop with most wide loads."""
+        """The innermost loop with the most wide loads."""
         loops = [(i.target, i.address) for i in self.instructions if i.target is not None and i.target <= i.address]
         bodies = [[i for i in self.instructions if first <= i.address <= last] for first, last in loops]
         loading = [body for body in bodies if self.count(r"LDG.*\.128", body)]
@@ -93,9 +93,9 @@ class Kernel:
 
     @property
     def elements(self) -> float:
-        """Elements that a pass through the main loop covers, by its wide loads."""
+        """The elements per iteration of the main loop, from its wide loads."""
         sizes = [BYTES[self.arguments[index]] for index in OPERANDS[self.name]]
-        wide = sum(size for size in sizes if size >= sizes[0])  # a narrower operand comes in narrower loads
+        wide = sum(size for size in sizes if size >= sizes[0])  # narrower operands use narrower loads
         return self.count(r"LDG.*\.128", self.main_loop) * WIDE / wide
 
 
@@ -105,7 +105,7 @@ def _inside(inner: list[Instruction], outer: list[Instruction]) -> bool:
 
 
 def disassembler() -> str | None:
-    """cuobjdump: of the toolkit on the PATH, or of triton."""
+    """Return the path of cuobjdump, from the PATH or from triton; None if there is none."""
     found = shutil.which("cuobjdump")
     if found is None and (triton := importlib.util.find_spec("triton")) and triton.origin:
         bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
@@ -114,10 +114,10 @@ def disassembler() -> str | None:
 
 
 def read_kernels(binary: Path) -> list[Kernel]:
-    """The kernels in a library, an object file or a cubin."""
+    """Return the kernels in a library, an object file or a cubin."""
     tool = disassembler()
     if tool is None:
-        raise FileNotFoundError("no cuobjdump: put that of a CUDA toolkit on the PATH, or install triton")
+        raise FileNotFoundError("no cuobjdump: put the bin folder of a CUDA toolkit on the PATH, or install triton")
     kernels: dict[tuple[str, str], Kernel] = {}
     architecture = symbol = ""
     for line in _lines(tool, "-res-usage", str(binary)):
@@ -160,13 +160,13 @@ def _lines(*command: str) -> Iterator[str]:
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
-    """What no kernel may do."""
+    """Return a message for each kernel that spills or lacks wide loads."""
     found = []
     for kernel in kernels:
         where = f"{kernel.architecture} {title(kernel)}"
         if kernel.spills or kernel.stack:
             found.append(f"{where}: spills, {kernel.spills} moves to or from {kernel.stack} bytes of local memory")
-        # images of bytes come as many at a time as are drawn
+        # bytes of an image are loaded as many at a time as are drawn
         wide = kernel.threads is None or kernel.name == "BinarizeRows"
         if not wide and not kernel.count(r"LDG.*\.128", kernel.main_loop):
             found.append(f"{where}: no {8 * WIDE}-bit load in its main loop")
@@ -181,7 +181,7 @@ def title(kernel: Kernel) -> str:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One line a kernel; per element: instructions and special functions (MUFU) of the main loop."""
+    """Format one line per kernel. Instructions and special functions (MUFU) are per element of the main loop."""
     lines = [
         f"{'':7}{'kernel / threads per row':66}{'regs':>5}{'occ.':>6}{'spills':>7}{'shared':>7}"
         f"{'LDG128':>7}{'STG128':>7}{'elem.':>7}{'instr.':>8}{'MUFU':>6}"
@@ -202,7 +202,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def installed_binary() -> Path:
-    """The compiled module of the package, found without importing it."""
+    """Return the path of the compiled module, without importing the package."""
     package = importlib.util.find_spec("wakesleep_ext")
     if package is None or package.origin is None:
         raise FileNotFoundError("wakesleep_ext is not installed")

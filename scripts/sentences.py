@@ -1,4 +1,4 @@
-"""Draw sentences at random from everything that people read, for a reader to judge.
+"""Draw random sentences from the documentation and the code, to review their style.
 
 The sources are the README, the guides, docstrings, comments and messages. The same seed draws the same sentences.
 """
@@ -29,7 +29,7 @@ _ARGUMENT = re.compile(
 
 
 def prose(path: Path) -> Iterator[str]:
-    """Yield the texts of a file that people read."""
+    """Yield the prose of a file."""
     content = path.read_text()
     if path.suffix == ".md":
         yield _NOT_PROSE.sub("\n\n", content)
@@ -58,7 +58,7 @@ def _of_python(content: str) -> Iterator[str]:
 
 
 def sentences() -> list[str]:
-    """Every sentence of at least five words, each once."""
+    """Return all distinct sentences of at least five words."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     folders = ("README.md", "CONTRIBUTING.md", "docs/", "wakesleep_ext/", "csrc/", "_wakesleep_command.py", "setup.py")
     kinds = (".md", ".py", ".h", ".cpp", ".cu", ".cuh")

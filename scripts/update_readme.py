@@ -1,10 +1,10 @@
-"""Redraws the tables and pictures of README.md and docs/benchmarks.md from committed results: `make readme`.
+"""Update the tables and pictures of README.md and docs/benchmarks.md from committed results: `make readme`.
 
-- `<!-- speed: FILE.json -->` to `<!-- end of speed -->`: the tables of a result of `wakesleep bench`, and its picture.
+- `<!-- speed: FILE.json -->` to `<!-- end of speed -->`: the tables of a `wakesleep bench` result, and its picture.
 - `<!-- mnist: FILE.json -->` to `<!-- end of mnist -->`: likelihoods of the objectives.
-- `docs/speed.png`, the README's first picture: an overview of the results that docs/benchmarks.md names.
+- `docs/speed.png`, the README's first picture: an overview of the results in docs/benchmarks.md.
 
-A package index shows the README without the repository. Its links become absolute as soon as `[project.urls]` in
+A package index shows the README without the repository. So its links become absolute once `[project.urls]` in
 pyproject.toml names a repository on GitHub.
 """
 
@@ -37,12 +37,12 @@ _LINK = re.compile(r"(!?)\[([^]]*)\]\((?:https://github\.com/[\w-]+/[\w.-]+/(?:b
 
 
 def results(text: str) -> list[Path]:
-    """Lists the results of benchmarks that a Markdown text names, relative to its folder."""
+    """Return the paths of benchmark results that a Markdown text names, relative to its folder."""
     return [Path(name) for _, kind, name, _ in _SECTION.findall(text) if kind == "speed"]
 
 
 def refresh(text: str, folder: Path) -> str:
-    """Writes the sections again from their results. A text that is up to date comes back unchanged."""
+    """Rewrite the sections from their results. Returns an up-to-date text unchanged."""
 
     def section(found: re.Match[str]) -> str:
         begin, kind, name, end = found.groups()
@@ -53,7 +53,7 @@ def refresh(text: str, folder: Path) -> str:
 
 
 def prose(text: str) -> str:
-    """Leaves out the sections."""
+    """Return a text without its sections."""
     return _SECTION.sub("", text)
 
 
@@ -72,14 +72,14 @@ def _speed(path: Path, result: Result) -> str:
 
 
 def repository(pyproject: str) -> str | None:
-    """Finds the address of a repository on GitHub among the project's."""
+    """Return the address of a GitHub repository among the project's URLs, or None."""
     urls = re.search(r"^\[project\.urls\]\n(.*?)(?=^\[|\Z)", pyproject, re.MULTILINE | re.DOTALL)
     found = _REPOSITORY.search(urls[1]) if urls else None
     return found[1] if found else None
 
 
 def relink(text: str, address: str | None) -> str:
-    """Points the links to files of the checkout at a repository on GitHub, or at the checkout if there is none."""
+    """Make links to files of the checkout point to a GitHub repository, or to the checkout if there is none."""
 
     def link(found: re.Match[str]) -> str:
         image, label, path = found.groups()
@@ -96,14 +96,14 @@ _BASELINES = {
     "compile": ("torch.compile", "#0072b2", "o"),
     "compile with graphs": ("torch.compile with CUDA graphs", "#56b4e9", "D"),
 }
-"""Names, colours of Okabe and Ito's palette, which the colour-blind tell apart, and markers."""
+"""Names, colours and markers. The palette of Okabe and Ito suits colour-blind readers."""
 
 
 def overview(path: Path, figures: Sequence[Result]) -> None:
-    """Draws one picture of several results: a column for each kind of device, a row for each suite.
+    """Plot several results in one picture, with a column for each kind of device and a row for each suite.
 
     Args:
-        path: The picture to write, a PNG. It carries the :func:`digest` of the records.
+        path: The PNG file to write. Its metadata contain the :func:`digest` of the records.
         figures: At most one result for each suite and kind of device.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -160,13 +160,13 @@ def overview(path: Path, figures: Sequence[Result]) -> None:
 
 
 def digest(figures: Sequence[Result]) -> str:
-    """Tells which results a picture shows."""
+    """Return a digest that identifies the results in a picture."""
     return hashlib.sha256("".join(map(report.digest, figures)).encode()).hexdigest()
 
 
 def _cases(result: Result) -> dict[str, Row]:
-    """Chooses the cases by a rule: the largest of each op, with its backward pass where it has one; of the steps, the
-    fewest and the most samples of each batch.
+    """Select the cases by a fixed rule. For ops: the largest case, with the backward pass if there is one. For steps:
+    the fewest and the most samples for each batch size.
     """
     suite, chosen = suite_of(result), {}
     for _, rows in suite.sections(suite.headline(result["records"])):

@@ -1,7 +1,7 @@
-"""The sample inputs that the tests walk, for the ops of `wakesleep_ext/_op_table.py`.
+"""Sample inputs of the ops in `wakesleep_ext/_op_table.py`, which many tests iterate over.
 
 A Case is an op with inputs of given shapes and dtypes. Inputs are drawn from a seed in float64 and rounded, so that
-the same case at another dtype has the same inputs up to rounding.
+the same case in another dtype has the same inputs up to rounding.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ KEY_SEED = 0x9E3779B97F4A7C15 - 2**64  # any 64 bits
 
 @dataclass(frozen=True)
 class Case:
-    """An op and the shapes it is called with."""
+    """An op and the shapes of its inputs."""
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
     sample_shape: tuple[int, ...] = ()
     x_dtype: torch.dtype | None = None  # of the observation; that of the logits if None
     layout: str = "contiguous"
-    recompute: bool | None = None  # by the backward pass, of a head that has the choice
-    activation: str | None = None  # of a layer
+    recompute: bool | None = None  # for heads that have this option
+    activation: str | None = None  # for layers
 
     def __str__(self) -> str:
         parts = [self.op, "x".join(str(list(shape)).replace(" ", "") for shape in self.shapes)]
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def row(self) -> Op:
-        """What the table says of the op."""
+        """The row of the op in the table."""
         return OPS[self.op]
 
     @property
@@ -58,11 +58,11 @@ class Case:
 
     @property
     def is_binary(self) -> bool:
-        """Whether the result is of zeros and ones, and has no gradient."""
+        """True if the op returns zeros and ones, which have no gradient."""
         return self.row.probability is not None
 
     def wide(self, rows: int, width: int) -> Case:
-        """The same op on so many rows of that width, from as many features where it has a head."""
+        """Return a case of the same op with this many rows and this width, and for heads this many features."""
         return replace(self, shapes=self.row.input_shapes(Sizes((), rows, width, width)), sample_shape=())
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", requires_grad: bool = False) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ class Case:
         return tuple(tensors)
 
     def function(self, module: Any = ops, key: Tensor | None = None) -> Callable[..., Any]:
-        """The op as a function of its tensors alone: the draws have a key."""
+        """Return the op as a function of its tensors only; draws get a key."""
         options = dict(self.row.options)
         if "activation" in options:
             options["activation"] = self.activation
@@ -104,7 +104,7 @@ def make_key(device: torch.device | str = "cpu") -> Tensor:
 
 
 def thorough(value: Any) -> Any:
-    """A parameter of a test that only the thorough tier runs."""
+    """Make a test parameter that only the thorough tier runs."""
     return pytest.param(value, marks=pytest.mark.thorough)
 
 
@@ -113,23 +113,23 @@ def as_tuple(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """One half of a packed [mu | logvar], as `chunk` gives it."""
+    """Return half of a packed [mu | logvar], as `chunk` does."""
     return torch.cat([tensor, torch.full_like(tensor, 7)], dim=-1).chunk(2, -1)[0]
 
 
 def _offset_by_one(tensor: Tensor) -> Tensor:
-    """At an address that is aligned to the element and to nothing more."""
+    """Return a copy that is aligned to its elements only."""
     storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     return storage[1:].copy_(tensor.flatten()).view(tensor.shape)
 
 
 def _strided_event(tensor: Tensor) -> Tensor:
-    """With gaps between the elements of an event."""
+    """Return a copy with gaps between the elements of an event."""
     return torch.stack([tensor, torch.full_like(tensor, 7)], dim=-1)[..., 0]
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    """With its leading dimensions in the opposite order in memory."""
+    """Return a copy whose leading dimensions are reversed in memory."""
     leading = list(range(tensor.dim() - 1))
     order = [*reversed(leading), tensor.dim() - 1]
     return tensor.permute(order).contiguous().permute(order)

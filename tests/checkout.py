@@ -1,4 +1,4 @@
-"""The checkout that the tests lie in: where it is, and its modules, of which an installed wheel has none."""
+"""Find the checkout of the tests, and load its modules that are not part of an installed wheel."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(name: str, folder: str = "") -> Any:
-    """A module from a folder of the checkout, which does not stay on the path.
+    """Load a module from a folder of the checkout, without leaving the folder on the path.
 
-    There the processes that tests start would find the package's sources in place of what is installed.
+    Otherwise, processes that tests start would import the package from its sources, not from the installation.
     """
     sys.path.insert(0, str(ROOT / folder))
     try:

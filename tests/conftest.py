@@ -1,4 +1,4 @@
-"""Defines the two tiers, the device fixture, and a seed for each test."""
+"""Define the two tiers of tests, the device fixture, and a seed for each test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker, and each process that it starts, has one core
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, and per process that it starts
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the thorough tier to `make test-thorough`."""
+    """Skip the thorough tier, unless `make test-thorough` asks for it."""
     if config.option.thorough:
         return
     thorough = [item for item in items if item.get_closest_marker("thorough")]
@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device that there is."""
+    """Each device of this computer."""
     return str(request.param)
 
 
@@ -45,7 +45,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Where the number of threads decides how work is divided."""
+    """Limit torch to one thread, for tests that depend on how work is divided."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

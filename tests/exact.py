@@ -1,4 +1,4 @@
-"""Machines small enough for their sums over latent variables to be summed, or integrated."""
+"""Helmholtz machines so small that their latent variables can be summed over, or integrated numerically."""
 
 import itertools
 import math
@@ -12,23 +12,25 @@ from wakesleep_ext.random import make_key
 
 
 def every_binary(size):
-    """`[2**size, size]`."""
+    """Return all binary vectors, `[2**size, size]`."""
     return torch.tensor(list(itertools.product([0, 1], repeat=size)), dtype=torch.float64)
 
 
 def sizes(machine):
-    """Latent variables of each layer, from x up."""
+    """Return the number of latent variables of each layer, from x up."""
     latents = machine.generative.sample_latents((), keys=[make_key(0)] * len(machine.recognition))
     return [z.shape[-1] for z in latents]
 
 
 def is_discrete(machine):
-    """Whether the latent variables are Bernoulli rather than Gaussian ones."""
+    """Return true if the latent variables are Bernoulli, not Gaussian."""
     return not machine.recognition[0].has_rsample
 
 
 def random_machine(latent, latents="gaussian", observed=3):
-    """In float64, its weights and biases far from zero, but q everywhere broad enough for importance sampling."""
+    """Make a float64 machine with weights and biases far from zero, but a q that is broad enough for importance
+    sampling.
+    """
     torch.manual_seed(0)
     machine = HelmholtzMachine.from_config(ModelConfig(observed, latent, (4,), (4,), (4,), latents)).double()
     with torch.no_grad():
@@ -41,8 +43,9 @@ def random_machine(latent, latents="gaussian", observed=3):
 
 @torch.no_grad()
 def prior_nodes(machine, points=60):
-    """Latent variables z_1, ..., z_T `[S, 1, K]` and the log of how probable each is a priori, `[S, 1]`: all that there
-    are, or those of a quadrature."""
+    """Return nodes z_1, ..., z_T `[S, 1, K]` and their log prior probabilities `[S, 1]`: all values, or the nodes of a
+    quadrature.
+    """
     _, *of_latents = machine.generative
     latents, log_weights = _nodes(machine, of_latents[::-1], None, points)
     return latents[::-1], log_weights
@@ -50,12 +53,12 @@ def prior_nodes(machine, points=60):
 
 @torch.no_grad()
 def recognition_nodes(machine, x, points=60):
-    """Likewise under q(z|x), `[S, N, K]` and `[S, N]`."""
+    """Return nodes and log probabilities as :func:`prior_nodes`, but under q(z|x): `[S, N, K]` and `[S, N]`."""
     return _nodes(machine, machine.recognition, x, points)
 
 
 def log_likelihood(machine, x, points=60):
-    """log p(x), `[N]`."""
+    """Return log p(x), `[N]`."""
     (z, *_), log_weights = prior_nodes(machine, points)
     with torch.no_grad():
         return (machine.generative[0](z).log_prob(x) + log_weights).logsumexp(0)
@@ -79,7 +82,7 @@ def _nodes(machine, conditionals, given, points):
 
 
 def _hermite(dimensions, points):
-    """Nodes `[points**dimensions, dimensions]` of N(0, I), and the log of their weights."""
+    """Return nodes `[points**dimensions, dimensions]` of N(0, I), and the logarithms of their weights."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(points)
     z = torch.cartesian_prod(*[torch.tensor(nodes)] * dimensions).view(-1, dimensions)
     log_weights = torch.tensor(weights / math.sqrt(2 * math.pi)).log()

@@ -1,4 +1,4 @@
-"""What a function refers to by the globals of another file than its own."""
+"""Functions whose globals are in another file than the function that calls them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ _SCALE = torch.tensor(2.0)
 
 
 def scale() -> Tensor:
-    """A tensor that callers refer to by this function alone."""
+    """Return a tensor that callers can reach through this function only."""
     return _SCALE

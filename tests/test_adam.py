@@ -1,4 +1,4 @@
-"""A step of Adam: what the formula says and what torch's own optimizer does, of any tensors, and nothing besides."""
+"""Compare a step of Adam with the formula and torch's optimizer, and check that it changes nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def make(sizes: Any, device: str, dtype: torch.dtype = torch.float32) -> Lists:
-    """Parameters, gradients, and means as they are in the middle of a run."""
+    """Return parameters, gradients and running means as in the middle of a run."""
     parameters, gradients, exp_avgs, squares = (
         [torch.randn(size, dtype=torch.float64).to(device, dtype) for size in sizes] for _ in range(4)
     )
@@ -80,7 +80,7 @@ def test_a_run_is_that_of_torch(dtype: torch.dtype, number: torch.dtype, device:
 
 
 def test_any_number_of_tensors(device: str) -> None:
-    """More than one launch takes."""
+    """There are more tensors than fit in one launch."""
     for count in (0, 1, 82, 83, 200):
         sizes = [(number % 5 * 3,) for number in range(count)]
         found = make(sizes, device)
@@ -93,7 +93,7 @@ def test_any_number_of_tensors(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wherever_tensors_lie_and_nothing_beside_them(dtype: torch.dtype, device: str) -> None:
-    """Each after another number of elements, some of them on no boundary; what is around them stays as it was."""
+    """Tensors start at various offsets, some of them unaligned, and the memory around them is unchanged."""
     sizes = (1, 7, 64, 785, 2500)
     plain = make([(size,) for size in sizes], device, dtype)
     placed, around = [], []

@@ -1,4 +1,4 @@
-"""Annealed importance sampling against log p(x) by quadrature and by enumeration, within its own error bars."""
+"""Compare annealed importance sampling with log p(x) by quadrature and enumeration, within its own error bars."""
 
 import math
 
@@ -17,7 +17,7 @@ from wakesleep_ext.helmholtz.objectives import reweighted_wake_losses, sleep_phi
 
 
 def assert_within_its_error_bars(found, exact, largest_error):
-    """Each image and their mean; of errors that are not large, but there are some."""
+    """Check each image and the mean. The errors must be small, but not zero."""
     assert (found.standard_error > 0).all()
     assert found.standard_error.max() < largest_error
     off = (found.log_likelihood - exact) / found.standard_error
@@ -27,7 +27,7 @@ def assert_within_its_error_bars(found, exact, largest_error):
 
 
 def joint_fixed_point():
-    """Four pixels of one Gaussian variable; D = 4, log-odds a z + b."""
+    """Make a model of four pixels and one Gaussian variable; D = 4, log-odds a z + b."""
     linear = nn.Linear(1, 4, dtype=torch.float64)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[2.0], [-1.5], [1.0], [0.5]]))
@@ -82,7 +82,7 @@ def test_two_layers(latents):
 
 
 def test_bars_are_honest_over_many_seeds():
-    """Weights are unbiased on average, and their spread is what the error says."""
+    """Weights are unbiased on average, and their spread matches the reported error."""
     machine, x = random_machine((2,)), every_binary(3)[5:6].repeat(400, 1)
     found = annealed_log_likelihood(machine.generative, x, num_chains=10, num_temperatures=5)
     exact = log_likelihood(machine, x[:1])
@@ -102,7 +102,7 @@ def test_step_sizes_find_the_acceptance_that_is_aimed_at():
 
 
 def test_a_posterior_that_q_has_lost_half_of_is_found_whole():
-    """x is on where z_1 z_2 > 0, in two modes: from the prior the chains get to both."""
+    """x is on where z_1 z_2 > 0, in two modes. Chains that start from the prior reach both."""
 
     class Product(nn.Module):
         def forward(self, z):

@@ -1,4 +1,4 @@
-"""`wakesleep bench`: that it measures what it says, and says what it measured. How fast anything is, is not tested."""
+"""Check that `wakesleep bench` measures and reports correctly. Speed itself is not tested."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def small(case: OpCase) -> OpCase:
-    """The same op, pass and dtypes, with few events and few samples."""
+    """Return the same op, pass and dtypes with few events and few samples."""
     return replace(case, shape=(*(3 for _ in case.shape[:-2]), 40, case.shape[-1]))
 
 
@@ -104,7 +104,7 @@ def check_result(case: OpCase, candidate: str) -> None:
 
 
 def check_draw(parameters: tuple[Tensor, ...], drawn: Tensor) -> None:
-    """The draw has mean and variance of its distribution, within five standard errors and what half types round."""
+    """Check mean and variance of a draw, within five standard errors and the rounding of half types."""
     rounding = 1e-2
     if len(parameters) == 1:
         p = parameters[0].double().sigmoid()
@@ -124,7 +124,7 @@ def test_candidates_compute_the_op(case: OpCase, candidate: str) -> None:
 
 
 def compile_with(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles with this backend. aot_eager takes seconds less than inductor."""
+    """Make torch.compile use this backend. aot_eager takes seconds less than inductor."""
     if backend != "inductor":
         usual = torch.compile
         monkeypatch.setattr(torch, "compile", lambda f, options, **rest: usual(f, backend=backend, **rest))
@@ -234,7 +234,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Addition(measure.Case[float]):
-    """A case that has nothing to do with the ops: all that a suite must bring along."""
+    """A case unrelated to the ops, with only what a suite must provide."""
 
     candidates = ("fused", "eager", "broken", "astray")
     labels: ClassVar = {"op": "addition", "pass": "forward", "dtype": "float32", "shape": [1]}
@@ -521,7 +521,7 @@ def test_a_result_of_an_unknown_suite_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def shows(path: Path, result: results.Result) -> bool:
-    """Whether a picture was drawn from just these records."""
+    """Return true if a picture shows exactly these records."""
     with Image.open(path) as image:
         return bool(image.info[report.DIGEST] == report.digest(result))
 
@@ -572,7 +572,7 @@ def test_the_command_fails_on_a_regression(tmp_path: Path, capsys: pytest.Captur
 
     results.write(new, result(*RESULT["records"], threads=1))
     assert bench(Plan(), show=old, compare=new) == 0
-    assert f"{new} was taken elsewhere: Abacus 3000, AVX2, 1 thread\n" in capsys.readouterr().err
+    assert f"{new} was measured elsewhere: Abacus 3000, AVX2, 1 thread\n" in capsys.readouterr().err
 
 
 def test_an_inaccurate_op_is_named() -> None:

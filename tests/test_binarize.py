@@ -1,4 +1,4 @@
-"""Binary images from grey levels: exact at both ends, drawn as the plain form draws, and only images that there are."""
+"""Check binary images from grey levels: exact extremes, draws as in the formula, errors for invalid indices."""
 
 from __future__ import annotations
 

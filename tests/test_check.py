@@ -1,4 +1,4 @@
-"""`wakesleep check`: that it passes, and that it would not if something were wrong."""
+"""Check that `wakesleep check` passes, and that it detects mistakes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def failures(problem: Callable[[Check], Iterator[Answer]]) -> list[str]:
 
 
 def test_a_log_variance_that_counts_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The half before it dropped, the most common mistake in the sleep loss."""
+    """The factor 1/2 of the log-variance is missing, the most common mistake in the sleep loss."""
 
     def log_prob(self: Gaussian, value: Tensor) -> Tensor:
         return ops.gaussian_log_prob(self.mu, self.logvar, value) - self.logvar.sum(-1) / 2
@@ -47,7 +47,7 @@ def test_a_log_variance_that_counts_twice_is_noticed(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.thorough
 def test_the_opposite_divergence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ELBO's where the sleep phase's belongs."""
+    """The divergence of the ELBO replaces that of the sleep phase."""
     image = torch.ones(1, 1, dtype=torch.float64)
     monkeypatch.setattr(training, "sleep_phi_loss", lambda r, g, dreams, keys: elbo_loss(r, g, image, dreams))
     assert {"sleep: logvar 1", "sleep: logvar 2", "sleep: ELBO"} <= set(failures(problems.two_modes))

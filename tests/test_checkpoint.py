@@ -1,4 +1,4 @@
-"""A checkpoint is the old one or the new one, exactly as saved, or an error that names it."""
+"""A checkpoint is the old or the new one, exactly as saved, or raises an error that names it."""
 
 import io
 import os
@@ -67,7 +67,7 @@ def test_truncation_at_every_byte_is_named(path):
 
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0xFF])
 def test_a_flipped_byte_is_named(path, flip):
-    """Anywhere: in the header, in the description, in a tensor."""
+    """The byte may be in the header, in the description or in a tensor."""
     content = path.read_bytes()
     for position in range(len(content)):
         damaged = bytearray(content)
@@ -84,7 +84,7 @@ def test_another_safetensors_file_is_no_checkpoint(path):
 
 
 class Explosive:
-    """Pickled, it would leave a file behind on being loaded."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -108,7 +108,7 @@ class DiskFullError(OSError):
 
 @pytest.mark.parametrize("survives", [0, 1, 100, 1000, -1])
 def test_a_write_that_fails_leaves_the_old_checkpoint(path, monkeypatch, survives):
-    """The disk fills up after so many bytes; -1: after the last one, before they are synced."""
+    """The disk is full after this many bytes; -1 means after the last byte, before the sync."""
 
     class Disk(io.FileIO):
         def write(self, content):
@@ -124,7 +124,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(path, monkeypatch, survive
 
 
 def test_the_disk_has_the_content_before_the_rename_and_the_rename_before_save_returns(path, monkeypatch):
-    """After a power failure the path holds a whole checkpoint, and the new one once save has returned."""
+    """After a power failure, the path holds a complete checkpoint: the new one if save has returned."""
     fsync, replace = os.fsync, os.replace
     events = []
 
@@ -162,7 +162,7 @@ def test_a_sync_that_fails_leaves_the_old_checkpoint(path, monkeypatch):
 
 
 def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(path):
-    """A process saves over and over, weights and description in step, and is killed at odd times."""
+    """A process saves weights and a matching description repeatedly, and is killed at random times."""
     script = """
 import sys, torch
 from pathlib import Path
@@ -190,7 +190,7 @@ MODEL = ModelConfig(6, (2,), (5,), (4, 3), activation="elu")
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.thorough)])
 def test_two_writers_and_a_reader(path, seconds):
-    """Every load gets a whole checkpoint, and every save succeeds."""
+    """Every load gets a complete checkpoint, and every save succeeds."""
     script = """
 import sys, time, torch
 from pathlib import Path

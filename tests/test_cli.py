@@ -1,4 +1,4 @@
-"""The commands as people type them."""
+"""Test the commands as users type them."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data):
-    """A run of two epochs; its folder."""
+    """The folder of a run of two epochs."""
     folder = tmp_path_factory.mktemp("runs") / "stripes"
     command = ["train", "--data", str(data), "--out", str(folder), "--device", "cpu", *SMALL]
     assert cli.main([*command, "--num-samples", "2", "--seed", "5", "--bound-samples", "30"]) == 0
@@ -111,7 +111,7 @@ def test_deep_and_discrete_machines_go_by_the_same_commands(tmp_path, data, mach
 
 
 class Interrupted(Trainer):
-    """By Ctrl-C, in the third epoch."""
+    """Raises KeyboardInterrupt in the third epoch, as Ctrl-C does."""
 
     def epochs(self, on_step):
         for epoch in super().epochs(on_step):
@@ -168,7 +168,7 @@ def test_a_recipe_is_what_the_flags_default_to(tmp_path, data, arguments, expect
 
 @pytest.fixture
 def not_trained(monkeypatch):
-    """Runs are begun, and that is all."""
+    """Start runs, but do not train."""
     monkeypatch.setattr(cli, "_finish", lambda *run: None)
 
 
@@ -207,7 +207,7 @@ def test_a_config_may_be_written_by_hand(tmp_path, data):
         ('{"seed": 3}', "mine.json: has unknown keys: seed"),
         ('{"training": {"epochs": "three"}}', "mine.json: epochs: "),
         ('{"training": {"epochs": -3}}', "mine.json: TrainConfig: epochs is out of range, got -3"),
-        ('{"data": "digits", "data_sha256": "0"}', "mine.json: expected the images that data_sha256 is of"),
+        ('{"data": "digits", "data_sha256": "0"}', "mine.json: expected the images that data_sha256 identifies"),
         ('{"bound_samples": 1.5}', "mine.json: bound_samples: "),
     ],
 )

@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, streams, no waiting for the device, memory, and the same draws as the CPU's."""
+"""Test what needs a GPU: graphs, streams, no synchronisation, memory, and the same draws as on the CPU."""
 
 from __future__ import annotations
 

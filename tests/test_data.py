@@ -1,4 +1,4 @@
-"""Reading images, binarising them, and refusing files that are not what they say."""
+"""Read images, binarise them, and reject invalid files."""
 
 import contextlib
 import gzip
@@ -33,7 +33,7 @@ def idx(pixels, header=None):
 
 
 def write_idx(folder, *, train=None, test=None, compress=False):
-    """A folder of two IDX files; give bytes to write something else than TRAIN and TEST."""
+    """Write a folder of two IDX files; `train` and `test` are bytes to write instead of TRAIN and TEST."""
     for name, content in (
         ("train-images-idx3-ubyte", idx(TRAIN) if train is None else train),
         ("t10k-images-idx3-ubyte", idx(TEST) if test is None else test),
@@ -49,7 +49,7 @@ def write_npz(path, **arrays):
 
 
 def npy(array=None, *, shape=None, descr="|u1", body=b""):
-    """A .npy file, of an array or of a header that may claim anything."""
+    """Return a .npy file of an array, or with a header that may claim anything."""
     file = io.BytesIO()
     if array is not None:
         np.save(file, array)
@@ -163,7 +163,7 @@ class TestBinarisation:
 
 
 class Explosive:
-    """Pickled, it would leave a file behind on being loaded."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -283,7 +283,7 @@ class TestBadFiles:
 
 
 class TestBombs:
-    """Small files that would expand to much; what is refused must not have taken memory first."""
+    """Small files that would expand to much data are rejected before memory is allocated."""
 
     LARGE = 256 * 2**20
 
@@ -329,7 +329,7 @@ class TestBombs:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_damage_is_named_or_harmless(tmp_path_factory, data):
-    """However a file is mangled, it is read or refused, and never fails in another way."""
+    """A damaged file is read or rejected, and never fails in another way."""
     folder = tmp_path_factory.mktemp("data")
     kind = data.draw(st.sampled_from(["idx", "gzip", "npz"]))
     if kind == "npz":

@@ -1,4 +1,4 @@
-"""The energy distance against its definition, and its p-value against what a p-value is."""
+"""Compare the energy distance with its definition, and check the distribution of its p-values."""
 
 import math
 

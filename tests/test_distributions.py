@@ -1,4 +1,4 @@
-"""Our distributions beside torch's own, under the checks that torch makes of its distributions."""
+"""Compare our distributions with torch's, and run torch's own checks of distributions on them."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def bernoulli(*batch: int, **options: Any) -> tuple[BernoulliVector, Independent
 
 @pytest.fixture(autouse=True)
 def _validated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by default, whatever other code of the process has chosen for all distributions."""
+    """Validate arguments as by default, even if other code in the process has changed the default."""
     monkeypatch.setattr(Distribution, "_validate_args", True)
 
 
 def assert_same(ours: Tensor, theirs: Tensor, *parameters: Tensor) -> None:
-    """In value and in the gradients of the parameters."""
+    """Check the values and the gradients of the parameters."""
     torch.testing.assert_close(ours, theirs)
     weights = torch.randn_like(theirs)
     options: dict[str, bool] = {"allow_unused": True, "retain_graph": True}
@@ -180,7 +180,7 @@ def test_parameters_broadcast_without_being_expanded() -> None:
     [((6, 4), (1,)), ((6, 4), (6, 1)), ((1,), (6, 4)), ((2, 1, 1), (3, 4)), ((4,), (5, 1)), ((1,), (1,))],
 )
 def test_one_parameter_for_all_dimensions(mu_shape: tuple[int, ...], logvar_shape: tuple[int, ...]) -> None:
-    """Every value and gradient is that of torch, whichever parameter is short."""
+    """Values and gradients equal torch's, whichever parameter is broadcast."""
     mu = torch.randn(mu_shape, dtype=torch.float64, requires_grad=True)
     logvar = torch.randn(logvar_shape, dtype=torch.float64, requires_grad=True)
     ours, theirs = DiagonalGaussian(mu, logvar), Independent(Normal(mu, (logvar / 2).exp()), 1)
@@ -236,7 +236,7 @@ def test_probabilities_in_place_of_logits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_certain_probabilities_score_as_those_of_torch(dtype: torch.dtype) -> None:
-    """Finite, with finite gradients, whatever the outcome."""
+    """Values and gradients are finite for every outcome."""
     probs = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.5]], dtype=dtype, requires_grad=True)
     value = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]], dtype=dtype)
     ours, theirs = BernoulliVector(probs=probs), Independent(Bernoulli(probs=probs), 1)
@@ -356,7 +356,7 @@ def test_divergences_between_unlike_events_say_what_to_write(
 
 @pytest.mark.parametrize("size", [1, K + 1])
 def test_divergences_between_events_of_other_sizes_are_refused(size: int) -> None:
-    """An event of size 1 broadcasts, and would give a number."""
+    """An event of size 1 would broadcast, and give a wrong number."""
     zeros, wide = torch.zeros(K), torch.zeros(size)
     gaussians = [Independent(Normal(wide, 1.0), 1), MultivariateNormal(wide, torch.eye(size))]
     for ours, theirs in (
@@ -369,7 +369,7 @@ def test_divergences_between_events_of_other_sizes_are_refused(size: int) -> Non
 
 
 def test_divergences_that_nobody_has_are_not_implemented() -> None:
-    """So that Pyro samples them."""
+    """Pyro then samples these divergences."""
     student = Independent(StudentT(torch.full((K,), 3.0)), 1)
     for p, q in ((gaussian()[0], student), (student, gaussian()[0]), (bernoulli()[0], student)):
         with pytest.raises(NotImplementedError, match="No KL"):
@@ -453,7 +453,7 @@ def test_validation_can_be_turned_off() -> None:
 
 @KINDS
 def test_an_empty_batch_is_no_mistake(make: Make) -> None:
-    """Where arguments are not validated; torch's own constraints of vectors do not know it."""
+    """Arguments are not validated here, because torch's own vector constraints fail for an empty batch."""
     ours, _ = make(0, validate_args=False)
     value = ours.sample((2,))
     assert value.shape == (2, 0, K)

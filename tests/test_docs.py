@@ -1,4 +1,4 @@
-"""Checks the built documentation. `make docs` builds it, refuses warnings, and runs these tests."""
+"""Check the built documentation. `make docs` builds it, treats warnings as errors, and runs these tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def documented() -> set[str]:
 
 
 def public_names(module: ModuleType) -> set[str]:
-    """The names in `__all__`, or those that the module defines itself."""
+    """Return the names in `__all__`, or those that the module defines itself."""
     declared = getattr(module, "__all__", None)
     if declared is None:
         own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}

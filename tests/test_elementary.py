@@ -1,5 +1,4 @@
-"""The arithmetic under the kernels: exp, log, cosine, sine and tanh, to the ulp, against extended
-precision."""
+"""Check exp, log, cosine, sine and tanh of the kernels against extended precision, in ulps."""
 
 from __future__ import annotations
 
@@ -98,7 +97,7 @@ def test_within_two_ulps(library: ctypes.CDLL, dtype: type, integer: type, count
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_ends_of_the_exponential(library: ctypes.CDLL, dtype: type) -> None:
-    """Subnormal results are 0, and those of the topmost half power of two are inf; nothing else is out of order."""
+    """Subnormal results become 0, and results in the topmost half power of two become inf. All others are accurate."""
     info = np.finfo(dtype)
     top = np.log(2) * (info.maxexp - 0.5)
     magnitudes = np.concatenate([[top + 1e-3, info.maxexp, info.max], np.logspace(2, np.log10(info.max) - 1, 1000)])

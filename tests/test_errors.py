@@ -1,4 +1,4 @@
-"""Bad input: one case for each check, held to its message."""
+"""Check the message of every error that bad input can cause."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_hessian_names_what_works() -> None:
 
 
 def test_devices_must_agree_with_meta() -> None:
-    """Of tensors one of which is on the meta device, a fake kernel takes care."""
+    """If one tensor is on the meta device, a fake kernel makes the check."""
     meta = partial(f, device="meta")
     with pytest.raises(ValueError, match="gaussian_kl: expected logvar on cpu, the device of mu, got meta"):
         ws.gaussian_kl(f(3), meta(3))
@@ -159,7 +159,7 @@ def test_too_many_dimensions_that_do_not_merge() -> None:
 
 
 def test_a_cuda_tensor_without_cuda_kernels() -> None:
-    """The operators of a CPU build say what is missing; no GPU is needed to ask them."""
+    """The operators of a CPU build say what is missing. The test needs no GPU."""
     from wakesleep_ext import _build
 
     if _build.CUDA_VERSION is not None:
@@ -174,7 +174,7 @@ def test_a_cuda_tensor_without_cuda_kernels() -> None:
 
 @pytest.fixture
 def not_imported(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Forgets the package until the end of the test; an import that fails does so before it registers anything."""
+    """Unload the package until the end of the test. An import that fails must fail before it registers anything."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "wakesleep_ext"]:
         monkeypatch.delitem(sys.modules, name)
     return monkeypatch
@@ -206,7 +206,7 @@ def test_a_broken_binary_is_named(not_imported: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
-    """The ops, the command line and the benchmark load it only when they need it."""
+    """The ops, the command line and the benchmark import heavy packages only when they use them."""
     program = (
         "import sys, torch; before = set(sys.modules); import wakesleep_ext;"
         "assert not {'wakesleep_ext.cli', 'tyro'} & set(sys.modules);"

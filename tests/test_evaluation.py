@@ -1,4 +1,4 @@
-"""What is said of a machine against sums over all its latent variables, against formulas, and within its memory."""
+"""Compare evaluations with sums over all latent variables and with formulas, and check their memory."""
 
 import itertools
 import json
@@ -84,7 +84,7 @@ def test_bounds_and_divergences_are_those_of_the_sums_over_all_latent_variables(
 
 
 def assert_mean(actual, probabilities, values, samples=40_000):
-    """Within five standard errors of what it estimates."""
+    """Check that a mean is within five standard errors of its expectation."""
     mean = (probabilities * values).sum(0)
     variance = (probabilities * (values - mean).square()).sum(0)
     assert ((actual - mean).abs() < 5 * (variance / samples).sqrt() + 1e-6).all()
@@ -105,7 +105,7 @@ def test_bound_and_elbo_part_with_the_second_sample(any_machine):
 
 @pytest.mark.parametrize("chunk_rows", [4, 35], ids=["samples in three", "images in three"])
 def test_chunks_add_up_to_the_formula(machine, chunk_rows):
-    """Against log-sum-exp over all samples at once."""
+    """Compares with log-sum-exp over all samples at once."""
     x = EVERY_IMAGE
     offset = itertools.count()
     log_w = torch.zeros(10, 8, dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_activities_are_variances_of_exact_posterior_means(any_machine):
 
 
 def test_a_variable_that_nothing_depends_on_is_not_active():
-    """Though the draws of the layer below it make its mean, image by image, a noisy one."""
+    """Its mean varies from image to image only because of noise from the layer below."""
     first = torch.nn.Linear(3, 2, dtype=torch.float64)
     with torch.no_grad():
         first.weight.zero_()
@@ -222,7 +222,7 @@ def evaluation():
 
 
 def test_dreams_know_the_divergence_from_their_posterior():
-    """Their z is at hand, so that the mean needs no weights: against the sum over all that there are."""
+    """The z of a dream is known, so the mean needs no weights. Compares with the sum over all z."""
     machine = random_machine((3, 2), "bernoulli")
     found = evaluate(machine, EVERY_IMAGE, 300, dreams := 4000)
     exact = log_likelihood(machine, EVERY_IMAGE)

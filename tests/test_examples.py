@@ -1,4 +1,4 @@
-"""Runs every example for a few steps. The thorough tier gives each a process, and runs the one that needs Lightning."""
+"""Run every example for a few steps. The thorough tier runs each in a new process, including the one with Lightning."""
 
 from __future__ import annotations
 

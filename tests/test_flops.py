@@ -1,4 +1,4 @@
-"""What torch's counter counts of the ops: as many operations as of the layers and products that they stand for."""
+"""Check that torch's FLOP counter counts the ops like the layers and GEMMs that they replace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def flops(function: Callable[..., Tensor], *arguments: Any, backward: bool = Fal
 
 
 def tensors(*shapes: Sequence[int], grad: str = "", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """One of each shape; those at the places of `1` in `grad` require gradients."""
+    """Return one tensor per shape; those with a `1` in `grad` require gradients."""
     return [
         torch.randn(shape, dtype=dtype).requires_grad_(number < len(grad) and grad[number] == "1")
         for number, shape in enumerate(shapes)
@@ -61,7 +61,7 @@ def test_layers(batch: tuple[int, ...], sizes: tuple[int, ...], grad_h: str, gra
 
 
 def test_all_weights_have_gradients_if_one_has() -> None:
-    """The flag of the op is one for all, and so is what it computes."""
+    """The op has a single flag for all weights, and computes all gradients or none."""
     arguments = tensors((B, 4), (5, 4), (5,), (6, 5), (6,), grad="00001")
     assert flops(mlp, *arguments, backward=True) == 2 * B * (20 + 30) + 2 * B * 30
     arguments = tensors((B, 4), (5, 4), (5,), (6, 5), (6,), grad="00010")
@@ -80,7 +80,7 @@ GRAD = pytest.mark.parametrize("grad", ["", "100", "010", "110", "111"])
 @GRAD
 @pytest.mark.parametrize("recompute", [False, True, None])
 def test_a_head(shape_of_h: tuple[int, ...], grad: str, recompute: bool | None) -> None:
-    """Recomputed logits are a product more."""
+    """Recomputing the logits takes one more GEMM."""
     *arguments, x = tensors(shape_of_h, (D, H), (D,), (*shape_of_h[-2:-1], D), grad=grad)
 
     def log_prob(*arguments: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def test_a_sum_forms_its_gradients_as_it_goes(shape_of_h: tuple[int, ...], grad:
 
 
 def test_a_head_whose_observation_has_more_rows() -> None:
-    """The rows of h are multiplied as often as there are observations of each."""
+    """Each row of h is multiplied once per observation."""
     h, weight, bias, x = tensors((B, H), (D, H), (D,), (S, B, D), grad="11")
     product = 2 * S * B * D * H
     assert flops(ws.linear_bernoulli_log_prob, h, weight, bias, x) == product

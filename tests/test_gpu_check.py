@@ -1,4 +1,4 @@
-"""`make gpu-check`: what of it needs no GPU. Its plan, its record of what passed and what did not, and its refusals."""
+"""Test the parts of `make gpu-check` that need no GPU: the plan, the record of results, and refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _refused(**environment: str) -> str:
 def test_one_clear_line_where_it_cannot_begin(tmp_path: Path) -> None:
     assert _refused() == "gpu-check: OUT is not set: it names the folder that the results are written to\n"
     refusal = _refused(OUT=str(tmp_path / "results"))
-    assert refusal == f"gpu-check: torch {torch.__version__} finds no GPU on this machine\n"
+    assert refusal == f"gpu-check: torch {torch.__version__} finds no GPU\n"
     assert not (tmp_path / "results").exists()
 
 
@@ -77,7 +77,7 @@ def test_nothing_follows_a_failed_build_or_a_spent_budget() -> None:
 
 
 def test_the_plan(tmp_path: Path) -> None:
-    """Its parts exist, and it asks no network."""
+    """All files in the plan exist, and no step needs the network."""
     plan = gpu_check.steps(sys.executable, tmp_path, tmp_path, "9.0")
     names = [step.name for step in plan]
     assert names[0] == "build"
@@ -92,7 +92,7 @@ def test_the_plan(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_the_build_step_builds(tmp_path: Path) -> None:
-    """As on a machine with a GPU, but for the GPU: an installation that imports, in a folder of its own."""
+    """Builds as on a computer with a GPU, but for the CPU: the result imports from a separate folder."""
     step = gpu_check.steps(sys.executable, tmp_path / "site", tmp_path, "9.0")[0]
     environment = {**step.environment, "WAKESLEEP_FORCE_CUDA": "", "WAKESLEEP_FORCE_CPU": "1"}
     outcome = gpu_check.run(

@@ -1,4 +1,4 @@
-"""Derivatives of every op: first and second order by finite differences, and what torch.library asks of an operator."""
+"""Check first and second derivatives of every op by finite differences, and run torch.library.opcheck."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import wakesleep_ext as ws
 HALF_TYPES = (torch.bfloat16, torch.float16)
 DIFFERENTIABLE = [case for case in SMALL if not case.is_binary]
 
-# gradients of broadcast arguments are sums over the rows that they met
+# gradients of broadcast arguments are sums over rows
 BROADCAST = [
     Case("gaussian_rsample_log_prob", ((2, 1, 3), (4, 3)), (2,)),
     Case("gaussian_log_prob", ((4, 3), (3,), (2, 4, 3))),
@@ -39,7 +39,7 @@ def test_gradgradcheck(case: Case, device: str) -> None:
 
 
 def _arguments(case: Case, dtype: torch.dtype, device: str, requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
-    """The operator behind an op, and what it is called with."""
+    """Return the operator behind an op, and its arguments."""
     inputs = case.inputs(dtype, device, requires_grad)
     if case.op in ("linear", "mlp"):
         h, *layers = inputs
@@ -97,7 +97,7 @@ def test_opcheck_backward_operators(device: str) -> None:
 
 
 def test_every_operator_of_the_library_is_checked() -> None:
-    """No operator without a CPU kernel, a CUDA kernel and an Autograd one, or one composed of others for all."""
+    """Every operator has CPU, CUDA and Autograd kernels, or is composed of other operators."""
     names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
     assert names
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -119,7 +119,7 @@ PACKED = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", PACKED)
 def test_packed_parameters_get_a_packed_gradient(op: str, dtype: torch.dtype, device: str) -> None:
-    """That of chunk, and no kernel that would put its halves together."""
+    """The gradient equals chunk's, and no kernel concatenates its halves."""
     z = torch.randn(4, 5, device=device, dtype=dtype)
     ours = torch.randn(4, 10, device=device, dtype=dtype, requires_grad=True)
     theirs = ours.detach().clone().requires_grad_()
@@ -140,7 +140,7 @@ def test_packed_parameters_are_views(device: str) -> None:
 
 
 def _in_any_way(packed: torch.Tensor) -> torch.Tensor:
-    """Gradients of one op, of several that add up, of one half alone, of each half where the other belongs."""
+    """Combine ops so that gradients come from one op, from several, from one half, and from swapped halves."""
     mu, logvar = ws.gaussian_parameters(packed)
     z = ws.gaussian_rsample(mu, logvar, key=make_key(packed.device))
     swapped = ws.gaussian_parameters(packed.square())[::-1]
@@ -169,7 +169,7 @@ def test_packed_parameters_used_in_any_way(device: str) -> None:
 
 
 def test_compiled_draws_differ(device: str) -> None:
-    """Two draws in one compiled function are not merged, and every call is fresh."""
+    """Two draws in a compiled function are not merged, and every call draws new values."""
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")

@@ -1,6 +1,6 @@
-"""Compares both sides of every pair in the guides, and runs the example of the landing page.
+"""Compare both sides of every pair in the guides, and run the example of the landing page.
 
-tests/test_readme.py runs all guides. Here each block that defines `before` and `after` is a pair.
+A pair is a block that defines `before` and `after`. tests/test_readme.py runs all guides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PAIRS = ROOT / "docs/guides/move-your-code.md"
 
 
 def python_blocks(page: Path) -> list[str]:
-    """The Python blocks of a page, moved to their lines, so that an error names the line of the page."""
+    """Return the Python blocks of a page, shifted to their lines, so that errors show the line of the page."""
     text = page.read_text()
     blocks = re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S)
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in blocks]
@@ -46,7 +46,7 @@ def flat(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def leaves(names: dict[str, Any]) -> list[Tensor]:
-    """The tensors of the page that require gradients, and the parameters of its modules."""
+    """Return the page's tensors that require gradients, and the parameters of its modules."""
     found = [value for value in names.values() if isinstance(value, Tensor) and value.is_leaf and value.requires_grad]
     return found + [
         parameter for value in names.values() if isinstance(value, nn.Module) for parameter in value.parameters()
@@ -54,7 +54,7 @@ def leaves(names: dict[str, Any]) -> list[Tensor]:
 
 
 def gradients(values: tuple[Tensor, ...], weights: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a weighted sum of the values, zeros where the sum does not depend on an input."""
+    """Return gradients of a weighted sum of the values; zeros where the sum does not depend on an input."""
     total = sum((weight * value).sum() for weight, value in zip(weights, values, strict=True))
     return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True, retain_graph=True)
 

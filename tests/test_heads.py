@@ -1,4 +1,4 @@
-"""Bernoulli heads beside the two ops that they stand for: exact, however many chunks; and small."""
+"""Compare Bernoulli heads with the two ops that they replace: exact for any number of chunks, with little memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import wakesleep_ext as ws
 from wakesleep_ext import reference
 from wakesleep_ext.benchmark.measure import peak_bytes
 
-CHUNK = 32  # rows, at the least; with one thread, of a mebibyte
+CHUNK = 32  # minimum rows per chunk; with one thread, a chunk takes 1 MiB
 
 
 def _head(
     leading: tuple[int, ...], features: int, width: int, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h, weight and bias that require gradients, and a binary x."""
+    """Return h, weight and bias that require gradients, and a binary x."""
     options = {"dtype": dtype, "device": device}
     h = torch.randn(*leading, features, **options, requires_grad=True)
     weight = torch.randn(width, features, **options, requires_grad=True)
@@ -74,7 +74,9 @@ def test_a_weighted_sum_is_exact(device: str, one_thread: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_draws_are_those_of_bernoulli_sample(dtype: torch.dtype, device: str, one_thread: None) -> None:
-    """Chunk or no chunk, an element's word follows from its index; but for logits on either side of a uniform."""
+    """An element's random word depends on its index only, not on chunks. So draws differ only if rounding moves a logit
+    past the uniform.
+    """
     h, weight, bias, _ = _several_chunks(device, dtype)
     logits = F.linear(h, weight, bias)
     expected = ws.bernoulli_sample(logits, key=make_key(device))
@@ -99,7 +101,7 @@ def test_draws_follow_the_generator(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_are_summed_in_float32(dtype: torch.dtype, device: str, one_thread: None) -> None:
-    """A sum over thousands of rows in bfloat16 would have stopped growing long before its end."""
+    """A sum over thousands of rows in bfloat16 would stop growing long before the end."""
     h, weight, bias, x = _head((5, 1000), 4, 9, dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in (h, weight, bias)]
     found = ws.linear_bernoulli_log_prob(h, weight, bias, x)
@@ -151,7 +153,7 @@ def test_a_head_without_bias(head: Callable[..., Tensor], device: str) -> None:
 
 @HEAD
 def test_autocast(head: Callable[..., Tensor], device: str) -> None:
-    """A head is multiplied in the lower precision, and scored in float32."""
+    """The GEMM runs in the lower precision, and the logits are scored in float32."""
     h, weight, bias, x = _head((2, 3), 40, 5, torch.float32, device)
     lower = [tensor.detach().bfloat16().requires_grad_() for tensor in (h, weight, bias)]
     with torch.autocast(device, torch.bfloat16):
@@ -185,7 +187,7 @@ def test_gradients_of_each_row_by_vmap(device: str) -> None:
 
 @pytest.mark.parametrize("op", ["log_prob", "sum"])
 def test_peak_memory(op: str) -> None:
-    """At least 4 times below eager's, at the size of a step with 50 samples."""
+    """Peak memory is at most a quarter of eager's, at the size of a step with 50 samples."""
     h, weight, bias, x = _head((50, 100), 200, 784, torch.float32)
     sample_weight = torch.rand(50, 100)
 
@@ -206,7 +208,7 @@ def test_peak_memory(op: str) -> None:
 
 
 def test_memory_does_not_grow_with_the_logits(one_thread: None) -> None:
-    """Beyond the gradients of the arguments, what a pass takes is a chunk, whatever the number of rows."""
+    """Besides the gradients of the arguments, a pass allocates one chunk, for any number of rows."""
 
     def beyond_gradients(rows: int) -> int:
         h, weight, bias, x = _head((rows, 10), 2, 1024, torch.float32)
@@ -224,7 +226,7 @@ def test_memory_does_not_grow_with_the_logits(one_thread: None) -> None:
 
 
 def test_the_choice_of_what_is_kept() -> None:
-    """recompute=False keeps the logits for the backward pass, True nothing, None what is small."""
+    """recompute=False keeps the logits for the backward pass, True keeps nothing, and None keeps small logits."""
     for rows, kept in ((100, True), (10_000, False)):
         h, weight, bias, x = _head((1, rows), 4, 500, torch.float32)
         saved = {}

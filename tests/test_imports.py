@@ -1,4 +1,4 @@
-"""The layers of the package: imports point downwards."""
+"""Check the layers of the package: imports only go from higher to lower layers."""
 
 import pytest
 from checkout import load

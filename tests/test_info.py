@@ -1,4 +1,4 @@
-"""`wakesleep info` and `wakesleep selftest`: what they say when all is well, and when it is not."""
+"""Test `wakesleep info` and `wakesleep selftest`, in intact and broken installations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_whatever_fails_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda package: (package / "_C.broken.so").rename(package / _binary_name()), "do not load beside torch"),
+        (lambda package: (package / "_C.broken.so").rename(package / _binary_name()), "do not load with torch"),
         (lambda package: (package / "_build.py").write_text("raise ImportError"), "has no compiled kernels"),
         (lambda package: (package / "_build.py").write_text("TORCH_VERSION = '1.0.0'"), "was built for torch 1.0.0"),
     ],

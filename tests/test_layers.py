@@ -1,4 +1,4 @@
-"""Hidden layers beside the two ops that they stand for: exact, however many chunks, and whoever calls them."""
+"""Compare hidden layers with the two ops that they replace: exact for any number of chunks, and in any context."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 import wakesleep_ext as ws
 from wakesleep_ext import reference
 
-CHUNK = 32  # rows, at the least; with one thread, of a mebibyte
+CHUNK = 32  # minimum rows per chunk; with one thread, a chunk takes 1 MiB
 
 
 def _layer(rows: int, features: int, width: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """h, weight and bias that require gradients."""
+    """Return h, weight and bias that require gradients."""
     options = {"dtype": dtype, "device": device, "requires_grad": True}
     shapes = (rows, features), (width, features), (width,)
     h, weight, bias = (torch.randn(shape, **options) for shape in shapes)
@@ -35,7 +35,7 @@ def test_a_layer_in_several_chunks(device: str, one_thread: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_layers_of_half_types_are_summed_in_float32(dtype: torch.dtype, device: str, one_thread: None) -> None:
-    """A sum over thousands of rows in bfloat16 would have stopped growing long before its end."""
+    """A sum over thousands of rows in bfloat16 would stop growing long before the end."""
     layer = _layer(5000, 4, 9, dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in layer]
     found, expected = ws.linear(*layer, "tanh"), reference.linear(*exact, "tanh")
@@ -61,7 +61,7 @@ def test_a_layer_without_bias(device: str) -> None:
 
 
 def test_a_layer_under_autocast(device: str) -> None:
-    """As nn.Linear, a layer multiplies in the lower precision and returns it."""
+    """Like nn.Linear, a layer multiplies in the lower precision and returns it."""
     layer = _layer(6, 40, 5, torch.float32, device)
     lower = [tensor.detach().bfloat16().requires_grad_() for tensor in layer]
     with torch.autocast(device, torch.bfloat16):
@@ -91,7 +91,7 @@ def test_gradients_of_each_row_of_a_layer_by_vmap(device: str) -> None:
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("layout", ["plain", "transposed", "gaps", "overlapping"])
 def test_large_products_whoever_multiplies(layout: str) -> None:
-    """oneDNN does, of float32 that is worth its while, if it can and is not switched off, where MKL has no AVX-512."""
+    """oneDNN multiplies large float32 batches if it is available and enabled, and MKL does not use AVX-512."""
     processor = Path("/proc/cpuinfo").read_text()
     is_better = torch.backends.mkl.is_available() and "avx512f" in processor and "GenuineIntel" not in processor
     rows, features, width = 130, 90, 100
@@ -119,7 +119,7 @@ def test_large_products_whoever_multiplies(layout: str) -> None:
 
 
 def test_activations_at_their_ends(device: str) -> None:
-    """NaN stays NaN, as torch has it, and the gradient of what was cut off is zero whatever comes from upstream."""
+    """NaN stays NaN as in torch. A saturated activation has zero gradient for any upstream gradient."""
     values = torch.tensor([[-torch.inf], [-90.0], [0.0], [90.0], [torch.inf], [torch.nan]], device=device)
     one, none = torch.ones(1, 1, device=device), torch.zeros(1, device=device)
     for activation in ("relu", "sigmoid", "tanh"):

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, on every architecture they were compiled for; needs no GPU."""
+"""Check the machine code of the CUDA kernels, for every compiled architecture; needs no GPU."""
 
 from __future__ import annotations
 

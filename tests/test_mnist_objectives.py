@@ -1,4 +1,4 @@
-"""The table of objectives on MNIST: that it is made as it says, here from smaller images; and that it is up to date."""
+"""Check that the MNIST table is made correctly, using smaller images, and that it is up to date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The networks' shapes, their start, and ancestral sampling."""
+"""Test shapes and initial values of the networks, and ancestral sampling."""
 
 from typing import get_args
 
@@ -123,7 +123,7 @@ def test_dreams_take_the_dtype_of_the_generative_network():
 
 
 def test_an_mlp_is_scored_and_drawn_from_without_its_logits():
-    """As any other network is by way of them, with the same gradients."""
+    """Other networks go through their logits. Both ways have the same gradients."""
     network = HelmholtzMachine.from_config(SMALL).generative[0].network.double()
     mlp, any_other = LinearBernoulliConditional(network), BernoulliConditional(network)
     z, x = torch.randn(4, 3, 2, dtype=torch.float64), torch.randint(2, (3, 6))

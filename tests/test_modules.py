@@ -1,4 +1,4 @@
-"""Layers and heads in the place of linear layers."""
+"""Test layers and heads that replace linear layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BIAS = pytest.mark.parametrize("bias", [True, False])
 
 @pytest.fixture
 def calls_of_the_op(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of the op has computed."""
+    """Record how many layers each call of the op computes."""
     found: list[int] = []
     original = ops.mlp
 
@@ -166,7 +166,7 @@ def test_layers_that_follow_each_other_are_one_call(calls_of_the_op: list[int], 
 
 
 class Doubled(Tensor):
-    """A weight, bias or input that `F.linear` takes twice."""
+    """A weight, bias or input that makes `F.linear` return twice its result."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -176,7 +176,7 @@ class Doubled(Tensor):
 
 
 class Activated(nn.Linear):
-    """Stores an activation, which it leaves to whoever calls it."""
+    """A layer that stores an activation, but leaves its use to the caller."""
 
     activation = "tanh"
 
@@ -202,7 +202,7 @@ def _prune(layer: nn.Linear) -> None:
 
 
 def _remove(layer: nn.Linear) -> None:
-    """Leaves a weight that is no parameter."""
+    """Replace the weight parameter by a plain tensor."""
     weight = layer.weight.detach()
     del layer.weight
     layer.weight = 2 * weight  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The table of planted faults follows the code: `make mutants` finds every line that it changes."""
+"""Check that `make mutants` finds every line that its table of faults changes."""
 
 from __future__ import annotations
 

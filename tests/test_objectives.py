@@ -1,4 +1,4 @@
-"""Every objective against its expectation taken exactly: over every image and every value of z, or by quadrature."""
+"""Compare every objective with its exact expectation, over all images and all z, or by quadrature."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ DIFFERENTIABLE = [name for name, config in CONFIGS.items() if config.latents == 
 
 
 def make_machine(name):
-    """Small, and far enough from its start to have something to say."""
+    """Make a small machine, far from its initial state."""
     torch.manual_seed(0)
     machine = HelmholtzMachine.from_config(CONFIGS[name], torch.tensor([0.2, 0.5, 0.7]))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def machine():
 
 
 def distribution(conditional, given):
-    """By torch's own distributions, from what the conditional's network returns."""
+    """Return a torch distribution with the parameters that the conditional's network returns."""
     if isinstance(conditional, StandardGaussianPrior):
         return Normal(torch.zeros(1, dtype=torch.float64), 1)
     output = conditional.network(given)
@@ -74,7 +74,7 @@ def log_prob(chain, latents, x):
 
 
 def quadrature(layers):
-    """Nodes `[A]` for each layer and weights `[A]` of the standard Gaussian."""
+    """Return nodes `[A]` for each layer, and weights `[A]` of the standard Gaussian."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(60 if layers == 1 else 24)
     nodes, weights = torch.tensor(nodes), torch.tensor(weights / math.sqrt(2 * math.pi))
     grid, of_grid = (torch.cartesian_prod(*[values] * layers).view(-1, layers) for values in (nodes, weights))
@@ -87,7 +87,7 @@ def every_state(widths):
 
 
 def recognised(machine, x):
-    """z ~ q(z|x), differentiable where q can be."""
+    """Return all z with q(z|x), differentiable if q is."""
     if is_discrete(machine):
         latents = [z[:, None].expand(-1, len(x), -1) for z in every_state(sizes(machine))]
         return latents, log_prob(machine.recognition, latents, x).exp().detach()
@@ -101,7 +101,7 @@ def recognised(machine, x):
 
 
 def imagined(machine):
-    """z ~ p(z), for one image."""
+    """Return all z with p(z), for one image."""
     if is_discrete(machine):
         latents = [z[:, None] for z in every_state(sizes(machine))]
         return latents, log_prior(machine, latents).exp().detach()
@@ -147,13 +147,13 @@ def exact_elbo_loss(machine, x):
 
 
 def of_pairs(weights, log_w):
-    """Bound of two independent samples and their probability, `[A, A, B]`."""
+    """Return the bounds of all pairs of independent samples, and their probabilities, `[A, A, B]`."""
     one, other = log_w[:, None], log_w[None]
     return torch.logaddexp(one, other) - math.log(2), weights[:, None] * weights[None]
 
 
 def exact_iwae_loss(machine, x):
-    """L = 2."""
+    """Return the exact loss for L = 2."""
     latents, weights = recognised(machine, x)
     log_w = log_prob(machine.generative, latents, x) - log_prob(machine.recognition, latents, x)
     bound, probability = of_pairs(weights, log_w)
@@ -161,7 +161,7 @@ def exact_iwae_loss(machine, x):
 
 
 def exact_reweighted_losses(machine, x, share=0.0):
-    """L = 2, of samples from (1 - share) q(z|x) + share p(z)."""
+    """Return the exact losses for L = 2, with samples from (1 - share) q(z|x) + share p(z)."""
     latents, weights = recognised(machine, x)
     latents, weights = detached(latents), (1 - share) * weights
     if share:
@@ -193,7 +193,7 @@ def gradients(loss, network):
 
 
 def assert_same(sampled, exact, *networks, atol=0.02):
-    """In value, and in gradient for each network."""
+    """Check the value, and the gradient of each network."""
     torch.testing.assert_close(sampled, exact, rtol=0, atol=atol)
     for network in networks:
         torch.testing.assert_close(gradients(sampled, network), gradients(exact, network), rtol=0, atol=atol)
@@ -254,7 +254,7 @@ def test_with_one_sample_every_bound_is_the_elbo(machine):
 
 
 def norms(loss, machine):
-    """Of the gradients for recognition and generative network; None where the loss does not depend on it."""
+    """Return the gradient norms of recognition and generative network; None if the loss does not depend on one."""
     found = []
     for network in (machine.recognition, machine.generative):
         parts = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
@@ -279,7 +279,7 @@ def test_each_loss_of_wake_and_sleep_trains_one_network_only(name):
 
 
 def test_the_sum_of_both_reweighted_losses_teaches_recognition_something(machine):
-    """If q inside the weights were not detached, the gradients would cancel exactly, as they do here."""
+    """If q in the weights were not detached, the gradients would cancel exactly. This test shows both cases."""
     x, num_samples, keys = EVERY_IMAGE, 4, [make_key(3)]
     theta, phi = reweighted_wake_losses(machine.recognition, machine.generative, x, num_samples, keys=keys)
     (draw,) = machine.recognition.rsample_log_prob(x, num_samples, keys=keys, detach=True)
@@ -292,7 +292,7 @@ def test_the_sum_of_both_reweighted_losses_teaches_recognition_something(machine
 
 
 def test_weights_belong_to_each_image(machine):
-    """Each image's bound is of its own samples: the loss of a batch is the mean of what the rows would have alone."""
+    """Each image's bound uses only its own samples: a batch has the mean of its rows' losses."""
     (draw,) = machine.recognition.rsample_log_prob(SOME_IMAGES, 5, keys=[make_key(1)])
     log_w = machine.generative.log_prob([draw.z], SOME_IMAGES) - draw.log_q
     bounds = [row.exp().mean().log() for row in log_w.unbind(1)]
@@ -313,7 +313,7 @@ def test_discrete_draws_cannot_be_differentiated(loss):
 
 
 def test_wake_samples_are_averaged_evenly(machine):
-    """L samples of one image are as one sample of L copies of it: the same draws, the same mean."""
+    """L samples of one image equal one sample of L copies of it: the same draws, the same mean."""
     x, keys = EVERY_IMAGE[5:6], [make_key(7)]
     several = wake_theta_loss(machine.recognition, machine.generative, x, 6, keys=keys)
     copies = wake_theta_loss(machine.recognition, machine.generative, x.repeat(6, 1), 1, keys=keys)
@@ -355,7 +355,7 @@ def test_only_the_divergence_of_a_gaussian_from_the_standard_one_has_a_formula()
 
 
 def test_a_learnt_prior_is_compared_by_the_draws(machine):
-    """A prior N(0, I) that has parameters: the ELBO in expectation, and a gradient for them."""
+    """A prior N(0, I) with parameters gives the expected ELBO, and gradients for its parameters."""
     (draw,) = machine.recognition.rsample_log_prob(EVERY_IMAGE, 3, keys=[make_key(2)])
     prior = GaussianConditional(Constant(2)).double()
     learnt = GenerativeNetwork([machine.generative[0], prior])
@@ -388,7 +388,7 @@ def test_objectives_compile_without_graph_breaks(machine):
 
 
 def test_networks_may_be_any_modules():
-    """Nothing but their two signatures is asked of the networks."""
+    """The objectives need only the signatures of the two networks."""
 
     class Causes(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Every op against its plain-torch twin in float64: values and first gradients, at every dtype, shape and layout."""
+"""Compare every op with plain torch in float64: values and first gradients, for all dtypes, shapes and layouts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import wakesleep_ext as ws
 from wakesleep_ext import ops, reference
 from wakesleep_ext._op_table import FLOATING
 
-# What float32 arithmetic may cost, whatever the dtype of the inputs: half types are computed in float32, and only
-# samples and gradients are rounded to their dtype.
+# The tolerance of float32 arithmetic for all input dtypes. Half types are computed in float32, and only samples and
+# gradients are rounded to their dtype.
 ARITHMETIC = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
 def _close(got: Tensor, expected: Tensor, arithmetic: float, roundings: int = 1) -> None:
-    """To the precision of the arithmetic, or of the dtype where that is coarser, on the scale of the largest result."""
+    """Check closeness to the precision of the arithmetic, or of a coarser dtype, relative to the largest result."""
     assert got.shape == expected.shape
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     rounding = 0.0 if got.dtype == torch.float64 else torch.finfo(got.dtype).eps
@@ -71,7 +71,7 @@ OF_OUR_ROUNDING = [case for case in SMALL if "weight" not in case.row.inputs]
 
 @pytest.mark.parametrize("case", OF_OUR_ROUNDING, ids=str)
 def test_a_row_does_not_depend_on_its_batch(case: Case, device: str) -> None:
-    """Bitwise: the first rows of a large batch are what they are alone. Draws are functions of the row's index."""
+    """The first rows of a large batch equal the same rows alone, bit for bit. Draws depend on the row's index."""
     wide = case.wide(67, 85)
     inputs = wide.inputs(torch.float32, device)
     together = wide(*inputs)
@@ -167,7 +167,7 @@ def test_sample_dtypes(device: str) -> None:
 
 
 def test_nothing_is_expanded_in_memory() -> None:
-    """A likelihood of x [B, D] under logits [L, B, D] allocates its result and nothing else."""
+    """A likelihood of x [B, D] under logits [L, B, D] allocates only its result."""
     logits, x = torch.randn(50, 20, 784), torch.rand(20, 784)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ws.bernoulli_log_prob(logits, x)
@@ -203,7 +203,7 @@ def test_gradients_only_where_asked() -> None:
 
 
 def test_results_can_be_used_in_place() -> None:
-    """The outputs of an op are its own: writing to them spoils no gradient."""
+    """Writing to an op's outputs does not change any gradient."""
     mu = torch.zeros(3, 4, requires_grad=True)
     (z,) = as_tuple(ws.gaussian_rsample(mu, torch.zeros(3, 4)))
     z.mul_(2).sum().backward()

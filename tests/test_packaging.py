@@ -1,4 +1,4 @@
-"""What is built, and what is said where it cannot be; then the source distribution, installed as people install it."""
+"""Test builds and their error messages, and install the source distribution as users do."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CUDA, CPU = {"WAKESLEEP_FORCE_CUDA": "1"}, {"WAKESLEEP_FORCE_CPU": "1"}
     ],
 )
 def test_plan(environment: dict[str, str], torch: Torch, toolkit: Toolkit | None, summary: str) -> None:
-    """One line says what is built, and why; no GPU is asked for."""
+    """One line says what is built, and why. A visible GPU is not needed."""
     said = make_plan(environment, torch, toolkit).summary
     assert said.startswith(f"wakesleep_ext: {summary}")
     assert "\n" not in said
@@ -91,7 +91,7 @@ def test_the_toolkit_of_an_nvcc_on_the_path(tmp_path: Path) -> None:
 
 
 def test_an_nvcc_that_is_a_wrapper_script(tmp_path: Path) -> None:
-    """The toolkit is where the compiler says it works from, not where the script lies."""
+    """The toolkit is where the compiler reports it, not where the script is."""
     (tmp_path / "real").mkdir()
     _write_nvcc(tmp_path / "bin/nvcc", "13.0", top=tmp_path / "real")
     found = toolchain.find_toolkit({"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"})
@@ -138,7 +138,7 @@ def test_a_wheel_requires_the_series_that_it_is_compiled_for(version: str, requi
 
 
 def test_pip_is_asked_for_a_torch_only_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip's isolated build sees the environment. Where another tool's does not, the build stops."""
+    """pip's isolated build can see the environment. With tools whose builds cannot, the build stops."""
     for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
         monkeypatch.setattr(backend.build_meta, hook, lambda settings: [])
     monkeypatch.setenv("PIP_BUILD_TRACKER", "a folder of pip's")
@@ -170,14 +170,14 @@ def test_pip_is_asked_for_a_torch_only_where_there_is_none(monkeypatch: pytest.M
     ],
 )
 def test_the_two_commands(environment: dict[str, str], source: str, second: str) -> None:
-    """They name what is built, unless it was unpacked into a folder that goes away."""
+    """They name the source, unless it was unpacked into a temporary folder."""
     said = toolchain.commands_without_isolation(environment, Path(source))
     assert _commands(said)[1] == second
     assert ("SOURCE is what you asked to install" in said) == second.endswith("SOURCE")
 
 
 def _commands(message: str) -> list[str]:
-    """The indented lines that are commands."""
+    """Return the indented lines, which are commands."""
     return re.findall(r"^\s+((?:uv )?pip install .*)$", message, re.M)
 
 
@@ -208,7 +208,7 @@ def test_a_build_that_cannot_be_ends_before_it_compiles(tmp_path: Path) -> None:
 
 @pytest.fixture
 def gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A torch with CUDA that sees a GPU, and kernels for the CPU alone."""
+    """Simulate a torch with CUDA that finds a GPU, and kernels for the CPU only."""
     monkeypatch.setattr(torch_module.version, "cuda", "13.0")
     monkeypatch.setattr(torch_module.cuda, "_device_count_nvml", lambda: 1)
     monkeypatch.setattr(_build, "CUDA_VERSION", None)
@@ -217,7 +217,7 @@ def gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_gpu_that_the_kernels_do_not_use(gpu_without_kernels: pytest.MonkeyPatch) -> None:
-    """The import says why there are no CUDA kernels, and how to get them."""
+    """The import warns why there are no CUDA kernels, and how to get them."""
     with pytest.warns(RuntimeWarning, match=r"built without CUDA kernels \(no nvcc was found\)") as said:
         _loading.load_kernels()
     assert len(said) == 1
@@ -248,7 +248,7 @@ def test_no_warning_without_cause(gpu_without_kernels: pytest.MonkeyPatch, owner
 
 
 def test_the_import_does_not_initialise_cuda(gpu_without_kernels: pytest.MonkeyPatch) -> None:
-    """A process that has initialised CUDA cannot fork and use it in the child."""
+    """A process that has initialised CUDA cannot use it in a forked child."""
 
     def initialises(*arguments: Any) -> Any:
         raise AssertionError("CUDA was initialised")
@@ -265,7 +265,7 @@ def test_info_says_why_these_kernels_were_built(monkeypatch: pytest.MonkeyPatch)
 
 
 class Installed(metadata.Distribution):
-    """What an installer leaves in a dist-info folder."""
+    """The files that an installer leaves in a dist-info folder."""
 
     def __init__(self, installer: str, record: dict[str, Any] | None) -> None:
         self._texts = {"INSTALLER": f"{installer}\n", "direct_url.json": None if record is None else json.dumps(record)}
@@ -331,7 +331,7 @@ def _name_of(node: ast.stmt) -> str | None:
 
 
 def test_versions_that_stand_in_two_files() -> None:
-    """Hooks of pre-commit use the versions of constraints.txt; the citation names the version of the package."""
+    """pre-commit hooks use the versions of constraints.txt, and the citation has the version of the package."""
     pinned = set(re.findall(r"^(\S+==\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     hooks = set(re.findall(r"[\w-]+==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text()))
     assert {hook.partition("==")[0] for hook in hooks} == {"clang-format", "mypy", "ruff"}
@@ -349,7 +349,7 @@ def test_versions_that_stand_in_two_files() -> None:
 
 
 def _with_requirements(name: str) -> set[str]:
-    """A distribution and what it needs."""
+    """Return a distribution and its requirements."""
     needed, new = set(), {name}
     while new:
         needed |= new
@@ -407,7 +407,7 @@ def archive(sources: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """A new environment that has torch and its requirements."""
+    """A new environment with torch and its requirements."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     site = _site(environment)
@@ -428,9 +428,9 @@ VARIABLES = {name: value for name, value in os.environ.items() if name not in ("
 
 
 def _install(archive: Path, environment: Path, **variables: str) -> None:
-    """Installs as people type it, isolated. No cache: it would keep a wheel of empty kernels.
+    """Install as users do, isolated. The cache is off, because it would keep a wheel of empty kernels.
 
-    The constraint protects the tests' own torch, to which the environment links: pip must not replace it.
+    The constraint protects the torch of the tests, which the environment links to: pip must not replace it.
     """
     constraints = archive.with_name("constraints.txt")
     constraints.write_text(f"torch=={metadata.version('torch')}\n")
@@ -447,7 +447,7 @@ def _run(environment: Path, program: str, *arguments: str) -> subprocess.Complet
 
 
 def _check_that_it_works(environment: Path) -> None:
-    """The ops run. The environment keeps its torch and gets no numpy. The trainer names its missing extra."""
+    """Check that the ops run, torch is unchanged, numpy is absent, and the trainer names its missing extra."""
     example = (
         "import torch, wakesleep_ext as ws; mu=torch.zeros(4,8,requires_grad=True); lv=torch.zeros(4,8); "
         "z,lq=ws.gaussian_rsample_log_prob(mu,lv,(16,)); print(z.shape,lq.shape)"
@@ -490,7 +490,7 @@ def CppExtension(name, sources, **rest):
 
 
 def _write_torch(environment: Path, version: str) -> None:
-    """A torch that compiles nothing. These are files, for uv would write through links to the tests' own torch."""
+    """Write a torch that compiles nothing. It is not linked, because uv would write through to the tests' torch."""
     for path in _site(environment).glob("torch*"):
         shutil.rmtree(path)
     texts = {f"torch/{name}": text for name, text in FAKE_TORCH.items()}
@@ -512,7 +512,7 @@ def _write_distribution(environment: Path, name: str, version: str, texts: dict[
 
 @pytest.fixture
 def fake_environment(tmp_path: Path) -> Path:
-    """A new environment with setuptools, as torch brings it, and nothing that is downloaded."""
+    """A new environment with the setuptools that torch requires, without downloads."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     for path in {path.parts[0] for path in metadata.files("setuptools") or ()} - {"..", "__pycache__"}:
@@ -524,7 +524,7 @@ def fake_environment(tmp_path: Path) -> Path:
 
 
 def _uv(directory: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs the real uv, which is in the extra `test`, with a cache of its own."""
+    """Run the real uv of the extra `test`, with a separate cache."""
     uv = shutil.which("uv", path=sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath))
     assert uv is not None, "uv is missing; install the extra 'test'"
     # uv breaks the lines of errors after so many COLUMNS
@@ -543,7 +543,7 @@ def _metadata(folder: Path) -> str:
 
 
 def test_uv_in_a_checkout(sources: Path, fake_environment: Path) -> None:
-    """It builds for the torch of the environment, and once more for another torch."""
+    """uv builds for the torch of the environment, and builds again for another torch."""
     for series in ("2.98", "2.97"):
         _write_torch(fake_environment, f"{series}.0")
         done = _uv(sources, "pip", "install", "--python", fake_environment, ".", UV_OFFLINE="1")
@@ -554,7 +554,7 @@ def test_uv_in_a_checkout(sources: Path, fake_environment: Path) -> None:
 
 
 def test_uv_elsewhere_stops_with_commands_that_work(sources: Path, fake_environment: Path) -> None:
-    """Its isolated build does not know the environment. So it compiles nothing, and says what works."""
+    """uv's isolated build cannot see the environment. So it compiles nothing, and prints commands that work."""
     elsewhere = fake_environment.parent / "elsewhere"
     elsewhere.mkdir()
     done = _uv(elsewhere, "pip", "install", "--python", fake_environment, sources)
@@ -581,7 +581,7 @@ def _python_files(package: Path) -> set[str]:
 
 
 def test_the_source_distribution_installs_where_only_torch_is(archive: Path, environment: Path, compiler: str) -> None:
-    """A stub compiler makes empty kernels. Those that run this test then replace them."""
+    """A stub compiler makes empty kernels, and the test then replaces them with real ones."""
     _install(archive, environment, CXX=compiler)
     installed = _metadata(_site(environment))
     assert {"License-Expression: BSD-3-Clause", "License-File: LICENSE"} <= set(installed.splitlines())
@@ -592,7 +592,7 @@ def test_the_source_distribution_installs_where_only_torch_is(archive: Path, env
     assert _python_files(package) == _python_files(ROOT / "wakesleep_ext")
     info = _run(environment, "wakesleep", "info")
     assert (info.returncode, "Traceback" in info.stderr) == (1, False)
-    assert "do not load beside torch" in info.stdout
+    assert "do not load with torch" in info.stdout
 
     shutil.copy(_C.__file__, package)
     _check_that_it_works(environment)
@@ -603,7 +603,7 @@ def _requirements(text: str) -> set[str]:
 
 
 def _prepared_metadata(folder: Path) -> str:
-    """What a tool learns of the copy of the checkout before it builds a wheel."""
+    """Return the metadata that a tool reads from a copy of the checkout before it builds a wheel."""
     prepare = "from build_support import backend; import sys; backend.prepare_metadata_for_build_wheel(sys.argv[1])"
     (folder / "prepared").mkdir()
     command = [sys.executable, "-c", prepare, str(folder / "prepared")]
@@ -621,6 +621,6 @@ def test_the_source_distribution_has_every_file_that_is_compiled(archive: Path) 
 
 @pytest.mark.thorough
 def test_the_source_distribution_compiles_where_only_torch_is(archive: Path, environment: Path) -> None:
-    """It compiles against the torch that is there, headers included."""
+    """It compiles against the installed torch and its headers."""
     _install(archive, environment)
     _check_that_it_works(environment)

@@ -1,4 +1,4 @@
-"""The CPU's own products of small batches, by way of the layers that are made of them."""
+"""Test the CPU's own GEMMs of small batches through the layers that use them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import wakesleep_ext as ws
 
 SMALL_BATCH = 64
-# rows, features and width of a layer: whole tiles and vectors, and every kind of end that they have
+# rows, features and width of a layer: whole tiles and vectors, and every kind of remainder
 SHAPES = [
     (1, 1, 1),
     (2, 3, 2),
@@ -35,7 +35,7 @@ def _layer(rows: int, features: int, width: int, dtype: torch.dtype = torch.floa
 
 
 def _results(layer: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor]:
-    """The layer's result, and the gradients of h, weight and bias."""
+    """Return the output of the layer, and the gradients of h, weight and bias."""
     leaves = [tensor.detach().requires_grad_() for tensor in layer]
     result = ws.linear(*leaves)
     return [result.detach(), *torch.autograd.grad(result, leaves, upstream)]
@@ -46,7 +46,7 @@ def _multiplies_itself() -> bool:
 
 
 def _assert_exact(found: list[Tensor], layer: tuple[Tensor, ...], upstream: Tensor) -> None:
-    """Within the error that a sum of rounded products can have, in whatever order it is taken."""
+    """Check the error against the bound for a sum of rounded products in any order."""
     h, weight, bias, upstream = (tensor.double() for tensor in (*layer, upstream))
     sums = {
         "result": (h, weight.t(), bias),
@@ -92,7 +92,7 @@ def test_products_of_operands_however_they_lie(layout: str) -> None:
 
 
 def test_infinity_stays_where_it_is() -> None:
-    """Nothing is multiplied with what fills a vector up."""
+    """The padding of a vector is not multiplied with the values."""
     h, weight, bias = _layer(5, 11, 7)
     h[2, 10] = torch.inf
     found, finite = ws.linear(h, weight, bias), torch.tensor([0, 1, 3, 4])
@@ -122,7 +122,7 @@ def test_a_row_is_the_same_by_itself() -> None:
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
 @pytest.mark.parametrize(("rows", "chosen"), [(SMALL_BATCH, None), (SMALL_BATCH + 1, None), (20, "0"), (200, "200")])
 def test_who_multiplies(rows: int, chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """We do for up to 64 rows, or as many as the environment says; torch for more."""
+    """Our kernels take up to 64 rows, or as many as the environment variable says; torch takes more."""
     if chosen is not None:
         monkeypatch.setenv("WAKESLEEP_SMALL_BATCH", chosen)
     layer, upstream = _layer(rows, 70, 90), torch.randn(rows, 90)

@@ -1,4 +1,4 @@
-"""Pyro's own inference with our distributions, beside its own."""
+"""Run Pyro's inference with our distributions and with Pyro's, and compare."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_svi_trains_an_autoencoder_to_the_loss_of_pyros_own() -> None:
 
 @pytest.mark.parametrize("gaussian", [DiagonalGaussian, theirs_gaussian], ids=["ours", "Pyro's"])
 def test_reweighted_wake_sleep_finds_a_conjugate_posterior(gaussian: Callable[..., Any]) -> None:
-    """z ~ N(0, 1), x|z ~ N(z, s^2): the posterior of z is N(x / (1 + s^2), s^2 / (1 + s^2))."""
+    """For z ~ N(0, 1) and x|z ~ N(z, s^2), the posterior of z is N(x / (1 + s^2), s^2 / (1 + s^2))."""
     pyro.set_rng_seed(0)
     noise = torch.tensor([0.25]).log()
     x = torch.randn(400, 1) * 1.25**0.5
@@ -107,7 +107,7 @@ KINDS = {"ours": DiagonalGaussian, "Pyro's": theirs_gaussian}
 @pytest.mark.parametrize(("guide_kind", "model_kind"), [("ours", "Pyro's"), ("Pyro's", "ours"), ("ours", "ours")])
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_a_mean_field_elbo_is_exact(guide_kind: str, model_kind: str, num_particles: int) -> None:
-    """Without data the loss is the divergence, which no draw changes: it is never sampled."""
+    """Without data, the loss is the divergence, computed exactly without samples."""
     mu, logvar = torch.randn(2, 6, LATENT).unbind()
     logvar_of_prior = torch.tensor([0.5])
 

@@ -1,4 +1,4 @@
-"""Keys and draws: the published answers of Philox, one draw for every machine, and the right distributions."""
+"""Check keys and draws: the published values of Philox, equal draws on every computer, and the right distributions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], wo
 
 @pytest.mark.parametrize("offset", [12, 2**60 - 1])
 def test_uniforms_of_the_kernels_are_philox(offset: int, device: str) -> None:
-    """The words of the kernels, bit for bit: a Bernoulli draw is 1 exactly where the uniform is at most p."""
+    """The random words match bit for bit: a Bernoulli draw is 1 exactly if the uniform is at most p."""
     key = random.make_key(KEY_SEED, offset, device)
     u = random.uniforms(key, (1001,), torch.float64)
     assert u.min() > 0
@@ -59,7 +59,7 @@ def test_no_block_is_one_of_torch(offset: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_normals_of_the_kernels(dtype: torch.dtype, device: str) -> None:
-    """Against the same words through float64 functions, to a few ulp of the larger of each pair."""
+    """Compares with the same words through float64 functions, to a few ulp of the larger value of each pair."""
     key = make_key(device)
     zeros = torch.zeros(100_003, dtype=dtype, device=device)
     got = ws.gaussian_rsample(zeros, zeros, key=key)
@@ -139,7 +139,7 @@ for threads, dtype in itertools.product((1, 2), (torch.float32, torch.float64, t
 
 
 def test_every_instruction_set_and_thread_count_gives_the_same_bits() -> None:
-    """Draws and log-probabilities alike, by the instructions that this processor has."""
+    """Tests draws and log-probabilities with every instruction set of this processor."""
     known, best = ["DEFAULT", "AVX2", "AVX512"], torch.backends.cpu.get_cpu_capability()
     outputs = []
     for capability in known[: known.index(best) + 1] if best in known else known[:1]:

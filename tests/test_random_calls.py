@@ -1,4 +1,4 @@
-"""Operators are public to torch users: whatever they are called with, they give a result or an error."""
+"""Check that public operators return a result or raise an error for any arguments."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_byte_other_than_one_is_true() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
 def test_draws_without_elements_take_no_time(shape: tuple[int, int]) -> None:
-    """However many there are."""
+    """The number of empty draws does not matter."""
     tensor, key = torch.zeros(shape), ws.random.make_key(1)
     assert ws.gaussian_rsample(tensor, tensor, (2**40,), key=key).shape == (2**40, *shape)
     assert ws.bernoulli_sample(tensor, (2**40,), key=key).shape == (2**40, *shape)

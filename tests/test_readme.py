@@ -1,4 +1,4 @@
-"""Runs every command and every line of code of the README and the guides, and checks their figures, links and sizes.
+"""Run every command and code block of the README and the guides, and check their figures, links and sizes.
 
 The everyday tier runs Python and shortened commands. The thorough tier runs the commands as written.
 """
@@ -75,7 +75,7 @@ def _name(command: str) -> str:
 
 
 def _in_brief(commands: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the commands of `BRIEFLY` in this process, as the `wakesleep` script would."""
+    """Run the commands of `BRIEFLY` in this process, as the `wakesleep` script would."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("wakesleep_ext.benchmark.run.keep_freed_memory", lambda: None)  # it would outlast the test
     for command in commands:
@@ -103,7 +103,7 @@ def test_commands_in_brief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_python() -> None:
-    """The blocks are read on, one after the other, as a reader would."""
+    """Run the blocks in order, as a reader would."""
     code = "\n".join(block for language, block in BLOCKS if language == "python")
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -161,7 +161,7 @@ def test_make_train(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_make_test() -> None:
-    """`make test` of CONTRIBUTING.md, on one file; the suite is running it already."""
+    """Run the `make test` of CONTRIBUTING.md on one file, since the suite is already running."""
     assert "passed" in _make("test TESTS=tests/test_models.py")
 
 
@@ -198,7 +198,7 @@ def _measured(unit: str, result: str, label: str) -> float | None:
 
 
 def _wrong_figures(text: str) -> list[str]:
-    """What is wrong with the figures of a text, in words."""
+    """Describe the wrong figures of a text."""
     found = []
     for paragraph in re.split(r"\n\s*\n|\n(?=- )", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)):
         sources = SOURCE.findall(" ".join(" ".join(COMMENT.findall(paragraph)).split()).replace("-->", "-->\n"))

@@ -1,5 +1,4 @@
-"""Replays: of what is recorded on a CPU; and of CUDA graphs, which only a GPU has, see test_cuda.py. Something else
-stands in for these here."""
+"""Test replays on a CPU, and with a stand-in for CUDA graphs. test_cuda.py tests real ones, which need a GPU."""
 
 from __future__ import annotations
 
@@ -30,8 +29,9 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 class Graph(TorchDispatchMode):
-    """In the place of a CUDA graph: what is called while it is on, to be called again on the same memory. Python is
-    nothing to it: numbers stay as they were; and what it captures does not happen."""
+    """A stand-in for a CUDA graph, which records calls and repeats them on the same memory. Like a graph, it ignores
+    Python: numbers stay as recorded, and calls have no effect while they are captured.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Graph(TorchDispatchMode):
 
 @pytest.fixture(params=["recording", "graph"])
 def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What has been recorded: the calls of operators, as always on a CPU, or something like a CUDA graph."""
+    """The recordings made: lists of operator calls, as on a CPU, or stand-ins for CUDA graphs."""
     made: list[Any] = []
     record = {"recording": replay._repeat, "graph": replay._capture}[request.param]
 
@@ -84,7 +84,7 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def recorded_by(replayed: Replay, *arguments: Tensor) -> Replay:
-    """After the two calls that a recording takes."""
+    """Return the replay after the two calls that a recording takes."""
     for _ in range(2):
         replayed(*arguments)
     return replayed
@@ -94,7 +94,7 @@ def recorded_by(replayed: Replay, *arguments: Tensor) -> Replay:
 
 
 class RunningSum:
-    """Of what it is called with."""
+    """Sums its arguments over calls."""
 
     def __init__(self) -> None:
         self.total = torch.zeros(3)
@@ -294,7 +294,7 @@ def test_the_gradient_of_a_sum_is_not_multiplied_by_one(monkeypatch: pytest.Monk
 
 
 def test_what_a_replay_needs_no_longer_is_freed() -> None:
-    """As it is where Python calls: of 64 arrays no more than a few are alive at once."""
+    """As in Python, only a few of 64 arrays are alive at once."""
 
     def chain(x: Tensor) -> Tensor:
         for _ in range(64):
@@ -308,7 +308,7 @@ def test_what_a_replay_needs_no_longer_is_freed() -> None:
 
 
 def test_what_nobody_uses_is_not_repeated() -> None:
-    """But draws are, since those after them come from where they leave the generator."""
+    """Unused draws are repeated, because they advance the generator for later ones."""
 
     def draw(x: Tensor) -> Tensor:
         x.sin().cos()
@@ -330,7 +330,7 @@ def test_what_nobody_uses_is_not_repeated() -> None:
 
 
 def test_a_step_as_people_write_it_is_repeated() -> None:
-    """With torch's own optimizer, and gradients that accumulate in the parameters."""
+    """The step uses torch's own optimizer, and accumulates gradients in the parameters."""
 
     def make() -> tuple[Callable[[Tensor], Tensor], Callable[[], list[Tensor]]]:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A run's folder survives what befalls it, and refuses what is not its own."""
+"""Check that the folder of a run survives failures, and rejects files of other runs."""
 
 import json
 import threading
@@ -31,7 +31,7 @@ def described(bound_samples=3):
 
 
 def begin(folder, digits, **options):
-    """A run of two epochs, made to its end."""
+    """Train a run of two epochs to its end."""
     config = RunConfig.of(described(), digits)
     trainer = Trainer(HelmholtzMachine.from_config(MODEL, digits.train.mean()), digits.train, TRAINING)
     with Run.begin(folder, config, **options) as run:
@@ -50,7 +50,7 @@ def run(tmp_path, digits):
 
 
 def save_described(folder, change):
-    """Changes the description in a checkpoint."""
+    """Change the description in a checkpoint."""
     tensors, description = checkpoint.load(folder / "checkpoint.safetensors")
     change(description)
     checkpoint.save(folder / "checkpoint.safetensors", tensors, description)
@@ -172,7 +172,7 @@ def test_data_that_are_gone_are_named(run, tmp_path):
 
 @pytest.mark.parametrize("part", [20, pytest.param(150, marks=pytest.mark.thorough)])
 def test_damage_anywhere_is_named_or_does_not_matter(run, digits, part):
-    """A byte changed, or the end cut off, at places spread over every file of the run."""
+    """Changes a byte or cuts off the end, at places spread over every file of the run."""
     expected = resume(run, digits)
     for file in ("checkpoint.safetensors", "metrics.jsonl"):
         path = run / file

@@ -1,4 +1,4 @@
-"""`wakesleep bench --suite step`: that every candidate takes the step it is to take, and how its figures are told."""
+"""Check that every implementation in `wakesleep bench --suite step` takes the right step, and check the reports."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_step_is_not_compared_with_a_copy() -> None:
 
 
 def losses_of(call: measure.Call, steps: int) -> Tensor:
-    """Of so many steps, `[steps, 2]`."""
+    """Return the losses of this many steps, `[steps, 2]`."""
     found = [call() for _ in range(steps)]
     return torch.stack([losses for losses in found if isinstance(losses, Tensor)])
 
@@ -122,7 +122,7 @@ def test_rivals_take_the_losses_of_the_objectives() -> None:
 
 
 def test_both_customary_forms_take_the_same_step() -> None:
-    """They draw alike."""
+    """Both forms use the same draws."""
     of_seed = []
     for candidate in ("eager", "distributions"):
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_both_customary_forms_take_the_same_step() -> None:
 
 
 def check_initial(losses: Tensor) -> None:
-    """Losses at the initial weights have the right mean, within five standard errors."""
+    """Check the mean loss at the initial weights, within five standard errors."""
     images, batch = SMALL.inputs(CPU)
     machine = SMALL.machine(images)
     networks = machine.recognition, machine.generative
@@ -150,7 +150,7 @@ def check_initial(losses: Tensor) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Which matrix products are made, of how many rows, columns, and terms."""
+    """Records the rows, columns and inner size of every GEMM."""
 
     def __init__(self) -> None:
         super().__init__()

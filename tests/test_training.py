@@ -1,4 +1,4 @@
-"""The loop: what it repeats, what it visits, and when it stops."""
+"""Test the training loop: reproducibility, the images it visits, and when it stops."""
 
 import itertools
 import math
@@ -63,7 +63,7 @@ def test_another_seed_gives_other_weights():
 
 
 class Keys(TorchDispatchMode):
-    """The keys that ops were called with."""
+    """Records the keys that ops are called with."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ def test_a_run_is_continued_from_its_state_and_step():
 
 
 def test_a_step_is_what_one_writes_by_hand():
-    """With torch's own optimizers, and a key for each draw."""
+    """Compares with torch's own optimizers, and a key for each draw."""
     trainer, by_hand = make_trainer(seed=3, num_samples=2), make_trainer(seed=3, num_samples=2)
     machine, config = by_hand.machine, by_hand.config
     recognition, generative = machine.recognition, machine.generative
@@ -141,7 +141,9 @@ def adam(network, config):
 
 
 def test_a_step_of_a_mixture_is_what_one_writes_by_hand():
-    """The wake phase's gradient for recognition is of the networks before the step, the dreams' of the new ones."""
+    """The recognition gradient of the wake phase uses the networks before the step; that of the dreams uses the new
+    generative network.
+    """
     settings = {
         "objective": "reweighted-wake-sleep",
         "sleep_weight": 0.25,
@@ -247,7 +249,7 @@ def test_gradients_that_others_leave_do_not_enter_and_frozen_weights_stay():
 
 
 def losses_of_100_steps(device, latent=(3,), **config):
-    """In float64, `[steps, losses]`, on images of many grey levels."""
+    """Return losses in float64, `[steps, losses]`, on images with many grey levels."""
     generator = torch.Generator().manual_seed(2)
     images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
     torch.manual_seed(0)
@@ -345,7 +347,7 @@ def test_learning_rates_are_separate_and_fall_by_the_decay():
 
 
 def test_a_staged_schedule_falls_stage_by_stage():
-    """Of 1, 3 and 9 epochs."""
+    """The stages have 1, 3 and 9 epochs."""
     trainer = make_trainer(epochs=13, learning_rate_decay=0.01, schedule="staged")
     rates = []
     list(trainer.epochs(on_step=lambda: rates.append(trainer.optimizers["generative"].param_groups[0]["lr"].item())))
@@ -363,7 +365,7 @@ def test_optimizers_are_what_was_asked_for():
 
 
 def test_what_waits_for_networks_is_called_at_every_step():
-    """Also if it comes when steps are already replayed."""
+    """Hooks are called at every step, even if they are added after replays have started."""
     trainer, other = make_trainer(), make_trainer(replay=False)
     next(trainer.epochs())
     next(other.epochs())
@@ -383,7 +385,7 @@ def test_what_waits_for_networks_is_called_at_every_step():
 
 
 def returns_nan_in_phase(network, step, trainer, *, with_gradients):
-    """Makes a network return NaN from one step on; the trained network is the one with gradients."""
+    """Make a network return NaN from one step on; the trained network is the one with gradients."""
 
     def hook(module, arguments, output):
         if trainer.step + 1 >= step and torch.is_grad_enabled() == with_gradients:
@@ -483,7 +485,7 @@ def test_a_state_that_lacks_a_tensor_is_refused_whole():
 
 
 def test_the_digits_are_learnt():
-    """A few epochs take the ELBO past the independent-Bernoulli baseline of 27 nats."""
+    """A few epochs improve the ELBO beyond the independent-Bernoulli baseline of 27 nats."""
     digits = load(DIGITS)
     torch.manual_seed(0)
     machine = HelmholtzMachine.from_config(ModelConfig(64), digits.train.mean())
@@ -502,7 +504,7 @@ def test_parameters_in_half_precision_are_refused(dtype):
 
 
 def test_steps_under_autocast_are_replayed_and_learn():
-    """Weights stay in single precision: no copy that autocast has made of one is trained on."""
+    """Weights stay in single precision: training does not update copies made by autocast."""
     losses = []
     for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         trainer = make_trainer(epochs=100, generative_learning_rate=0.02, recognition_learning_rate=0.02)

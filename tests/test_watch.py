@@ -1,4 +1,4 @@
-"""What changes after a step has been recorded: the next one is as if it had been called, to the bit."""
+"""Change something after a step is recorded, and check that the next step equals a called one bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOOK_AT_TENSOR_LR = {"SGD", "RMSprop"}
 
 
 class Training:
-    """Of a small network, as people write it."""
+    """Trains a small network in the usual way."""
 
     def __init__(self, optimizer: str, lr: Any = 0.05) -> None:
         torch.manual_seed(0)
@@ -62,7 +62,7 @@ def assert_same(one: Any, other: Any) -> None:
 def run_both(
     optimizer: str, change: Callable[[Training], object], context: Callable[[], Any] = nullcontext, lr: Any = None
 ) -> Replay:
-    """Steps before and after a change, called and replayed."""
+    """Run steps before and after a change, called and replayed."""
     is_replayed = optimizer not in LOOK_AT_VALUES and (lr is None or optimizer not in LOOK_AT_TENSOR_LR)
     called, replayed = (Training(optimizer, 0.05 if lr is None else lr.clone()) for _ in range(2))
     replay = Replay(replayed.step)
@@ -165,7 +165,7 @@ def test_the_same_under_autocast(optimizer: str, change: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("context", [nullcontext, autocast])
 def test_a_learning_rate_that_is_a_tensor(optimizer: str, context: Callable[[], Any]) -> None:
-    """It is looked up at every step, so it may change in place, and nothing is recorded again."""
+    """Each step reads the tensor, so a change in place needs no new recording."""
     if optimizer == "Adam that looks at its step":
         pytest.skip("torch's Adam takes no tensor there")
 
@@ -182,7 +182,7 @@ def test_a_learning_rate_that_is_a_tensor(optimizer: str, context: Callable[[], 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop"])
 @pytest.mark.parametrize("every", [1, 12])
 def test_schedulers(optimizer: str, every: int) -> None:
-    """What changes seldom is recorded again; what changes at every step is called."""
+    """Values that change rarely are recorded again. A step is called if they change every time."""
     called, replayed = Training(optimizer), Training(optimizer)
     replay = Replay(replayed.step)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(t.optimizer, 0.9) for t in (called, replayed)]
@@ -273,7 +273,7 @@ def test_a_hook_of_all_modules_is_called() -> None:
 
 
 def test_a_state_that_is_replaced_at_every_call_is_used() -> None:
-    """As that of a recurrent network is."""
+    """A recurrent network has such a state."""
     cell = SimpleNamespace(h=torch.zeros(3))
 
     def step(x: Tensor) -> Tensor:
@@ -357,7 +357,7 @@ def test_results_in_tuples_and_dicts() -> None:
 
 
 def test_what_a_recording_refers_to_is_freed_with_it() -> None:
-    """Also where the function belongs to what owns the replay, in a circle."""
+    """This holds even if the function and the owner of the replay refer to each other."""
     training: Any = Training("Adam")
     training.replay = Replay(training.step)
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Every op in every way that torch code is run: as the reference, or refused."""
+"""Run every op in every mode of torch: the result equals the reference, or the op refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ close = torch.testing.assert_close
 
 
 def scalar(results: Any) -> Tensor:
-    """That no gradient is the same for all elements of."""
+    """Return a scalar whose gradient differs between elements."""
     return sum(result.sin().sum() for result in as_tuple(results))  # type: ignore[return-value]
 
 
@@ -33,13 +33,13 @@ def gradients(results: Any, inputs: Tensors) -> Tensors:
 
 
 def wanted(case: Case, inputs: Tensors) -> tuple[Any, Tensors]:
-    """Values and gradients of the reference."""
+    """Return values and gradients of the reference."""
     results = case.function(reference)(*inputs)
     return results, () if case.is_binary else gradients(results, inputs)
 
 
 def check(case: Case, run: Callable[..., Any], inputs: Tensors) -> None:
-    """That it is as the reference, in values and gradients."""
+    """Check values and gradients against the reference."""
     results, expected = wanted(case, inputs)
     found = run(*inputs)
     close(found, results)
@@ -107,7 +107,7 @@ def jacobian(case: Case, device: str) -> None:
 
 
 def twice(case: Case, device: str) -> None:
-    """A gradient of a gradient."""
+    """Return the gradient of a gradient."""
     inputs = case.inputs(torch.float64, device, requires_grad=True)
     if case.is_binary:
         assert not case.function()(*inputs).requires_grad
@@ -120,7 +120,7 @@ def twice(case: Case, device: str) -> None:
 
 
 def checkpointed(case: Case, device: str) -> None:
-    """The noise of the recomputation is that of the first pass, with a key and without."""
+    """The recomputation draws the same noise as the first pass, with a key and without."""
     inputs = case.inputs(torch.float64, device, requires_grad=True)
     check(case, lambda *tensors: checkpoint(case.function(), *tensors, use_reentrant=False), inputs)
     if not case.draws or case.is_binary:
@@ -133,7 +133,7 @@ def checkpointed(case: Case, device: str) -> None:
 
 
 def autocast(case: Case, device: str) -> None:
-    """Log-likelihoods stay in float32; only what multiplies matrices does so in the lower precision."""
+    """Log-likelihoods stay in float32; only GEMMs run in the lower precision."""
     inputs = case.inputs(torch.float32, device, requires_grad=True)
     with torch.autocast(device, torch.bfloat16):
         found = case(*inputs)
@@ -153,7 +153,7 @@ def autocast(case: Case, device: str) -> None:
 
 
 def meta(case: Case, device: str) -> None:
-    """Shapes and dtypes, without data."""
+    """Return shapes and dtypes, without data."""
     inputs = case.inputs(torch.bfloat16, device)
     on_meta = tuple(tensor.to("meta") for tensor in inputs)
     for found, expected in zip(as_tuple(case.function(key=make_key("meta"))(*on_meta)), case(*inputs), strict=True):
@@ -162,7 +162,7 @@ def meta(case: Case, device: str) -> None:
 
 
 def forward_mode(case: Case, device: str) -> None:
-    """Refused, rather than dropped; draws of zeros and ones have no derivative to drop."""
+    """Forward mode is refused, not ignored. Draws of zeros and ones have no derivative."""
     inputs = case.inputs(torch.float64, device)
     with torch.autograd.forward_ad.dual_level():
         duals = tuple(torch.autograd.forward_ad.make_dual(tensor, torch.ones_like(tensor)) for tensor in inputs)
@@ -197,7 +197,7 @@ def test_every_op_in_every_way(case: Case, way: str, device: str) -> None:
 
 
 def test_no_op_is_left_out() -> None:
-    """The table has a row for every public op, and cases of all others have a file of their own."""
+    """Every public op has a row in the table, or tests in a separate file."""
     assert set(OPS) == set(ws.ops.__all__)
     assert {case.op for case in SMALL} == {case.op for case in SHAPES} == set(OPS) - set(TESTED_ELSEWHERE)
     for op, file in TESTED_ELSEWHERE.items():
@@ -205,7 +205,7 @@ def test_no_op_is_left_out() -> None:
 
 
 def test_draws_with_an_explicit_generator_break_a_full_graph() -> None:
-    """As torch's own do; a key does not."""
+    """torch's own draws do so too. A key does not."""
     torch.compiler.reset()
     mu, generator = torch.zeros(3), torch.Generator()
     draw = torch.compile(lambda mu: ws.gaussian_rsample(mu, mu, generator=generator), fullgraph=True, backend="eager")
@@ -230,7 +230,7 @@ def test_data_workers_draw_noise_of_their_own(context: str) -> None:
 
 
 def train_in_parallel(rank: int, store: str) -> Tensor:
-    """The gradient of a head whose loss is averaged over two processes."""
+    """Train a head whose gradient is averaged over two processes."""
     method, patience = f"file://{store}", timedelta(minutes=2)
     torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=2, timeout=patience)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Files that are never half-written, and errors that name them."""
+"""Write files atomically, lock folders, and report errors that name the file."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 
 class FileError(ValueError):
-    """Something is wrong with a file; the message names it and the reason."""
+    """A file cannot be used; the message names it and the reason."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         super().__init__(f"{os.fspath(path)}: {reason}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content such that a crash at any moment leaves the old or the new.
+    """Replace the content of a file. A crash at any moment leaves the old or the new content, never a mixture.
 
-    Several processes may write at once: each replaces the whole. A process writes the new content to
-    `<name>.partial`, which it locks, and then renames that. If it is killed, the next writer takes the file over; a
-    file with a unique name would stay for good.
+    Several processes may write at once; each replaces the whole file. A process locks `<name>.partial`, writes the new
+    content to it, and renames it. If the process is killed, the next writer reuses that file, whereas a file with a
+    unique name would stay forever.
     """
     partial = path.with_name(path.name + ".partial")
     while True:
         with partial.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(partial, file.fileno()):
-                continue  # the process that held the lock has made it the new file
+                continue  # the previous lock holder has renamed it
             try:
                 file.truncate(0)
                 file.write(content)
@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             break
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # or a power failure could still undo the rename
+        os.fsync(folder)  # otherwise a power failure could undo the rename
     finally:
         os.close(folder)
 
@@ -55,10 +55,10 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone.
+    """Lock a folder for this process.
 
     Raises:
-        FileError: another process holds it.
+        FileError: another process has locked it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

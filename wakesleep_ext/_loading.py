@@ -36,7 +36,7 @@ def load_kernels() -> None:
         importlib.import_module("wakesleep_ext._C")
     except ImportError as error:
         raise ImportError(
-            f"the compiled kernels of wakesleep_ext, built for torch {_build.TORCH_VERSION}, do not load beside "
+            f"the compiled kernels of wakesleep_ext, built for torch {_build.TORCH_VERSION}, do not load with "
             f"torch {torch.__version__}: {error}. Rebuild them: `{reinstall_command()}`."
         ) from error
     if _build.CUDA_VERSION is None and torch.version.cuda is not None and _sees_a_gpu(torch):

@@ -1,4 +1,4 @@
-"""Command-line options for the fields of a dataclass, of which only those that were given are kept."""
+"""Make command-line options from the fields of a dataclass, and keep only the options that were given."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 def options_of(config: type[Any], bases: Mapping[str, Any], without: frozenset[str] = frozenset()) -> Any:
     """Return a `TypedDict` with one optional key for each field of a dataclass.
 
-    The parser leaves out the keys that the command line does not name. So whatever the user chose as a base can supply
-    them afterwards, and one pass over the command line is enough.
+    The parser leaves out options that are not on the command line. Their values come from a base, such as a recipe,
+    which is known only after parsing. So the command line is parsed just once.
 
     Args:
         config: a dataclass whose fields have docstrings.
-        bases: instances of it by name. The help shows what each of them has for a field.
-        without: fields that are no options.
+        bases: instances of it by name. The help shows their values as defaults.
+        without: fields that get no option.
     """
     import tyro
     from docstring_parser import parse_from_object
@@ -34,7 +34,7 @@ def options_of(config: type[Any], bases: Mapping[str, Any], without: frozenset[s
 
 
 def _defaults(field: str, bases: Mapping[str, Any]) -> str:
-    """Say what the bases have for a field: "(default: 3)", or "(digits: 500, mnist: 100)"."""
+    """Format the values of a field in the bases: "(default: 3)", or "(digits: 500, mnist: 100)"."""
     by_base = {name: _as_typed(getattr(base, field)) for name, base in bases.items()}
     values = set(by_base.values())
     told = f"default: {values.pop()}" if len(values) == 1 else ", ".join(f"{n}: {v}" for n, v in by_base.items())
@@ -42,5 +42,5 @@ def _defaults(field: str, bases: Mapping[str, Any]) -> str:
 
 
 def _as_typed(value: object) -> str:
-    """The value as the command line takes it."""
+    """Format a value as the command line expects it."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

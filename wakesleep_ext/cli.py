@@ -1,7 +1,7 @@
 """The command line: `wakesleep train | resume | evaluate | sample | bench | check | selftest | info`.
 
-:func:`parse` reads the arguments and :func:`run` carries the command out. A command imports what it needs, so that
-parsing, and with it `--help`, does without torch.
+:func:`parse` reads the arguments and :func:`run` runs the command. Each command imports what it needs, so that parsing
+and `--help` do not import torch.
 """
 
 from __future__ import annotations
@@ -59,16 +59,14 @@ def train(
     """Train a Helmholtz machine on images.
 
     Args:
-        run: What to train on, and what to report.
+        run: The data, and the final evaluation.
         model: The networks.
         training: How to train.
-        recipe: Protocol that supplies the training options that are not given. "mnist" takes 100 epochs with falling
-            step sizes. "burda" takes the eight stages of Burda, Grosse & Salakhutdinov (2016), 3,280 epochs of batch
-            20.
-        config: JSON file that supplies the options that are not given, such as the config.json of a run folder.
+        recipe: Defaults of the training options; burda follows Burda, Grosse & Salakhutdinov (2016).
+        config: JSON file with defaults for the options, such as a run folder's config.json.
         out: Run folder; runs/<name of the data> by default.
-        overwrite: Replace the run that the folder holds.
-        device: Where to train; auto takes the GPU if there is one.
+        overwrite: Replace an existing run in the folder.
+        device: Device to train on; auto is the GPU if there is one.
     """
     from wakesleep_ext.training.data import load
     from wakesleep_ext.training.run import Run, RunConfig, overlaid, read_config
@@ -89,11 +87,11 @@ def train(
 
 
 def resume(run: Path, /, device: Device = "auto") -> None:
-    """Continue a training run that was interrupted, and reach the same numbers bit for bit.
+    """Resume an interrupted training run; the result is the same bit for bit.
 
     Args:
         run: Folder of the training run.
-        device: Where to train; auto takes the GPU if there is one.
+        device: Device to train on; auto is the GPU if there is one.
     """
     from wakesleep_ext.training.run import Run
 
@@ -102,7 +100,7 @@ def resume(run: Path, /, device: Device = "auto") -> None:
 
 
 def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
-    """Train from wherever the trainer stands; then test, and draw the pictures."""
+    """Train to the last epoch, evaluate the model, and draw the pictures."""
     from tqdm import tqdm
 
     from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
@@ -128,22 +126,21 @@ def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
 
 @dataclass(frozen=True)
 class Effort:
-    """How many samples an evaluation takes."""
+    """Numbers of samples in an evaluation."""
 
     bound_samples: int = 1000
-    """Samples per test image, and per dream, K."""
+    """Samples per test image and per dream, K."""
     dreams: int = 1000
-    """Dreams that are compared with the test images."""
+    """Dreams to compare with the test images."""
     ais_images: int = 0
-    """Test images, from the first on, whose likelihood annealed importance sampling estimates as well. It is slow:
-    seconds an image on a CPU."""
+    """Test images, from the first on, for annealed importance sampling; takes seconds per image on a CPU."""
     ais_chains: int = 16
-    """Its chains for each image."""
+    """Chains per image in annealed importance sampling."""
     ais_steps: int = 1000
-    """Its steps from the prior to the posterior."""
+    """Steps from prior to posterior in annealed importance sampling."""
 
     def check(self) -> None:
-        """Raise a UsageError if there is too little of something."""
+        """Raise UsageError if a number is too small."""
         for name, least in {"bound_samples": 1, "dreams": 2, "ais_images": 0, "ais_chains": 2, "ais_steps": 1}.items():
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
@@ -159,16 +156,16 @@ def evaluate(
     picture: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Test a trained machine: its NLL bound and ELBO next to those of independent Bernoulli pixels, the distance of
-    recognition from the posterior, and the distance of dreams from the data.
+    """Evaluate a trained model: NLL bound and ELBO compared with independent Bernoulli pixels, divergence of the
+    recognition network from the posterior, and distance of dreams from the data.
 
     Args:
         run: Folder of a training run.
-        effort: How much to do.
-        data: As for train; what the run was trained on by default.
-        device: Where to compute; auto takes the GPU if there is one.
+        effort: Numbers of samples.
+        data: Data to test on, as for train; by default, the data of the run.
+        device: Device to compute on; auto is the GPU if there is one.
         seed: Seed of the samples.
-        picture: Draw the result to this file: .png, .pdf or .svg.
+        picture: Plot the result to this file: .png, .pdf or .svg.
         json: Print one JSON object instead of a table.
     """
     from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
@@ -192,13 +189,13 @@ def evaluate(
 
 
 def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", seed: int = 0) -> None:
-    """Dream: draw latent variables and write the images that they generate, each pixel as its mean.
+    """Draw dreams from the generative network and write a picture of their pixel means.
 
     Args:
         run: Folder of a training run.
-        out: The picture to write: .png, .pdf or .svg.
-        count: How many images.
-        device: Where to compute; auto takes the GPU if there is one.
+        out: Picture to write: .png, .pdf or .svg.
+        count: Number of dreams.
+        device: Device to compute on; auto is the GPU if there is one.
         seed: Seed of the draw.
     """
     from wakesleep_ext.report.pictures import draw_dreams
@@ -213,7 +210,7 @@ def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", s
 
 
 def selftest() -> int:
-    """Check every op against float64 on this machine, values and gradients: pass or fail for each."""
+    """Check values and gradients of every op against float64 on this computer; prints pass or fail for each."""
     from wakesleep_ext import selftest as checks
 
     failed = False
@@ -226,14 +223,14 @@ def selftest() -> int:
 
 
 def info() -> int:
-    """Report versions, how the kernels were built, SIMD level and GPUs."""
+    """Print versions, how the kernels were built, the SIMD level and the GPUs."""
     from wakesleep_ext import info as information
 
     return information.main()
 
 
 def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: int = 0) -> Evaluation:
-    """Evaluate, with a progress bar for each part."""
+    """Evaluate a model, with a progress bar for each part."""
     from tqdm import tqdm
 
     from wakesleep_ext.evaluation import bounds
@@ -241,7 +238,7 @@ def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: i
     with ExitStack() as bars:
 
         def progress(part: str, images: int) -> Callable[[int], object]:
-            bars.close()  # that of the part before
+            bars.close()  # the bar of the previous part
             bar = bars.enter_context(tqdm(total=images, unit="image", desc=part))
             return bar.update
 
@@ -265,7 +262,7 @@ _COMMANDS: tuple[Callable[..., int | None], ...] = (train, resume, evaluate, sam
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Read a command and its arguments. Exits after `--help`, and with status 2 if there is a mistake in them."""
+    """Parse a command and its arguments. Exits after `--help`, or with status 2 if they are invalid."""
     command: Command = tyro.extras.subcommand_cli_from_dict(
         {command.__name__: _deferred(command) for command in _COMMANDS},
         prog="wakesleep",
@@ -277,7 +274,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _deferred(command: Callable[..., int | None]) -> Callable[..., Command]:
-    """The command as the parser calls it: with arguments now, to be carried out later."""
+    """Wrap a command so that the parser binds its arguments now, and it runs later."""
 
     @tyro.conf.configure(*(() if command is train else (FlagCreatePairsOff,)))
     @wraps(command)
@@ -288,7 +285,7 @@ def _deferred(command: Callable[..., int | None]) -> Callable[..., Command]:
 
 
 def run(command: Command) -> int:
-    """Carry a command out; returns the exit status."""
+    """Run a command and return the exit status."""
     import torch
 
     from wakesleep_ext.training.trainer import DivergedError
@@ -304,7 +301,7 @@ def run(command: Command) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse a command and carry it out; returns the exit status."""
+    """Parse a command, run it, and return the exit status."""
     return run(parse(argv))
 
 

@@ -1,7 +1,7 @@
-"""What is installed and how it was built: `wakesleep info`.
+"""Report what is installed and how it was built, for `wakesleep info`.
 
-It must answer where nothing else does. So it imports nothing of the package at the start, is run as a file of its own
-by the command line, and reports whatever fails in the place of what it would have found.
+This must work even if the package is broken. So the module imports nothing of the package at the start, the command
+line runs it as a file, and any failure is reported in place of the answer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from urllib.request import url2pathname
 
 
 def info() -> dict[str, str]:
-    """Versions, build, processor and GPUs, as text by name; what cannot be found out says why. Never raises."""
+    """Return versions, build, processor and GPUs as text, by name. An error becomes the text; never raises."""
     return {name: _answer(question) for name, question in _QUESTIONS.items()}
 
 
 def main() -> int:
-    """Print the facts, one a line; 0 if the kernels load, 1 if not."""
+    """Print one fact per line. Returns 0 if the kernels load, 1 otherwise."""
     facts = info()
     width = max(map(len, facts))
     for name, fact in facts.items():
@@ -35,11 +35,11 @@ def main() -> int:
 
 
 def gpu_support(capability: tuple[int, int], architectures: str) -> str:
-    """Whether kernels compiled for `architectures` run on a GPU, and what to do if not.
+    """Say whether kernels compiled for `architectures` run on a GPU, and what to do if not.
 
     Args:
-        capability: of the GPU, (9, 0) for sm_90.
-        architectures: as in `TORCH_CUDA_ARCH_LIST`: "8.0;9.0+PTX".
+        capability: compute capability of the GPU, such as (9, 0) for sm_90.
+        architectures: in the format of `TORCH_CUDA_ARCH_LIST`, such as "8.0;9.0+PTX".
     """
     wanted = f"{capability[0]}.{capability[1]}"
     for entry in architectures.replace(" ", ";").split(";"):
@@ -54,10 +54,10 @@ def gpu_support(capability: tuple[int, int], architectures: str) -> str:
 
 
 def reinstall_command(*variables: str) -> str:
-    """The command that compiles the kernels again for the torch that is here.
+    """Return the command that recompiles the kernels for the installed torch.
 
-    It names the installer and the source that this copy came from, which the installer has noted. If the source is
-    unknown, the command ends in a sentence that says what to put there.
+    The installer recorded itself and the source of this copy, so the command names both. If the source is unknown, the
+    command ends with a note on what to put there.
 
     Args:
         variables: settings of the build, such as 'WAKESLEEP_FORCE_CUDA=1'.
@@ -75,7 +75,7 @@ def reinstall_command(*variables: str) -> str:
 
 
 def _source(installed: Distribution | None) -> str | None:
-    """What to name to an installer, from the record of PEP 610; None for a wheel, and where the source is gone."""
+    """Return the source to install from, from the PEP 610 record. None for a wheel, or if the source is gone."""
     record = json.loads((installed and installed.read_text("direct_url.json")) or "{}")
     url, location = record.get("url", ""), None
     if "vcs_info" in record:

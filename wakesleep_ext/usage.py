@@ -1,4 +1,4 @@
-"""What the commands share: where they compute, and what they call a mistake in how they were called."""
+"""Shared by the commands: the choice of a device, and the error for invalid arguments."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class UsageError(ValueError):
-    """A command cannot be carried out as it was given."""
+    """A command has invalid arguments."""
 
 
 PICTURE_FORMATS = ("png", "pdf", "svg")
 
 
 def picture_format(path: Path, option: str = "path") -> str:
-    """Return the format that the suffix of a picture's file names: "png", "pdf" or "svg".
+    """Return the format of a picture from the suffix of its file: "png", "pdf" or "svg".
 
     Args:
         path: the file.
-        option: what the error calls it.
+        option: name of the argument in the error.
 
     Raises:
-        UsageError: the suffix names another format, or there is none.
+        UsageError: the file has another suffix or none.
     """
     kind = path.suffix.lower().removeprefix(".")
     if kind not in PICTURE_FORMATS:
@@ -36,10 +36,10 @@ def picture_format(path: Path, option: str = "path") -> str:
 
 
 def find_device(device: Device) -> torch.device:
-    """The device of that name; `auto` is the GPU if there is one that the kernels were built for.
+    """Return the device of that name. `auto` is the GPU if torch finds one and the kernels were built with CUDA.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: `cuda` was asked for, but there is no GPU, or the kernels were built without CUDA.
     """
     import torch
 
@@ -51,5 +51,5 @@ def find_device(device: Device) -> torch.device:
     if device == "cuda" and not built:
         raise UsageError("--device cuda: wakesleep_ext was built without CUDA")
     if device == "auto" and found and not built:
-        print("wakesleep: a GPU is here, but wakesleep_ext was built without CUDA", file=sys.stderr)
+        print("wakesleep: torch finds a GPU, but wakesleep_ext was built without CUDA", file=sys.stderr)
     return torch.device("cuda" if device != "cpu" and found and built else "cpu")

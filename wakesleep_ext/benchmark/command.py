@@ -1,4 +1,4 @@
-"""`wakesleep bench`. It imports what it needs when it runs, so that its help does without torch."""
+"""The command `wakesleep bench`. It imports torch only when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def bench(
     goals: bool = False,
     show: Path | None = None,
 ) -> int:
-    """Measure ops or a training step beside eager torch, torch.distributions and torch.compile; 1 if one is wrong or
-    has slowed down.
+    """Time ops or training steps, compared with eager torch, torch.distributions and torch.compile. The exit status
+    is 1 if a result is wrong or has become slower.
 
     Args:
         plan: What to measure.
-        json: Write the figures to this file.
-        plot: Draw them to this file, a PNG.
-        compare: An earlier result: name the cases that have become slower since.
-        goals: Hold the figures to the goals that are set for the device.
-        show: Measure nothing, take the figures from this file.
+        json: Write the results to this file.
+        plot: Plot the results to this PNG file.
+        compare: File of earlier results; report the cases that have become slower.
+        goals: Compare the results with the goals for the device.
+        show: Show the results in this file instead of measuring.
     """
     from wakesleep_ext.benchmark import goals as wanted
     from wakesleep_ext.benchmark import report, result
@@ -44,7 +44,7 @@ def bench(
         raise UsageError(f"expected --plot to name a .png file, got {plot}")
     try:
         earlier = result.read(compare) if compare else None
-        for path in filter(None, (json, plot)):  # now, rather than when all is measured
+        for path in filter(None, (json, plot)):  # fail before the measurements, not after them
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir() or not os.access(path.parent, os.W_OK):
                 raise UsageError(f"expected --json and --plot to name files that can be written, got {path}")
@@ -61,7 +61,7 @@ def bench(
     except result.ResultError as error:
         raise UsageError(str(error)) from error
     if earlier and (where := result.place(earlier)) != result.place(figures):
-        _say(f"{compare} was taken elsewhere: {where}")
+        _say(f"{compare} was measured elsewhere: {where}")
     wrong = result.inaccurate(figures["records"])
     for line in wrong + slower:
         _say(line)
@@ -69,7 +69,7 @@ def bench(
 
 
 def _watched(plan: Plan) -> Result:
-    """Measure beneath a progress bar."""
+    """Measure, with a progress bar."""
     from tqdm import tqdm
 
     from wakesleep_ext.benchmark.run import run

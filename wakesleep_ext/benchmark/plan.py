@@ -1,4 +1,4 @@
-"""What a benchmark is asked to measure. Importing it is cheap: it does without torch."""
+"""The options of a benchmark. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, where, and beside whom."""
+    """The cases and implementations to measure, and the device."""
 
     suite: Literal["ops", "step"] = "ops"
-    """What to measure: the ops, or whole training steps."""
+    """Measure single ops, or whole training steps."""
     op: str = "*"
-    """Which of it: the name of an op or a net, or a pattern such as "gaussian_*"."""
+    """Name of the op or network to measure, or a pattern such as "gaussian_*"."""
     device: Device = "auto"
-    """Where to compute; auto takes the GPU if there is one."""
+    """Device to measure on; auto is the GPU if there is one."""
     threads: int | None = None
-    """CPU threads, the same for all; as many as torch takes by default."""
+    """CPU threads for every implementation; torch's default if not given."""
     quick: bool = False
-    """A few cases only, in a minute or so; all of them take six or more."""
+    """Measure a few cases only, in about a minute; all of them take six or more."""
     candidates: tuple[str, ...] = ()
-    """Whom to measure, of fused, eager, distributions, compile, and for a step products; all by default."""
+    """Implementations to measure; all by default. They are fused, eager, distributions, compile;
+    for steps also products, and on a GPU "compile with graphs"."""
 
     def command(self, device: torch.device, threads: int) -> str:
-        """What takes the same figures again on the same machine."""
+        """Return the command that repeats the measurement on the same computer."""
         words = ["wakesleep", "bench", "--device", device.type, "--threads", str(threads)]
         words += ["--suite", self.suite] if self.suite != "ops" else []
         words += ["--op", self.op] if self.op != "*" else []

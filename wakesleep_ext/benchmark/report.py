@@ -1,4 +1,4 @@
-"""A result as people read it: tables and a picture."""
+"""Report a result as Markdown tables and as a picture."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ _BARS = {
     "compile with graphs": ("torch.compile with graphs", "#56b4e9"),
     "products": ("its matrix products alone", "#009e73"),
 }
-"""Names, and colours of Okabe and Ito's palette, which the colour-blind tell apart."""
+"""Names and colours of the bars. The palette of Okabe and Ito suits colour-blind readers."""
 
 DIGEST = "SHA-256 of the records"
-"""What a picture says of itself: see :func:`digest`."""
+"""The key of a picture's metadata that holds its :func:`digest`."""
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 _WIDTH = 100
-"""Columns of a narrow report."""
+"""Characters per line of a narrow report."""
 
 _SHORT = {"distributions": "distrib.", "compile with graphs": "with graphs", "of copy speed": "of copy"}
-"""Titles in a narrow table."""
+"""Shorter column titles for narrow tables."""
 
 _KIND = ("pass", "dtype")
-"""Columns that are in the heading of a narrow table."""
+"""Columns that a narrow table moves to its heading."""
 
 
 def text(result: Result, suite: Suite, *, narrow: bool = False) -> str:
-    """All records of a suite in Markdown, what follows from them, and where they were taken.
+    """Format all records of a suite in Markdown, with notes and the hardware they were measured on.
 
     Args:
-        result: The records, and where they were taken.
+        result: The records, and the hardware.
         suite: The suite that they belong to.
-        narrow: Fit into 100 columns: wrapped paragraphs, and tables of medians and ratios alone, one for each pass and
-            dtype.
+        narrow: Limit lines to 100 characters. Paragraphs are wrapped, and each pass and dtype has its own table, of
+            medians and ratios only.
     """
     sections = suite.sections(result["records"])
     paragraphs = [*suite.notes(rows(result["records"])), caption(result)]
@@ -58,11 +58,11 @@ def text(result: Result, suite: Suite, *, narrow: bool = False) -> str:
 
 
 def table(cases: Sequence[Row], suite: Suite, *, narrow: bool = False) -> str:
-    """A Markdown table with a line for each case.
+    """Format cases as a Markdown table with one row per case.
 
-    Our time, median ± half the interquartile range; how many times as long the baselines take; what the suite compares
-    our time with; the most memory that is allocated, the largest error, and the kernels launched on a GPU, with those
-    of eager in brackets. A narrow table leaves out the range, the cases' pass and dtype, and what the brackets compare.
+    The columns are our time as median ± half the interquartile range, the baselines' times as multiples of ours, and
+    the suite's yardstick. Then come peak memory, the largest error and the kernels launched on a GPU, each with eager's
+    in brackets. A narrow table omits the range, pass, dtype, and the columns with brackets.
     """
     columns = {title: _of_any(cell) for title, cell in suite.columns.items()}
     if narrow:
@@ -85,7 +85,7 @@ def table(cases: Sequence[Row], suite: Suite, *, narrow: bool = False) -> str:
 
 
 def _by_kind(heading: str, cases: Sequence[Row], suite: Suite) -> list[Section]:
-    """A section in parts whose headings tell the pass and the dtype of their cases."""
+    """Split a section by pass and dtype, and name these in the headings."""
     parts: dict[str, list[Row]] = {}
     for row in cases:
         kind = [suite.columns[title](_any(row)) for title in _KIND if title in suite.columns]
@@ -94,14 +94,14 @@ def _by_kind(heading: str, cases: Sequence[Row], suite: Suite) -> list[Section]:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table that is legible as it stands, too; the first line has the titles."""
+    """Format a Markdown table with aligned columns; the first line has the titles."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     written = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     return "\n".join([written[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *written[1:]])
 
 
 def caption(result: Result) -> str:
-    """Where a result was taken, and how to take it again."""
+    """Describe where a result was measured, and the command that measured it."""
     about = result["machine"]
     commit = f", commit {about['commit'][:7]}" if about["commit"] else ""
     modified = " with changes" if about["modified"] else ""
@@ -110,7 +110,7 @@ def caption(result: Result) -> str:
 
 
 def _any(row: Row) -> Record:
-    """One of the records of a case; they have its labels in common."""
+    """Return any record of a case; all of them have its labels."""
     return next(iter(row.values()))
 
 
@@ -162,21 +162,22 @@ def _launches(record: Record | None) -> str:
 
 
 _COMPARED = {"memory": _memory, "error": _error, "launches": _launches}
-"""What a table gives for our op and for eager, by title."""
+"""Columns with a value for our op, and eager's in brackets, by title."""
 
 
 # ---- picture ---------------------------------------------------------------------------------------------------------
 
 
 def plot(path: Path, result: Result, suite: Suite) -> None:
-    """Bars per case: how many times as fast as eager, on a logarithmic scale; the suite's sections side by side.
+    """Plot bars of the speed-up over eager for each case, on a logarithmic scale, with one panel per section.
 
     Args:
-        path: the picture that is written, a PNG. It carries the :func:`digest` of the records.
-        result: what is drawn, its :func:`headline`.
+        path: the PNG file to write. Its metadata contain the :func:`digest` of the records.
+        result: the result, of which the suite's headline records are drawn.
+        suite: the suite that it belongs to.
 
     Raises:
-        ResultError: there is nothing to compare.
+        ResultError: no case has both eager and another implementation.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -187,7 +188,7 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
         if compared := [row for row in part if "eager" in row and len(row) > 1]:
             panels.append((heading, compared))
     if not panels:
-        raise ResultError("nothing to draw: a picture compares with eager, in float32")
+        raise ResultError("nothing to draw: expected float32 results of eager and another implementation")
     drawn = [name for name in _BARS if any(name in row for _, part in panels for row in part)]
     width = 0.81 / max(len(drawn), 3)
     height = 1.2 + 0.5 * max(len(part) for _, part in panels)
@@ -198,10 +199,10 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
             here = [index for index, row in enumerate(part) if candidate in row]
             speedups = [part[i]["eager"]["median_us"] / part[i][candidate]["median_us"] for i in here]
             heights = [index + width * (place_ - (len(drawn) - 1) / 2) for index in here]
-            # bars that start from 1: a loss points to the left
+            # bars start from 1, so that a slowdown points to the left
             name, colour = _BARS[candidate]
             axes.barh(heights, [s - 1 for s in speedups], 0.93 * width, 1, color=colour, label=name)
-            axes.plot(speedups, heights, "o", color=colour, markersize=3.5)  # a bar of exactly 1 has no length
+            axes.plot(speedups, heights, "o", color=colour, markersize=3.5)  # a bar of exactly 1 is invisible
             if candidate == "fused":
                 for at, speedup in zip(heights, speedups, strict=True):
                     beyond = f" {_times(speedup, suite.decimals)}"
@@ -226,5 +227,5 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
 
 
 def digest(result: Result) -> str:
-    """SHA-256 of the records, in hexadecimal: tells which result a picture shows."""
+    """Return the SHA-256 of the records in hexadecimal, which identifies the result that a picture shows."""
     return hashlib.sha256(json.dumps(result["records"]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Run a benchmark: take the figures that a plan asks for."""
+"""Run the benchmark that a plan describes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wakesleep_ext.usage import UsageError, find_device
 
 _SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
 
-_BLOCKS_PER_CASE = {"cpu": 100, "cuda": 40}  # a GPU has no one else on it
+_BLOCKS_PER_CASE = {"cpu": 100, "cuda": 40}  # other processes disturb a CPU more
 _QUICK_BLOCKS_PER_CASE = {"cpu": 50, "cuda": 20}
 
 
@@ -26,15 +26,15 @@ def run(
     progress: Callable[[Sequence[Case[Any]]], Iterable[Case[Any]]] = iter,
     warn: Callable[[str], object] = warnings.warn,
 ) -> result.Result:
-    """Measure.
+    """Run a benchmark and return its result.
 
     Args:
-        plan: what.
-        progress: wraps the sequence of cases, to show how far it has come.
-        warn: gets a line on each candidate that cannot be measured here.
+        plan: what to measure.
+        progress: wraps the sequence of cases, to show progress.
+        warn: called with a message for each implementation that cannot be measured here.
 
     Raises:
-        UsageError: there is no such device, op or candidate.
+        UsageError: the plan names a device, op or implementation that does not exist.
     """
     device = find_device(plan.device)
     threads = torch.get_num_threads() if plan.threads is None else plan.threads
@@ -57,10 +57,10 @@ def run(
 
 
 def suite_of(figures: result.Result) -> Suite:
-    """The suite that a result is of.
+    """Return the suite that a result belongs to.
 
     Raises:
-        ResultError: there is no such suite.
+        ResultError: the suite does not exist.
     """
     name = figures.get("suite", "ops")
     if name not in _SUITES:

@@ -1,4 +1,4 @@
-"""`wakesleep check`. It imports what it needs when it runs, so that its help does without torch."""
+"""The command `wakesleep check`. It imports torch only when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 
 def check(quick: bool = False, json: bool = False, plot: Path | None = None) -> int:
-    """Train and evaluate problems whose answers are known, through the real ops and objectives; 1 if one is wrong.
+    """Train and evaluate problems with known answers, using the real ops and objectives. The exit status is 1 if an
+    answer is wrong.
 
     Args:
-        quick: Train for a quarter of the time, half a minute in all, to the same tolerances.
+        quick: Train for a quarter of the time, half a minute in all, with the same tolerances.
         json: Print one JSON object instead of a table.
-        plot: Draw the histograms of simulation-based calibration to this file: .png, .pdf or .svg.
+        plot: Plot the histograms of simulation-based calibration to this file: .png, .pdf or .svg.
     """
     from wakesleep_ext.check import calibration, problems
     from wakesleep_ext.report import plots

@@ -1,4 +1,4 @@
-"""Configuration of a Helmholtz machine. Importing it is cheap: it does without torch."""
+"""Configuration of a Helmholtz machine. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ Latents = Literal["gaussian", "bernoulli"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes, kind of the latent variables and activation, of both networks.
+    """Sizes, latent variables and activation of both networks.
 
     Raises:
         ValueError: a size is not a positive integer, or a name is unknown.
     """
 
     observed: int
-    """Pixels of an image, D."""
+    """Pixels per image, D."""
     latent: tuple[int, ...] = (50,)
-    """Latent variables of each stochastic layer, from x up; one size, one layer."""
+    """Latent variables of each stochastic layer, from x up; one number per layer."""
     recognition_hidden: tuple[int, ...] = (200, 200)
     """Hidden widths of q(z_1|x), from x to z_1."""
     generative_hidden: tuple[int, ...] = (200, 200)
     """Hidden widths of p(x|z_1), from z_1 to x."""
     latent_hidden: tuple[int, ...] = (100, 100)
-    """Hidden widths between one stochastic layer and the next, in both directions."""
+    """Hidden widths between consecutive stochastic layers, in both directions."""
     latents: Latents = "gaussian"
-    """Kind of the latent variables: diagonal Gaussian under a prior N(0, I), or Bernoulli under a learnt one, the
-    sigmoid belief network of the first Helmholtz machines."""
+    """Latent variables: Gaussian with prior N(0, I), or Bernoulli with a learnt prior (a sigmoid belief network, as in
+    the first Helmholtz machines)."""
     activation: Activation = "tanh"
     """Activation after each hidden layer."""
 

@@ -1,4 +1,4 @@
-"""The Helmholtz machine: recognition network q(z|x) and generative network p(x, z), each a chain of conditionals."""
+"""The Helmholtz machine: a recognition network q(z|x) and a generative network p(x, z), both chains of conditionals."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from wakesleep_ext.helmholtz.networks import Constant, MultilayerPerceptron
 Keys: TypeAlias = "Sequence[Tensor | None] | None"
 
 PIXEL_MEAN_CLIP = 1e-3
-"""Pixel means are clipped to [0.001, 0.999] before their logit is taken."""
+"""Pixel means are clipped to [0.001, 0.999] before the logit is taken."""
 
 
 class Factor(NamedTuple):
-    """One factor p(value | given) of a joint distribution, at a value."""
+    """A factor p(value | given) of a joint distribution, evaluated at a value."""
 
     conditional: Conditional
     value: Tensor
@@ -38,23 +38,23 @@ class Factor(NamedTuple):
 
     @property
     def distribution(self) -> Distribution:
-        """p(. | given)."""
+        """The distribution p(. | given)."""
         distribution: Distribution = self.conditional(self.given)
         return distribution
 
     def log_prob(self) -> Tensor:
-        """log p(value | given), `[*S, *B]`, float32 or float64."""
+        """Return log p(value | given), `[*S, *B]`, float32 or float64."""
         return self.distribution.log_prob(self.value)
 
 
 class _Chain(nn.ModuleList):
-    """Conditionals whose product is a joint distribution."""
+    """A sequence of conditionals whose product is a joint distribution."""
 
     def __iter__(self) -> Iterator[Conditional]:
         return super().__iter__()  # type: ignore[return-value]
 
     def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
-        """The factors in the order of the conditionals.
+        """Return the factors in the order of the conditionals.
 
         Args:
             latents: z_1, ..., z_T from x up, `[*S, *B, K]` each.
@@ -63,15 +63,15 @@ class _Chain(nn.ModuleList):
         raise NotImplementedError
 
     def log_prob(self, latents: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The sum over the :meth:`factors` of log p(value | given): `[*S, *B]`, float32 or float64."""
+        """Return the sum of log p(value | given) over the :meth:`factors`, `[*S, *B]`, float32 or float64."""
         return reduce(torch.add, [factor.log_prob() for factor in self.factors(latents, x)])
 
 
 class Draw(NamedTuple):
-    """Of one stochastic layer, from the recognition network."""
+    """A draw of one stochastic layer from the recognition network."""
 
     q: Distribution
-    """What it was drawn from."""
+    """The distribution of the draw."""
     z: Tensor
     """`[L, *B, K]`."""
     log_q: Tensor
@@ -79,22 +79,22 @@ class Draw(NamedTuple):
 
 
 class RecognitionNetwork(_Chain):
-    """q(z|x) = q(z_1|x) q(z_2|z_1) ... q(z_T|z_{T-1}).
+    """The recognition network q(z|x) = q(z_1|x) q(z_2|z_1) ... q(z_T|z_{T-1}).
 
     Args:
-        conditionals: in this order.
+        conditionals: the factors in this order.
     """
 
     def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
         return [Factor(*parts) for parts in zip(self, latents, (x, *latents[:-1]), strict=True)]
 
     def rsample(self, x: Tensor, num_samples: int = 1, *, keys: Keys = None) -> tuple[Tensor, ...]:
-        """z ~ q(z|x).
+        """Draw z ~ q(z|x).
 
         Args:
             x: binary pixels `[*B, D]`.
             num_samples: L.
-            keys: one for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
+            keys: one key for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
 
         Returns:
             z_1, ..., z_T, `[L, *B, K]` each; differentiable where the conditionals' draws are.
@@ -110,12 +110,12 @@ class RecognitionNetwork(_Chain):
     def rsample_log_prob(
         self, x: Tensor, num_samples: int = 1, *, keys: Keys = None, detach: bool = False
     ) -> list[Draw]:
-        """As :meth:`rsample`, with the log-probability of each layer's draw.
+        """Draw as :meth:`rsample` does, and return the log-probability of each layer's draw.
 
         Args:
-            x, num_samples, keys: as there.
-            detach: take the draws for data: z has no gradient, and that of log q is taken at a fixed z. Otherwise it
-                is the total derivative, through z too.
+            x, num_samples, keys: as in :meth:`rsample`.
+            detach: treat the draws as data: z has no gradient, and the gradient of log q is taken at fixed z. Otherwise
+                it is the total derivative, which includes the path through z.
         """
         given, draws = x, []
         sample_shape: tuple[int, ...] = (num_samples,)
@@ -142,21 +142,21 @@ class Dream(NamedTuple):
 
 
 class GenerativeNetwork(_Chain):
-    """p(x, z) = p(x|z_1) p(z_1|z_2) ... p(z_T).
+    """The generative network p(x, z) = p(x|z_1) p(z_1|z_2) ... p(z_T).
 
     Args:
-        conditionals: in this order, the prior of z_T last, which is given nothing: None.
+        conditionals: the factors in this order. The last one is the prior of z_T, which is called with None.
     """
 
     def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
         return [Factor(*parts) for parts in zip(self, (x, *latents), (*latents, None), strict=True)]
 
     def sample_latents(self, sample_shape: Sequence[int], *, keys: Keys = None) -> tuple[Tensor, ...]:
-        """z ~ p(z), without gradients.
+        """Draw z ~ p(z), without gradients.
 
         Args:
             sample_shape: S.
-            keys: one for each stochastic layer from z_T down, drawn if not given.
+            keys: one key for each stochastic layer from z_T down, drawn if not given.
 
         Returns:
             z_1, ..., z_T, `[*S, K]` each.
@@ -170,11 +170,11 @@ class GenerativeNetwork(_Chain):
         return tuple(reversed(latents))
 
     def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
-        """Ancestral sampling, without gradients.
+        """Draw by ancestral sampling, without gradients.
 
         Args:
             num_dreams: N.
-            keys: one for each stochastic layer from z_T down, and one for x; drawn if not given.
+            keys: one key for each stochastic layer from z_T down, and one for x; drawn if not given.
         """
         *of_latents, of_x = _keys(keys, self)
         latents = self.sample_latents((num_dreams,), keys=of_latents)
@@ -183,7 +183,7 @@ class GenerativeNetwork(_Chain):
 
     @torch.no_grad()
     def pixel_means(self, z: Tensor) -> Tensor:
-        """E[x | z_1]: `[*, K] -> [*, D]` in [0, 1]."""
+        """Return E[x | z_1] in [0, 1]: `[*, K] -> [*, D]`."""
         means: Tensor = self[0](z).mean
         return means
 
@@ -207,12 +207,12 @@ class HelmholtzMachine(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig, pixel_mean: Tensor | None = None) -> HelmholtzMachine:
-        """Build the machine that a config describes. torch's generator supplies its initial weights.
+        """Build the machine that a config describes, with initial weights from torch's generator.
 
         Args:
-            config: sizes, kind of the latent variables, activation.
-            pixel_mean: `[D]`, the training set's mean of each pixel in [0, 1]. The output bias of p(x|z_1) starts at
-                its logit, the mean clipped to [0.001, 0.999]; without it, at zero.
+            config: sizes, latent variables and activation.
+            pixel_mean: `[D]`, the mean of each pixel over the training set, in [0, 1]. The output bias of p(x|z_1)
+                starts at the logit of this mean, clipped to [0.001, 0.999]. Without it, the bias starts at zero.
 
         Raises:
             ValueError: `pixel_mean` has another shape.
@@ -230,7 +230,7 @@ class HelmholtzMachine(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *, keys: Keys = None) -> Tensor:
-        """E[x | z_1] at a z_1 ~ q(z_1|x): pixels in [0, 1], `[N, D] -> [N, D]`."""
+        """Return E[x | z_1] for one draw z_1 ~ q(z_1|x): pixels in [0, 1], `[N, D] -> [N, D]`."""
         return self.generative.pixel_means(self.recognition.rsample(x, keys=keys)[0][0])
 
 
@@ -253,7 +253,7 @@ def _generative(config: ModelConfig, pixel_mean: Tensor | None) -> Iterator[Cond
 
 
 def _latent(config: ModelConfig, given: int, hidden: Sequence[int], size: int) -> Conditional:
-    """The conditional of latent variables that are given others, or pixels."""
+    """Return a conditional of `size` latent variables, given pixels or the latent variables of another layer."""
     if config.latents == "gaussian":
         return GaussianConditional(MultilayerPerceptron((given, *hidden, 2 * size), config.activation))
     return BernoulliConditional(MultilayerPerceptron((given, *hidden, size), config.activation))

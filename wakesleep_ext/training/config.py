@@ -1,4 +1,4 @@
-"""How a machine is trained: every number of it, and protocols by name. Importing it is cheap: it does without torch."""
+"""Training options and named recipes. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLEEP_WEIGHTS: dict[Objective, float] = {
     "iwae": 0.0,
     "dreg": 0.0,
 }
-"""The part of the sleep phase where none is asked for."""
+"""The default weight of the sleep phase."""
 
 
 DIGITS = "digits"
@@ -26,12 +26,12 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to train on, and what to report."""
+    """The data of a run, and its final evaluation."""
 
     data: str = DIGITS
-    """"digits", a folder of IDX files such as MNIST's, or a .npz file with uint8 or bool arrays x_train and x_test."""
+    """"digits", a folder of IDX files such as MNIST's, or an .npz file with uint8 or bool arrays x_train and x_test."""
     bound_samples: int = 1000
-    """Samples per test image for the bound that is reported at the end."""
+    """Samples per test image for the bound reported at the end."""
 
 
 @dataclass(frozen=True)
@@ -39,45 +39,45 @@ class TrainConfig:
     """How to train.
 
     Raises:
-        ValueError: a value is out of range, or does not go with the others.
+        ValueError: a value is out of range, or conflicts with another.
     """
 
     objective: Objective = "wake-sleep"
-    """What is maximised (`wakesleep_ext.helmholtz.objectives`): plain or reweighted wake-sleep, or the ELBO, the
-    L-sample bound, the same with doubly reparameterised gradients."""
+    """Plain or reweighted wake-sleep; or the ELBO, the L-sample bound (iwae), or that bound with doubly
+    reparameterised gradients (dreg). See `wakesleep_ext.helmholtz.objectives`."""
     sleep_weight: float | None = None
-    """Part of the sleep phase in the recognition network's gradient; the rest is the reweighted wake phase's. With the
-    reweighted objective 0 (known as wake-wake) to 1, 0.5 by default; plain wake-sleep has 1, the baselines 0."""
+    """Weight of the sleep phase in the recognition network's gradient, from 0 (wake-wake) to 1; the reweighted wake
+    phase has the rest. Reweighted wake-sleep defaults to 0.5. It is always 1 for wake-sleep and 0 for the baselines."""
     defensive_fraction: float = 0.0
-    """Probability with which the reweighted wake phase draws z from the prior instead."""
+    """Probability of drawing z from the prior instead of q in the reweighted wake phase."""
     seed: int = 0
-    """Seed of the initial weights and of every draw."""
+    """Seed of the initial weights and all draws."""
     epochs: int = 500
     """Passes over the training images."""
     sleep_warm_up: int = 0
-    """The first of these epochs, in which there are sleep phases only."""
+    """Number of epochs at the start of training with sleep phases only."""
     batch_size: int = 100
-    """Images in a wake phase."""
+    """Images per wake phase."""
     num_samples: int = 1
-    """Samples of z for each image in the wake phase, L."""
+    """Samples of z per image in the wake phase, L."""
     num_dreams: int | None = None
-    """Dreams in a sleep phase; as many as images by default."""
+    """Dreams per sleep phase; the batch size by default."""
     generative_learning_rate: float = 1e-3
-    """Step size of the generative network, which the wake phase trains."""
+    """Initial learning rate of the generative network, which the wake phase trains."""
     recognition_learning_rate: float = 1e-3
-    """Step size of the recognition network, which the sleep phase trains."""
+    """Initial learning rate of the recognition network, which the sleep phase trains."""
     learning_rate_decay: float = 1.0
-    """Factor that both step sizes fall by in the course of the run; 1: constant."""
+    """Final learning rates as a fraction of the initial ones; 1 keeps them constant."""
     schedule: Schedule = "exponential"
-    """How they fall: at every step, or in stages i = 0, 1, ... of 3^i epochs each, evenly on a logarithmic scale."""
+    """Learning rates fall at every step, or after each stage i = 0, 1, ... of 3^i epochs, always by the same factor."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of Adam's running means of the gradient and of its square."""
+    """Adam's decay rates for the running means of the gradient and its square."""
     adam_epsilon: float = 1e-4
     """Adam's epsilon."""
     replay: bool = True
-    """Record a step and replay it: on a GPU as one CUDA graph, on a CPU as a list of calls of operators. Numbers are
-    the same without, but a replay runs no Python: what networks are to do differently later on, they must find in
-    tensors. After another change the step is recorded again; networks that have hooks or look at values are called."""
+    """Record a step and replay it, with the same numbers: as a CUDA graph on a GPU, as a list of operator calls on a
+    CPU. No Python runs in a replay, so networks must keep whatever changes from step to step in tensors. After another
+    change the step is recorded again. Steps of networks that have hooks or look at values are not recorded."""
 
     def __post_init__(self) -> None:
         within = {
@@ -119,7 +119,7 @@ class TrainConfig:
 
     @property
     def stages(self) -> list[int]:
-        """At which epoch each stage of a staged schedule begins."""
+        """The first epoch of each stage of a staged schedule, counted from 0."""
         starts = [0]
         while (following := 3 * starts[-1] + 1) < self.epochs:
             starts.append(following)
@@ -131,5 +131,6 @@ RECIPES: dict[Recipe, TrainConfig] = {
     "mnist": TrainConfig(epochs=100, learning_rate_decay=0.1),
     "burda": TrainConfig(epochs=3280, batch_size=20, learning_rate_decay=0.1, schedule="staged"),
 }
-"""Protocols by name, for any objective: the default one; a short one for MNIST; and that of Burda, Grosse &
-Salakhutdinov ("Importance weighted autoencoders", ICLR 2016), eight stages, 9.84 million steps on MNIST."""
+"""Training options by name, for any objective. "digits" is the default and "mnist" a short protocol for MNIST. "burda"
+is the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders", ICLR 2016): eight stages, 9.84
+million steps on MNIST."""

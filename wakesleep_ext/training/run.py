@@ -1,7 +1,7 @@
-"""A run's folder: which files it has, in which form, under which lock. No other module knows.
+"""Read and write the folder of a run. Only this module knows its files, their formats and the lock.
 
-`config.json` tells how the run was made. `checkpoint.safetensors` holds weights and optimizers, the same description,
-and the step that they are of. `metrics.jsonl` has an object for each epoch, and a last one for the result.
+`config.json` describes the run. `checkpoint.safetensors` holds weights and optimizers, the same description, and the
+number of the step. `metrics.jsonl` has one object per epoch, and a last one for the result.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ _SECONDS_BETWEEN_SAVES = 10.0
 
 
 class RunError(FileError):
-    """A run cannot be begun or continued; the message names the folder or file, and the reason."""
+    """A run cannot be started or resumed; the message names the folder or file, and the reason."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is made.
+    """A description of a run: everything that determines it.
 
     Raises:
         ValueError: a value is out of range.
     """
 
     data: str
-    """What :func:`wakesleep_ext.training.data.load` loads."""
+    """The argument of :func:`wakesleep_ext.training.data.load`."""
     data_sha256: str
-    """Digest of its images."""
+    """SHA-256 digest of the images."""
     image_shape: tuple[int, int]
-    """Height and width."""
+    """Height and width of an image."""
     model: ModelConfig
     training: TrainConfig
     bound_samples: int
-    """Samples for each test image for the bound at the end."""
+    """Samples per test image for the bound at the end."""
 
     def __post_init__(self) -> None:
         if self.bound_samples < 1:
@@ -65,30 +65,30 @@ class RunConfig:
 
     @classmethod
     def of(cls, description: Mapping[str, Any], dataset: Dataset) -> RunConfig:
-        """Complete a description with the facts of a data set.
+        """Make a config from a description and the data set.
 
         Args:
-            description: any part of what :func:`dataclasses.asdict` makes of a config; defaults supply the rest.
-            dataset: what its `data` names.
+            description: any part of a config in the form of :func:`dataclasses.asdict`; the rest takes the defaults.
+            dataset: the data set that `data` in the description names.
 
         Raises:
-            TypeError, ValueError: a value is not one of a config, the description is of other images, or there are
-                fewer test images than an evaluation takes.
+            TypeError, ValueError: a value is invalid, the description belongs to other images, or there are fewer test
+                images than an evaluation needs.
         """
         if len(dataset.test) < 2:
             raise ValueError(f"expected two test images at least, got {len(dataset.test)}")
         facts = {"data_sha256": dataset.sha256(), "image_shape": dataset.train.shape}
         if description.get("data_sha256", facts["data_sha256"]) != facts["data_sha256"]:
-            raise ValueError(f"expected the images that data_sha256 is of, {description['data']} has others")
+            raise ValueError(f"expected the images that data_sha256 identifies, {description['data']} has others")
         model = {**description.get("model", {}), "observed": dataset.train.grey.shape[1]}
         parts = {"model": model, "training": description.get("training", {})}
         return cls.restore(asdict(RunOptions()) | dict(description) | facts | parts)
 
     def start(self, dataset: Dataset, device: torch.device) -> Trainer:
-        """Make the trainer of a new run, its initial weights drawn under the seed of the config.
+        """Create the trainer of a new run, with initial weights drawn from the seed in the config.
 
         Raises:
-            ValueError: the model's latent variables do not go with the objective.
+            ValueError: the objective does not support the model's latent variables.
         """
         torch.manual_seed(self.training.seed)
         machine = HelmholtzMachine.from_config(self.model, dataset.train.mean())
@@ -96,10 +96,10 @@ class RunConfig:
 
     @classmethod
     def restore(cls, description: dict[str, Any]) -> RunConfig:
-        """From the JSON object that :func:`dataclasses.asdict` makes.
+        """Restore a config from the JSON form of :func:`dataclasses.asdict`.
 
         Raises:
-            TypeError, ValueError: it is not one.
+            TypeError, ValueError: the object is not a valid config.
         """
         parts: dict[str, type[Any]] = {"model": ModelConfig, "training": TrainConfig}
         restored = {name: checkpoint.restore(part, description.get(name)) for name, part in parts.items()}
@@ -115,13 +115,13 @@ class Run:
     @classmethod
     @contextmanager
     def begin(cls, folder: Path, config: RunConfig, overwrite: bool = False) -> Iterator[Run]:
-        """A new run, whose folder is this process's alone while it lasts.
+        """Start a new run, and lock its folder for this process until the context ends.
 
         Args:
-            overwrite: replace the run that the folder holds.
+            overwrite: replace an existing run in the folder.
 
         Raises:
-            RunError: the folder holds a run, or another process writes to it.
+            RunError: the folder already holds a run, or another process is writing to it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -138,11 +138,11 @@ class Run:
     @classmethod
     @contextmanager
     def resume(cls, folder: Path, device: torch.device) -> Iterator[tuple[Run, Trainer, Dataset]]:
-        """A run that was interrupted, its trainer as it was at the last checkpoint, and its data.
+        """Resume an interrupted run: yield it, its trainer in the state of the last checkpoint, and its data.
 
         Raises:
-            FileError: the checkpoint or the data cannot be read, the data are not those of before, or another process
-                writes to the folder.
+            FileError: the checkpoint or the data cannot be read, the data have changed, or another process is writing
+                to the folder.
         """
         run, machine = cls.load(folder)
         with locked(folder):
@@ -156,16 +156,16 @@ class Run:
                 trainer.step = description["step"]
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise checkpoint.CheckpointError(
-                    folder / _CHECKPOINT, f"does not tell how to go on: {error!r}"
+                    folder / _CHECKPOINT, f"does not hold the state of a trainer: {error!r}"
                 ) from error
             yield run, trainer, dataset
 
     @classmethod
     def load(cls, folder: Path) -> tuple[Run, HelmholtzMachine]:
-        """A run, and its machine as of the last checkpoint, on the CPU.
+        """Load a run and its machine, as of the last checkpoint, on the CPU.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: there is no checkpoint, or it is damaged.
         """
         path = folder / _CHECKPOINT
         machine, description = checkpoint.load_machine(path)
@@ -175,14 +175,14 @@ class Run:
                 raise ValueError(f"expected step to be a number of steps, got {step!r}")
             config = RunConfig.restore(description)
         except (KeyError, TypeError, ValueError) as error:
-            raise checkpoint.CheckpointError(path, f"does not tell how the run was made: {error}") from error
+            raise checkpoint.CheckpointError(path, f"does not describe the run: {error}") from error
         return cls(folder, config), machine
 
     def load_data(self, source: str | None = None) -> Dataset:
-        """Load the data that the run was trained on, or others of the same shape.
+        """Load the training data of the run, or other data of the same shape.
 
         Raises:
-            FileError: they cannot be read, or have another shape.
+            FileError: the data cannot be read, or have another shape.
         """
         dataset = load(source or self.config.data)
         if dataset.test.shape != self.config.image_shape:
@@ -194,22 +194,22 @@ class Run:
         return dataset
 
     def picture(self, name: str) -> Path:
-        """Where a picture of the run belongs."""
+        """Return the path of a picture of the run."""
         assert name in _PICTURES
         return self.folder / f"{name}.png"
 
     def train(self, trainer: Trainer, test: Tensor, on_step: Callable[[], object]) -> Iterator[dict[str, float]]:
-        """Trains from wherever the trainer stands, and keeps the folder up to date.
+        """Train to the last epoch, and keep the folder up to date.
 
         Args:
-            test: binary pixels `[N, D]`, uint8, on the device of the trainer.
+            test: binary pixels `[N, D]`, uint8, on the trainer's device.
             on_step: called after each step.
 
         Yields:
-            What is noted of each epoch, those before the last checkpoint first.
+            The metrics of each epoch, starting with those before the last checkpoint.
 
         Raises:
-            DivergedError: as :meth:`Trainer.epochs`; names the last good checkpoint.
+            DivergedError: as in :meth:`Trainer.epochs`; the message names the last good checkpoint.
         """
         saved_step, saved_at = self._save(trainer), time.monotonic()
         noted = read_metrics(self.folder)
@@ -234,7 +234,7 @@ class Run:
         self._save(trainer)
 
     def note(self, record: dict[str, Any]) -> None:
-        """Adds a line to the metrics."""
+        """Append a line to the metrics."""
         with (self.folder / _METRICS).open("a") as metrics:
             metrics.write(json.dumps(record) + "\n")
 
@@ -247,7 +247,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a description of a run, such as the `config.json` of a run folder, or part of one.
 
     Raises:
-        RunError: the file cannot be read, is no JSON object, or has a key that no config has.
+        RunError: the file cannot be read, is not a JSON object, or has an unknown key.
     """
     try:
         described = json.loads(path.read_bytes())
@@ -263,28 +263,28 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def overlaid(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a run by what was chosen, by a base where nothing was, and else by the defaults."""
+    """Merge the defaults, a base and the chosen values into one description; later ones override earlier ones."""
     parts = {part: {**base.get(part, {}), **chosen.get(part, {})} for part in ("model", "training")}
     described = asdict(RunOptions()) | dict(base) | dict(chosen) | parts
     if "data" in chosen:
-        described.pop("data_sha256", None)  # which is that of the base's data
+        described.pop("data_sha256", None)  # it belongs to the data of the base
     if described["data"] != DIGITS:
         described["data"] = os.path.abspath(described["data"])
     return described
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a folder holds a run that can be resumed."""
+    """Return true if a folder holds a run that can be resumed."""
     return (folder / _CHECKPOINT).exists()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """What has been noted of a run: of each epoch, and of the result once there is one.
+    """Return the metrics of a run: one record per epoch, and the result if there is one.
 
-    A process that ends while it writes, as when the disk is full, leaves part of a last line, which is left out.
+    Skips an incomplete last line, which remains if a process ends while it writes, for example if the disk is full.
 
     Raises:
-        RunError: another line is not what a run writes.
+        RunError: any other line is invalid.
     """
     path = folder / _METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
