@@ -318,7 +318,7 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
         (["train", "--config", "x.json"], "x.json: cannot be read as JSON"),
         (["train", "--latent", "0"], "expected latent > 0, got (0,)"),
         (["train", "--latents", "bernoulli", "--objective", "elbo"], "differentiable draws"),
-        (["resume", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
+        (["resume", "nowhere"], "nowhere: cannot be opened: No such file or directory"),
         (["evaluate", "nowhere"], "nowhere/checkpoint.safetensors: cannot be read"),
         (["evaluate", "nowhere", "--dreams", "1"], "--dreams of at least 2, got 1"),
         (["evaluate", "nowhere", "--ais-images", "-1"], "--ais-images of at least 0, got -1"),

@@ -1,4 +1,4 @@
-"""Runs the code of the tutorial in this process. The thorough tier runs the notebook itself, in a kernel."""
+"""Run the code of the tutorial in this process. The thorough tier runs the notebook in a Jupyter kernel."""
 
 from __future__ import annotations
 

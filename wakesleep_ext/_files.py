@@ -58,9 +58,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Lock a folder for this process.
 
     Raises:
-        FileError: another process has locked it.
+        FileError: there is no such folder, or another process has locked it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise FileError(folder, f"cannot be opened: {error.strerror}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -86,7 +86,17 @@ def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
     Raises:
         CheckpointError: as for :func:`load`, or the weights do not fit the described model.
     """
-    tensors, description = load(path)
+    held = load(path)
+    return machine_of(path, held), held.description
+
+
+def machine_of(path: Path, held: Checkpoint) -> HelmholtzMachine:
+    """Build the Helmholtz machine that a checkpoint holds, on the CPU.
+
+    Raises:
+        CheckpointError: the weights do not fit the described model.
+    """
+    tensors, description = held
     prefix = "machine."
     try:
         config = restore(ModelConfig, description["model"])
@@ -96,7 +106,7 @@ def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
         machine.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(path, f"does not hold the model it describes: {error}") from error
-    return machine, description
+    return machine
 
 
 def restore(config: type[Config], description: Any) -> Config:

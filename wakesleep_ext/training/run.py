@@ -144,20 +144,19 @@ class Run:
             FileError: the checkpoint or the data cannot be read, the data have changed, or another process is writing
                 to the folder.
         """
-        run, machine = cls.load(folder)
+        path = folder / _CHECKPOINT
         with locked(folder):
+            held = checkpoint.load(path)  # one read, under the lock: the run cannot be replaced meanwhile
+            run, machine, step = cls._restore(folder, held)
             dataset = load(run.config.data)
             if dataset.sha256() != run.config.data_sha256:
                 raise RunError(folder, f"was trained on other images than {run.config.data} has now")
-            tensors, description = checkpoint.load(folder / _CHECKPOINT)
             trainer = Trainer(machine.to(device), dataset.train.to(device), run.config.training)
             try:
-                trainer.load_state_dict(tensors)
-                trainer.step = description["step"]
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise checkpoint.CheckpointError(
-                    folder / _CHECKPOINT, f"does not hold the state of a trainer: {error!r}"
-                ) from error
+                trainer.load_state_dict(held.tensors)
+            except (KeyError, RuntimeError) as error:
+                raise checkpoint.CheckpointError(path, f"does not hold the state of a trainer: {error!r}") from error
+            trainer.step = step
             yield run, trainer, dataset
 
     @classmethod
@@ -167,8 +166,14 @@ class Run:
         Raises:
             CheckpointError: there is no checkpoint, or it is damaged.
         """
+        run, machine, _ = cls._restore(folder, checkpoint.load(folder / _CHECKPOINT))
+        return run, machine
+
+    @classmethod
+    def _restore(cls, folder: Path, held: checkpoint.Checkpoint) -> tuple[Run, HelmholtzMachine, int]:
+        """Restore a run, its machine on the CPU, and the number of steps that it has made."""
         path = folder / _CHECKPOINT
-        machine, description = checkpoint.load_machine(path)
+        machine, description = checkpoint.machine_of(path, held), dict(held.description)
         try:
             step = description.pop("step")
             if type(step) is not int or step < 0:
@@ -176,7 +181,7 @@ class Run:
             config = RunConfig.restore(description)
         except (KeyError, TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(path, f"does not describe the run: {error}") from error
-        return cls(folder, config), machine
+        return cls(folder, config), machine, step
 
     def load_data(self, source: str | None = None) -> Dataset:
         """Load the training data of the run, or other data of the same shape.
