@@ -292,7 +292,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "csrc/runtime/watch.cpp",
             "data_of(tensor) != seen.data || ",
             "",
-            "tests/test_watch.py -k other_memory",
+            "tests/test_watch.py -k 'other and memory'",
         ),
         Fault(
             "requires-grad-not-watched",
@@ -306,7 +306,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "csrc/runtime/watch.cpp",
             "meta->hooks_.size() + (meta->post_acc_grad_hooks_ != nullptr ? 1 : 0)",
             "0",
-            "tests/test_watch.py -k a_hook_of_a_parameter",
+            "tests/test_watch.py -k 'hook and parameter'",
         ),
         Fault(
             "dicts-not-watched",
