@@ -1,6 +1,7 @@
 """The `wakesleep` command, in a module outside the package.
 
-So `wakesleep info` works if the package cannot be imported, and `--help` and `--version` do not import torch.
+Because this module is outside the package, `wakesleep info` works even if the package cannot be imported. For the same
+reason, `--help` and `--version` do not import torch.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _EXTRA_PACKAGES = {
     "typeguard": "typeguard",
     "tyro": "tyro",
 }
-"""The modules that the extra `train` provides, and their packages."""
+"""The modules that the commands need, and the package of each. The extra `train` installs the packages."""
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
     if sys.argv[1:] == ["info"]:
-        package = find_spec("wakesleep_ext")  # found, not imported
+        package = find_spec("wakesleep_ext")  # find_spec does not import the package
         assert package is not None
         assert package.origin is not None
         status: int = runpy.run_path(str(Path(package.origin).with_name("info.py")))["main"]()
@@ -39,7 +40,7 @@ def main() -> int:
         return 0
     if missing := [package for module, package in _EXTRA_PACKAGES.items() if find_spec(module) is None]:
         packages = " ".join(missing)
-        return _fail(f"the commands need packages that are not installed. Install them: pip install {packages}")
+        return _fail(f"the command needs packages that are not installed. Install them: pip install {packages}")
     run_package = _put_in_place("wakesleep_ext")
     from wakesleep_ext import cli
 
@@ -52,10 +53,10 @@ def main() -> int:
 
 
 def _put_in_place(name: str) -> Callable[[], None]:
-    """Make a package's modules importable without running its `__init__.py`, which imports torch.
+    """Make the modules of a package importable without running its `__init__.py`, which imports torch.
 
     Returns:
-        A function that runs `__init__.py`.
+        A function that runs `__init__.py` later.
     """
     if name in sys.modules:
         return lambda: None

@@ -11,20 +11,21 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # finds build_support even if pip runs this file
+sys.path.insert(0, str(ROOT))  # so that build_support can be imported even if pip runs this file
 
 from build_support import toolchain  # noqa: E402
 
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
-# Without contraction, every instruction set returns the same bits (csrc/cpu/vec.h). Jump threading and partial
-# redundancy elimination turn selects into branches, which keeps loops from vectorising.
+# Floating-point contraction is off, so that every instruction set returns the same bits (csrc/cpu/vec.h). Jump
+# threading and partial redundancy elimination are off because they turn selects into branches, which prevents
+# vectorisation.
 CXX_FLAGS = [
     *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fno-thread-jumps", "-fno-tree-pre"),
-    # With this, torch's headers include only the functions that they use, which halves their compile time.
+    # With this macro, torch's headers include only the operators that they use, which halves their compile time.
     "-DAT_PER_OPERATOR_HEADERS",
-    # -Wno-psabi: vectors wider than the baseline's are passed to inlined functions only.
+    # -Wno-psabi: vectors wider than the baseline instruction set's are passed only to functions that are inlined.
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"),
 ]
 # at::parallel_for is header-only and needs OpenMP at compile time. The extension does not link OpenMP, so it uses the
@@ -34,7 +35,7 @@ NVCC_FLAGS = ["-O3", "-DAT_PER_OPERATOR_HEADERS", "--expt-relaxed-constexpr", "-
 
 
 def requirement() -> str:
-    """Returns any supported torch for a source distribution, and for a wheel the series that it is compiled for."""
+    """Returns any supported torch for a source distribution, or the torch series that a wheel is compiled for."""
     torch = None if "sdist" in sys.argv else toolchain.find_torch()
     return toolchain.SUPPORTED_TORCH if torch is None else torch.requirement
 
@@ -46,9 +47,10 @@ def extension_and_commands() -> dict[str, Any]:
     plan = toolchain.make_plan(os.environ, torch, toolchain.find_toolkit(os.environ) if wants_cuda else None)
     print(plan.summary, flush=True)
     if plan.toolkit is not None:
-        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # read when torch.utils.cpp_extension is imported
+        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch.utils.cpp_extension reads it on import
     os.environ["MAX_JOBS"] = str(toolchain.parallel_jobs(os.environ))
-    if find_spec("ninja") is not None:  # another version cannot read its log and would recompile everything
+    # A ninja of another version could not read the log of this one, and would recompile everything.
+    if find_spec("ninja") is not None:
         import ninja
 
         os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", os.defpath)
@@ -61,7 +63,8 @@ def extension_and_commands() -> dict[str, Any]:
         capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolchain.default_architectures(plan.toolkit, capabilities))
 
-    build_base = ROOT / "build" / f"torch-{plan.torch.version}"  # one per torch, so builds are incremental
+    # Each torch version has a separate folder, so that builds stay incremental.
+    build_base = ROOT / "build" / f"torch-{plan.torch.version}"
 
     class Build(build):
         def finalize_options(self) -> None:
@@ -71,7 +74,7 @@ def extension_and_commands() -> dict[str, Any]:
     class BuildKernels(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.build_temp = str(build_base / "objects")  # an editable install would use a temporary folder
+            self.build_temp = str(build_base / "objects")  # by default, editable installs use a temporary folder
 
         def run(self) -> None:
             super().run()
@@ -82,11 +85,12 @@ def extension_and_commands() -> dict[str, Any]:
                 "REASON": plan.reason,
             }
             lines = ['"""How this copy was built; written by setup.py."""', ""]
-            lines += [f"{name} = {value!r}" for name, value in facts.items()]  # typed in _build.pyi
+            lines += [f"{name} = {value!r}" for name, value in facts.items()]  # _build.pyi declares their types
             path = Path(self.get_ext_fullpath("wakesleep_ext._C")).with_name("_build.py")
             path.write_text("\n".join(lines) + "\n")
-            # This file is part of uv's cache key (pyproject.toml). Every build rewrites it, since uv does not know that
-            # a wheel works with one torch only. An incremental build takes seconds.
+            # This file is part of uv's cache key (pyproject.toml). Every build rewrites it, so uv always builds again
+            # instead of reusing a cached wheel. uv does not know that a wheel works with only one torch. An incremental
+            # build takes seconds.
             (ROOT / "build" / "last-build").write_text(plan.summary + "\n")
 
     csrc = ROOT / "csrc"
@@ -115,5 +119,5 @@ def extension_and_commands() -> dict[str, Any]:
     return {"ext_modules": [extension], "cmdclass": {"build": Build, "build_ext": BuildKernels}}
 
 
-# Metadata and source distributions need no torch.
+# Building metadata or a source distribution does not need torch.
 setup(install_requires=[requirement()], **(extension_and_commands() if COMPILING & set(sys.argv) else {}))

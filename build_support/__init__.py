@@ -1,1 +1,1 @@
-"""Finds out what a build needs to know: which torch, which CUDA toolkit, how many jobs."""
+"""Chooses the torch, the CUDA toolkit and the number of parallel jobs for a build."""

@@ -1,12 +1,13 @@
 """Runs setuptools' build backend with the torch of the target environment.
 
 A compiled extension works only with the torch it was built against. pip isolates the build, but uses the interpreter
-of the target environment, so this backend finds its torch and uses it in place. If there is none, the backend asks pip
-for a supported one. The wheel then requires that series, and pip installs it.
+of the target environment. So this backend finds the torch of that environment and builds against it. If the environment
+has no torch, the backend asks pip for a supported torch. The wheel then requires the same series of torch, and pip
+installs that series with the wheel.
 
-uv and `python -m build` run the backend in a separate environment, from which it cannot find the target. The build then
-stops before it compiles anything, and prints the commands that work. In a checkout, `[tool.uv]` in pyproject.toml turns
-isolation off.
+uv and `python -m build` run the backend in a separate environment, where it cannot find the target environment. The
+build then stops before it compiles anything, and prints the commands that work. In a checkout, `[tool.uv]` in
+pyproject.toml turns isolation off for uv.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _use_environment_torch() -> bool:
     if torch is None:
         return False
     if str(torch.site_packages) not in sys.path:
-        sys.path.append(str(torch.site_packages))  # last, so that the isolated build tools come first
+        sys.path.append(str(torch.site_packages))  # at the end, so that the isolated build tools take precedence
     return True
 
 
@@ -56,7 +57,7 @@ def _need_torch() -> None:
 def _requirements() -> list[str]:
     if _use_environment_torch():
         return ["ninja"]
-    if "PIP_BUILD_TRACKER" in os.environ:  # pip runs the target's interpreter, which has no torch
+    if "PIP_BUILD_TRACKER" in os.environ:  # pip runs the target environment's interpreter, and found no torch
         return ["ninja", toolchain.SUPPORTED_TORCH, "numpy"]
     raise _stop(
         "this isolated build cannot see the torch of your environment, and kernels work only with the torch that they "

@@ -1,8 +1,8 @@
-"""Finds the torch to build against and the CUDA toolkit to build with, without importing or running either.
+"""Finds the torch to build against, without importing it, and the CUDA toolkit to build with.
 
-A build compiles the CPU kernels, and the CUDA kernels if torch is a CUDA build and nvcc is found, whether or not a GPU
-is visible. ``WAKESLEEP_FORCE_CUDA=1`` turns a missing toolkit into an error, and ``WAKESLEEP_FORCE_CPU=1`` ignores an
-installed one.
+A build always compiles the CPU kernels. It also compiles the CUDA kernels if torch is a CUDA build and nvcc is found,
+even if no GPU is visible. ``WAKESLEEP_FORCE_CUDA=1`` turns a missing toolkit into an error, and
+``WAKESLEEP_FORCE_CPU=1`` ignores an installed toolkit.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 SUPPORTED_TORCH = "torch>=2.10"
 OLDEST_SETUPTOOLS = 77  # the first version with SPDX licence expressions
 BUILD_TOOLS = (f"setuptools>={OLDEST_SETUPTOOLS}", "ninja")
-UNPACKED = re.compile(r"(git|sdists)-v\d+|pip-(req-build|install)-")  # folders into which uv and pip unpack sources
-BYTES_PER_JOB = 2 * 2**30  # memory for the largest translation unit, with some room
+UNPACKED = re.compile(r"(git|sdists)-v\d+|pip-(req-build|install)-")  # folders where uv and pip unpack sources
+BYTES_PER_JOB = 2 * 2**30  # enough to compile the largest translation unit
 
 
 class BuildError(SystemExit):
-    """The build cannot go on; the message says what to do."""
+    """The build cannot continue, and the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Torch:
 
     @property
     def requirement(self) -> str:
-        """The series of this torch, which loads the kernels compiled against it: '2.13.0+cpu' -> 'torch==2.13.*'."""
+        """The requirement for this torch's series, which can load kernels built against it, such as 'torch==2.13.*'."""
         major, minor = self.version.split("+")[0].split(".")[:2]
         return f"torch=={major}.{minor}.*"
 
@@ -68,7 +68,7 @@ class Plan:
 
 
 def site_directories() -> list[Path]:
-    """Returns the package folders of the environment, also from inside an isolated build of pip."""
+    """Returns the package folders of the target environment, even if pip isolates the build."""
     found = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     configuration = Path(sys.prefix, "pyvenv.cfg")
     isolated = sys.prefix != sys.base_prefix
@@ -81,7 +81,7 @@ def site_directories() -> list[Path]:
 
 
 def find_torch(directories: list[Path] | None = None) -> Torch | None:
-    """Returns the torch of the environment, read from its version file, or None."""
+    """Returns the torch of the environment, as its version file describes it, or None if there is no torch."""
     for directory in site_directories() if directories is None else directories:
         version_file = directory / "torch" / "version.py"
         if version_file.is_file():
@@ -100,7 +100,7 @@ def commands_without_isolation(environment: Mapping[str, str], source: Path) -> 
 
     Args:
         environment: Environment variables, which show whether uv runs the build.
-        source: The folder that is built.
+        source: The source folder of the package.
     """
     by_uv = "UV_INTERNAL__BUILD_DIR" in environment or ("UV" in environment and "PIP_BUILD_TRACKER" not in environment)
     install = "uv pip install" if by_uv else "pip install"
@@ -121,7 +121,7 @@ def commands_without_isolation(environment: Mapping[str, str], source: Path) -> 
 def find_toolkit(environment: Mapping[str, str]) -> Toolkit | None:
     """Returns the toolkit in CUDA_HOME, or else the toolkit of the nvcc on the PATH, or None.
 
-    nvcc may be a link or a wrapper script, so the root comes from a dry run of nvcc, which prints it.
+    nvcc may be a link or a wrapper script, so the toolkit's root is read from the output of a dry run of nvcc.
     """
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     nvcc = (
@@ -140,7 +140,7 @@ def find_toolkit(environment: Mapping[str, str]) -> Toolkit | None:
 
 
 def make_plan(environment: Mapping[str, str], torch: Torch | None, toolkit: Toolkit | None) -> Plan:
-    """Decides which kernels to build. Raises BuildError if a requested kind cannot be built."""
+    """Decides which kernels to build. Raises BuildError if the requested kernels cannot be built."""
     force_cuda = environment.get("WAKESLEEP_FORCE_CUDA") == "1"
     force_cpu = environment.get("WAKESLEEP_FORCE_CPU") == "1"
     if force_cuda and force_cpu:
@@ -173,9 +173,10 @@ def make_plan(environment: Mapping[str, str], torch: Torch | None, toolkit: Tool
 
 
 def default_architectures(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]] = ()) -> str:
-    """Returns the default for TORCH_CUDA_ARCH_LIST: the visible GPUs, or else Ampere and later.
+    """Returns the default for TORCH_CUDA_ARCH_LIST.
 
-    PTX for the newest of them lets later GPUs run the kernels.
+    The list has the architectures of the visible GPUs or, if no GPU is visible, Ampere and later. PTX for the newest
+    architecture lets later GPUs run the kernels.
     """
     here = [f"{major}.{minor}" for major, minor in sorted(set(capabilities))]
     if here:
@@ -185,7 +186,7 @@ def default_architectures(toolkit: Toolkit, capabilities: Iterable[tuple[int, in
 
 
 def parallel_jobs(environment: Mapping[str, str], available_bytes: int | None = None) -> int:
-    """Returns MAX_JOBS if it is set, or else one job per processor, as far as memory allows."""
+    """Returns MAX_JOBS if it is set. Otherwise, returns one job per processor, or fewer if memory is short."""
     if environment.get("MAX_JOBS", "").isdigit():
         return max(1, int(environment["MAX_JOBS"]))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

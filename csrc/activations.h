@@ -1,5 +1,5 @@
-// Activations y = f(a) of a layer, for host and device. The gradient for a is computed from y alone, so a layer saves
-// only y for its backward pass.
+// Activation functions y = f(a) of a layer, for host and device. The gradient of a is computed from y and the gradient
+// of y, so a layer saves only y for its backward pass.
 #pragma once
 
 #include <optional>
@@ -57,7 +57,7 @@ struct Tanh {
 
 using Activation = std::variant<Identity, Relu, Sigmoid, Tanh>;
 
-// Returns the activation with this name, or Identity without a name.
+// Returns the activation with this name, or Identity if no name is given.
 inline Activation activation_of(const char* op, const char* argument, std::optional<std::string_view> name) {
   if (!name) {
     return Identity{};

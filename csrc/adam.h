@@ -1,4 +1,4 @@
-// A step of Adam: the checked operands of a call, and the update of one element.
+// One step of the Adam optimizer: the checked operands of a call, and the update of one element.
 //
 //   m <- beta1 m + (1 - beta1) g
 //   v <- beta2 v + (1 - beta2) g^2
@@ -6,8 +6,8 @@
 //
 // Kingma & Ba, "Adam: a method for stochastic optimization" (ICLR 2015), algorithm 1.
 //
-// Most tensors are too small to occupy a device, so a step processes all of them together. Their pieces are numbered
-// consecutively.
+// Most tensors are too small to keep a device busy, so a step processes all tensors together. Each tensor is divided
+// into pieces of a fixed size. The pieces of all tensors are numbered consecutively.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -22,10 +22,10 @@
 
 namespace wakesleep {
 
-// The constants of a step, which leave one division per element.
+// The constants of a step. They are computed in advance, so that each element needs only one division.
 template <typename compute_t>
 struct AdamStep {
-  compute_t beta1, new1;  // weights of the old mean and of the new gradient
+  compute_t beta1, new1;  // weights of the old mean and the new gradient
   compute_t beta2, new2;
   compute_t rate;   // lr / (1 - beta1^t)
   compute_t scale;  // 1 / sqrt(1 - beta2^t)
@@ -39,7 +39,7 @@ struct AdamStep {
   }
 };
 
-// A number in a tensor, read on the tensor's device.
+// A number stored in a tensor. read() must run on the tensor's device.
 struct NumberInTensor {
   const void* data;
   bool is_double;
@@ -52,7 +52,8 @@ struct NumberInTensor {
   }
 };
 
-// The inputs of AdamStep. The corrections are computed in double: 1 - beta2^t begins with a thousandth.
+// The inputs from which AdamStep is computed. The bias corrections are computed in float64, because 1 - beta2^t is only
+// about 0.001 in the first step.
 struct AdamRule {
   NumberInTensor step, lr;
   double beta1, beta2, eps;
@@ -66,7 +67,7 @@ struct AdamRule {
   }
 };
 
-// The four tensors of a parameter, in pieces of `elements` elements.
+// A parameter, its gradient and its two moments, divided into pieces of `elements` elements.
 template <typename scalar_t, int64_t elements>
 struct AdamTensor {
   scalar_t* parameter;
@@ -74,7 +75,7 @@ struct AdamTensor {
   scalar_t* exp_avg;
   scalar_t* exp_avg_sq;
   int64_t size;
-  int64_t first;  // number of its first piece
+  int64_t first;  // number of the tensor's first piece
 
   WAKESLEEP_FUNCTION int64_t end() const { return first + (size + elements - 1) / elements; }
 };
@@ -114,7 +115,7 @@ struct Adam {
                           parameter.tensor.strides(), ", those of ", parameter, ", got ", state.tensor.strides());
       }
     }
-    for (size_t i = 0; i < parameters.size(); ++i) {  // all four tensors need the same memory layout
+    for (size_t i = 0; i < parameters.size(); ++i) {  // the kernels need one memory layout for all four tensors
       const at::Tensor& gradient = gradients_in[i];
       gradients.push_back(same_layout(gradient, parameters[i]) ? gradient
                                                                : aten::empty_like(parameters[i]).copy_(gradient));
@@ -133,7 +134,7 @@ struct Adam {
     return all;
   }
 
-  // Calls body(Type<scalar_t>{}), unless there are no parameters.
+  // Calls body(Type<scalar_t>{}) if there is at least one parameter.
   template <typename Body>
   void dispatch(const Body& body) const {
     if (!parameters.empty()) {
@@ -155,7 +156,7 @@ struct Adam {
     TORCH_CHECK_VALUE(is_valid, op, ": expected ", name, " to be ", expected, ", got ", value);
   }
 
-  // Checks that no written tensor overlaps another tensor.
+  // Checks that no tensor that the step modifies shares memory with another tensor.
   void check_memory() const {
     struct Range {
       const char *first, *end;
@@ -180,7 +181,7 @@ struct Adam {
       }
     }
     std::sort(order.begin(), order.end(), [](const Range* a, const Range* b) { return a->first < b->first; });
-    const Range *furthest = nullptr, *furthest_written = nullptr;  // among the earlier ranges
+    const Range *furthest = nullptr, *furthest_written = nullptr;  // of the ranges visited so far
     const auto extend = [](const Range*& furthest, const Range* range) {
       furthest = furthest == nullptr || range->end > furthest->end ? range : furthest;
     };
@@ -195,7 +196,7 @@ struct Adam {
     }
   }
 
-  // True if a and b store their elements in the same order. Then both are dense or neither is.
+  // Returns true if a and b store their elements in the same order. In that case, both are dense or neither is.
   static bool same_layout(const at::Tensor& a, const at::Tensor& b) {
     return (a.is_contiguous() && b.is_contiguous()) || a.strides() == b.strides();
   }

@@ -1,4 +1,4 @@
-// Defines the functions of aten.h as calls of torch.
+// Implements the functions of aten.h by calling torch.
 #include "aten.h"
 
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-// Operands of the Bernoulli ops, checked and laid out once for every backend.
+// Operands of the Bernoulli ops. Every backend uses the same checks and the same layout.
 #pragma once
 
 #include "dispatch.h"
@@ -6,7 +6,7 @@
 
 namespace wakesleep {
 
-// Returns x in a dtype that kernels read: uint8, the dtype of the parameters, or their compute dtype.
+// Converts x to a dtype that the kernels read: uint8, the dtype of the parameters, or their compute dtype.
 inline at::Tensor observation(const char* op, const at::Tensor& x, at::ScalarType parameters) {
   const auto type = x.scalar_type();
   TORCH_CHECK_TYPE(type == at::kBool || type == at::kByte || at::isFloatingType(type), op,
@@ -17,19 +17,20 @@ inline at::Tensor observation(const char* op, const at::Tensor& x, at::ScalarTyp
   return with_contiguous_events(type == at::kByte || type == parameters ? x : x.to(at::toOpMathType(parameters)));
 }
 
-// Returns the dtype that kernels write for a requested `dtype`: the parameters' dtype, or else uint8.
+// Returns the dtype that the kernels write if the caller requests `dtype`. It is the parameters' dtype if the caller
+// requests that, and otherwise uint8.
 inline at::ScalarType written_dtype(const char* op, at::ScalarType dtype, at::ScalarType parameters) {
   TORCH_CHECK_TYPE(dtype == at::kBool || dtype == at::kByte || at::isFloatingType(dtype), op,
                    ": expected dtype to be bool, uint8 or floating, got ", dtype);
   return dtype == parameters ? dtype : at::kByte;
 }
 
-// Converts zeros and ones to the requested dtype. From bytes to bool it is a view.
+// Converts a tensor of zeros and ones to the requested dtype. The conversion from uint8 to bool returns a view.
 inline at::Tensor as_dtype(const at::Tensor& zeros_and_ones, at::ScalarType dtype) {
   return dtype == at::kBool ? zeros_and_ones.view(at::kBool) : zeros_and_ones.to(dtype);
 }
 
-// Calls body(Type<parameter_t>{}, Type<written_t>{}), with the type that written_dtype() returned.
+// Calls body(Type<parameter_t>{}, Type<written_t>{}), where `written` is the dtype that written_dtype() returned.
 template <typename Body>
 void dispatch_floating_and_written(const char* op, at::ScalarType parameters, at::ScalarType written,
                                    const Body& body) {
@@ -41,7 +42,7 @@ void dispatch_floating_and_written(const char* op, at::ScalarType parameters, at
   });
 }
 
-// Checked operands of the log-likelihood.
+// The checked operands of the log-likelihood and of its gradient.
 struct BernoulliOperands {
   at::Tensor logits;    // [*S, *B, D]
   at::Tensor x;         // [*B, D]
@@ -77,8 +78,8 @@ struct BernoulliLogProb : BernoulliOperands {
 struct BernoulliLogProbBackward : BernoulliOperands {
   static constexpr auto op = "bernoulli_log_prob_backward";
   at::Tensor grad;          // [*S, *B]
-  RowGroups<3> rows;        // operands: logits, x, grad; grouped by the rows of logits
-  GradientSum grad_logits;  // like logits
+  RowGroups<3> rows;        // operands: logits, x, grad; the outer rows are the rows of logits
+  GradientSum grad_logits;  // with the shape and dtype of logits
 
   BernoulliLogProbBackward(const at::Tensor& grad_in, const at::Tensor& logits_in, const at::Tensor& x_in)
       : BernoulliOperands(op, logits_in, x_in),
@@ -95,8 +96,8 @@ struct BernoulliSample {
   int64_t D;
   int64_t samples;       // the product of the sample shape
   at::ScalarType dtype;  // of the result
-  at::Tensor x;          // [*S, *B, D], uint8 or in the dtype of the logits
-  RowMap<1> rows;        // operand: logits; each sample repeats all rows
+  at::Tensor x;          // [*S, *B, D], uint8 or the dtype of the logits
+  RowMap<1> rows;        // operand: logits; covers the rows of one sample
 
   BernoulliSample(const at::Tensor& logits_in, const at::Tensor& key_in, at::IntArrayRef sample_shape,
                   std::optional<at::ScalarType> dtype_in)
@@ -113,7 +114,7 @@ struct BernoulliSample {
     x = aten::empty(concat(sample_shape, logits.sizes()),
                     logits.options().dtype(written_dtype(op, dtype, logits.scalar_type())));
     if (x.numel() == 0) {
-      samples = 0;  // rows without elements need no work
+      samples = 0;  // the output is empty, so there is nothing to draw
     }
     const auto batch = batch_sizes(logits);
     rows = map_rows<1>(batch, {row_strides(logits, batch)});
@@ -131,10 +132,10 @@ struct Binarize {
   static constexpr auto op = "binarize";
   at::Tensor grey;                  // [N, D]
   at::Tensor key;                   // [2]
-  int white;                        // the grey level that always gives 1
+  int white;                        // the grey level at which x is always 1
   std::optional<at::Tensor> index;  // [B]
   int64_t N, D;
-  int64_t rows;          // B with an index, otherwise N
+  int64_t rows;          // B if there is an index, otherwise N
   at::ScalarType dtype;  // of the result
   at::Tensor x;          // [B, D], uint8 or float32
 

@@ -1,5 +1,5 @@
-// Argument checks shared by every backend. A message names the op, the argument, the expected value and the actual one.
-// Checks never read tensor values, since that would synchronise with the GPU.
+// Argument checks shared by every backend. Each error message names the op, the argument, the expected value and the
+// actual value. Checks never read tensor values, since that would synchronise with the GPU.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -7,11 +7,11 @@
 
 namespace wakesleep {
 
-// A tensor and its name in the public API.
+// A tensor argument and its name in the public API.
 struct Argument {
   const char* name;
   const at::Tensor& tensor;                    // [*B, D]
-  std::optional<size_t> index = std::nullopt;  // in the list of that name
+  std::optional<size_t> index = std::nullopt;  // position in the list, if the argument is a list
 };
 
 inline std::ostream& operator<<(std::ostream& stream, const Argument& argument) {
@@ -59,7 +59,8 @@ inline at::DimVector broadcast_batch(const char* op, const Argument& first, cons
   return shape;
 }
 
-// Checks the gradient of a log-probability, one number per row of the batch, and returns it in the compute type.
+// Checks the gradient of a log-probability, which has one element per row of the batch. Returns the gradient in the
+// compute type.
 inline at::Tensor check_row_gradient(const char* op, const char* name, const at::Tensor& grad, at::IntArrayRef batch,
                                      const Argument& beside) {
   check_same_device(op, beside, {name, grad});
@@ -67,7 +68,7 @@ inline at::Tensor check_row_gradient(const char* op, const char* name, const at:
   return grad.to(at::toOpMathType(beside.tensor.scalar_type()));
 }
 
-// Checks a weight that broadcasts to the rows of the batch.
+// Checks a tensor of weights, which must broadcast to the batch shape.
 inline void check_row_weights(const char* op, const Argument& argument, c10::SymIntArrayRef batch) {
   check_floating(op, argument);
   const auto sizes = argument.tensor.sym_sizes();

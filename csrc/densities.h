@@ -1,4 +1,4 @@
-// Densities and their gradients for one coordinate, each defined once for host and device.
+// Densities and their gradients for one coordinate. Host and device share one definition of each.
 // Formulas: Kingma & Welling 2014, appendices B and C, with logvar = log sigma^2 and logits = log p / (1 - p).
 #pragma once
 
@@ -8,8 +8,8 @@ namespace wakesleep {
 
 constexpr double kLogTwoPi = 1.8378770664093454836;
 
-// log N(z; mu, e^l) = -1/2 (l + t^2 + log 2 pi) with t = (z - mu) e^(-l/2). Squaring t instead of multiplying by e^(-l)
-// keeps the range of float32 for |l| up to 175.
+// log N(z; mu, e^l) = -1/2 (l + t^2 + log 2 pi) with t = (z - mu) e^(-l/2). The code squares t instead of multiplying
+// (z - mu)^2 by e^(-l). So the exponential stays in the range of float32 for |l| up to 175.
 template <typename T>
 struct GaussianTerm {
   T standardized;   // t
@@ -27,7 +27,7 @@ WAKESLEEP_FUNCTION T gaussian_sigma(T logvar) {
   return exp(T(0.5) * logvar);
 }
 
-// Returns log N of a row from the sum of (l + t^2) over its K coordinates.
+// Returns the log-density of a row, given the sum of (l + t^2) over its K coordinates.
 template <typename T>
 WAKESLEEP_FUNCTION T gaussian_log_prob_of_sum(T sum, int64_t K) {
   return T(-0.5) * (sum + T(kLogTwoPi) * T(K));
@@ -44,8 +44,8 @@ WAKESLEEP_FUNCTION T gaussian_kl_grad_logvar(T logvar) {
   return T(0.5) * (exp(logvar) - T(1));
 }
 
-// log p(x; a) = x a - softplus(a) = [x a - max(a, 0)] - log(1 + e^-|a|). The factors 1 + e^-|a| lie in (1, 2], so many
-// can be multiplied before one logarithm of their product.
+// log p(x; a) = x a - softplus(a) = [x a - max(a, 0)] - log(1 + e^-|a|). The factors 1 + e^-|a| lie in (1, 2], so the
+// code multiplies many factors and takes one logarithm of their product.
 template <typename T>
 struct BernoulliTerm {
   T linear;
@@ -60,7 +60,8 @@ struct BernoulliTerm {
 // The product of this many factors cannot overflow in float32.
 constexpr int kFactorsPerLog = 96;
 
-// d/da log p(x; a) = x - s(a), as one quotient without cancellation for binary x.
+// d/da log p(x; a) = x - s(a), where s is the sigmoid. The result is one quotient, which has no cancellation if x is
+// binary.
 template <typename T>
 WAKESLEEP_FUNCTION T bernoulli_grad_logits(T a, T x) {
   const T e = exp_of_nonpositive(-std::abs(a));
@@ -69,14 +70,14 @@ WAKESLEEP_FUNCTION T bernoulli_grad_logits(T a, T x) {
   return divide(plain + scaled * e, T(1) + e);
 }
 
-// s(a) = 1 / (1 + e^-a), without overflow in the exponential.
+// Returns s(a) = 1 / (1 + e^-a). The exponential cannot overflow.
 template <typename T>
 WAKESLEEP_FUNCTION T sigmoid(T a) {
   const T e = exp_of_nonpositive(-std::abs(a));
   return divide(a >= T(0) ? T(1) : e, T(1) + e);
 }
 
-// A draw is [u <= p] for a uniform u in (0, 1]. OfLogit returns the p of a logit.
+// A Bernoulli draw is [u <= p] for a uniform u in (0, 1]. OfLogit computes the probability p from a logit.
 struct OfLogit {
   template <typename T>
   WAKESLEEP_FUNCTION T operator()(T logit) const {
@@ -84,7 +85,7 @@ struct OfLogit {
   }
 };
 
-// Returns the p of a grey level, which is exactly 0 for black and exactly 1 for white.
+// OfGrey computes the probability p from a grey level. It is exactly 0 for black and exactly 1 for white.
 struct OfGrey {
   int white;
 

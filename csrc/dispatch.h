@@ -35,7 +35,7 @@ void dispatch_half(at::ScalarType type, const Body& body) {
   body(Type<at::BFloat16>{});
 }
 
-// Like dispatch_floating, for the compute types: float and double.
+// Like dispatch_floating, but only for the compute types, float and double.
 template <typename Body>
 void dispatch_computed(at::ScalarType type, const Body& body) {
   if (type == at::kDouble) {

@@ -1,11 +1,13 @@
-// exp, log, tanh, sine and cosine as straight-line arithmetic, once for every device.
+// Implements exp, log, tanh, sine and cosine as straight-line arithmetic. CPU and GPU share the source.
 //
 // On the CPU these are polynomials without branches, tables or calls, so a loop around them vectorises at any width.
-// Compiled without contraction, it returns the same bits at each width. On a GPU, exp and tanh are the device's own.
-// The compiler may fuse multiply-adds there, which moves a result by an ulp or two.
+// The compiler is not allowed to fuse multiply-adds, so a loop returns the same bits at every vector width. On a GPU,
+// exp and tanh are CUDA's own functions. The GPU compiler may fuse multiply-adds, which changes a result by an ulp or
+// two.
 //
-// The coefficients are minimax fits (Remez exchange, 50 digits). tests/test_elementary.py checks the errors against
-// extended precision: exp and log within 1.6 ulp, cosine and sine within 2, tanh within 2.5.
+// The coefficients are minimax fits (Remez exchange, 50 digits). tests/test_elementary.py compares the functions with
+// extended precision. The largest allowed error is 1.6 ulp for exp and log, 2 ulp for cosine and sine, and 2.5 ulp for
+// tanh.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -32,7 +34,7 @@ struct Pair {
   T first, second;
 };
 
-// c0 + c1 t + c2 t^2 + ... by Horner's rule.
+// Returns c0 + c1 t + c2 t^2 + ..., evaluated by Horner's rule.
 template <typename T>
 WAKESLEEP_FUNCTION T polynomial(T, T c) {
   return c;
@@ -43,7 +45,7 @@ WAKESLEEP_FUNCTION T polynomial(T t, T c, Rest... rest) {
   return polynomial(t, rest...) * t + c;
 }
 
-// The bit layout of a floating type, and the polynomials fitted to its precision.
+// Describes the bit layout of a floating type, and the polynomials fitted to its precision.
 template <typename T>
 struct Format;
 
@@ -53,8 +55,8 @@ struct Format<float> {
   static constexpr int mantissa_bits = 23;
   static constexpr int exponent_bias = 127;
   static constexpr Int sqrt_half = 0x3f3504f3;     // the bits of sqrt(1/2)
-  static constexpr float round_shift = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
-  static constexpr float ln2_high = 0x1.63p-1f;    // few bits, so that its product with an integer is exact
+  static constexpr float round_shift = 0x1.8p23f;  // adding it rounds to an integer, stored in the low bits
+  static constexpr float ln2_high = 0x1.63p-1f;    // has few bits, so its product with an integer is exact
   static constexpr float ln2_low = -0x1.bd0106p-13f;
   static constexpr float exp_max = 88.3765f;          // above: e^x >= 2^127.5
   static constexpr float exp_normal_min = -87.3365f;  // below: e^x is subnormal
@@ -105,11 +107,11 @@ WAKESLEEP_FUNCTION T power_of_two(typename Format<T>::Int exponent) {
   return bit_cast<T>((exponent + Format<T>::exponent_bias) << Format<T>::mantissa_bits);
 }
 
-// e^x = value 2^exponent, with the value in [0.7, 1.42].
+// Splits e^x into value * 2^exponent, with `value` in [0.7, 1.42].
 template <typename T>
 struct SplitExp {
   T value;
-  T less_one;                       // value - 1, without the rounding of the sum
+  T less_one;                       // value - 1, without the rounding error of adding 1
   typename Format<T>::Int shifted;  // exponent + origin
 
   static constexpr typename Format<T>::Int origin =
@@ -125,12 +127,12 @@ struct SplitExp {
     shifted = bit_cast<typename F::Int>(sum);
   }
 
-  // Meaningless if e^x is out of range.
+  // The result is meaningless if e^x is out of range.
   WAKESLEEP_FUNCTION typename Format<T>::Int exponent() const { return shifted - origin; }
 };
 
-// e^x, within 1.6 ulp. From 2^127.5 on it is inf, below 2^-126.5 it is 0; in float64 from 2^1023.5 on, and below
-// 2^-1022.5. On a GPU, inf and 0 are as in IEEE 754.
+// Returns e^x within 1.6 ulp. In float32, the result is inf if e^x >= 2^127.5, and 0 if e^x < 2^-126.5. In float64,
+// these limits are 2^1023.5 and 2^-1022.5. On a GPU, results overflow and underflow as IEEE 754 specifies.
 template <typename T>
 WAKESLEEP_FUNCTION T exp(T x) {
 #ifdef __CUDA_ARCH__
@@ -138,7 +140,7 @@ WAKESLEEP_FUNCTION T exp(T x) {
 #else
   using F = Format<T>;
   const SplitExp<T> split(x);
-  // If the exponent is out of range, the power of two is 0 or inf. It is then the result, unless x is NaN.
+  // If the exponent is out of range, `power` is 0 or inf. The result is then `power`, unless x is NaN.
   constexpr typename F::Int least = SplitExp<T>::origin - F::exponent_bias, most = least + 2 * F::exponent_bias + 1;
   const auto above = split.shifted < least ? least : split.shifted;
   const T power = bit_cast<T>(typename F::Int((above > most ? most : above) - least) << F::mantissa_bits);
@@ -146,7 +148,7 @@ WAKESLEEP_FUNCTION T exp(T x) {
 #endif
 }
 
-// e^x for x <= 0, which cannot overflow. On the CPU, subnormal results are 0.
+// Returns e^x for x <= 0, which cannot overflow. On the CPU, subnormal results are flushed to 0.
 template <typename T>
 WAKESLEEP_FUNCTION T exp_of_nonpositive(T x) {
 #ifdef __CUDA_ARCH__
@@ -157,13 +159,13 @@ WAKESLEEP_FUNCTION T exp_of_nonpositive(T x) {
 #endif
 }
 
-// tanh(x), within 2.5 ulp: -e / (e + 2) for e = e^(-2|x|) - 1, with the sign of x.
+// Returns tanh(x) within 2.5 ulp. With e = exp(-2|x|) - 1, the absolute value is -e / (e + 2).
 template <typename T>
 WAKESLEEP_FUNCTION T tanh(T x) {
 #ifdef __CUDA_ARCH__
   return ::tanh(x);
 #else
-  constexpr T one_from = sizeof(T) == 4 ? 10 : 20;  // where tanh rounds to 1
+  constexpr T one_from = sizeof(T) == 4 ? 10 : 20;  // tanh(x) rounds to 1 from here on
   const T magnitude = std::abs(x) > one_from ? one_from : std::abs(x);
   const SplitExp<T> split(T(-2) * magnitude);
   const T power = power_of_two<T>(split.exponent());
@@ -172,7 +174,7 @@ WAKESLEEP_FUNCTION T tanh(T x) {
 #endif
 }
 
-// 1 + e^x for x <= 0. The error of a GPU's fast power of two is below that of rounding the sum.
+// Returns 1 + e^x for x <= 0. On a GPU, the fast power of two has a smaller error than the rounding of the sum.
 template <typename T>
 WAKESLEEP_FUNCTION T one_plus_exp(T x) {
 #ifdef __CUDA_ARCH__
@@ -185,31 +187,32 @@ WAKESLEEP_FUNCTION T one_plus_exp(T x) {
   return T(1) + exp_of_nonpositive(x);
 }
 
-// a / b for b in [1, 2].
+// Returns a / b for b in [1, 2].
 template <typename T>
 WAKESLEEP_FUNCTION T divide(T a, T b) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<T, float>) {
-    return __fdividef(a, b);  // within 2 ulp for such b, with a fifth of the instructions
+    return __fdividef(a, b);  // within 2 ulp for b in [1, 2], with a fifth of the instructions
   }
 #endif
   return a / b;
 }
 
-// sqrt(x) for x >= 0, within 1 ulp.
+// Returns sqrt(x) for x >= 0, within 1 ulp.
 template <typename T>
 WAKESLEEP_FUNCTION T square_root(T x) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<T, float>) {
     float root;
-    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));  // an exact last bit would need a branch
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));  // correct rounding would need a branch
     return root;
   }
 #endif
   return std::sqrt(x);
 }
 
-// ln(x) for positive normal x, within 1.6 ulp. Callers exclude other x, which give finite nonsense.
+// Returns ln(x) for positive normal x, within 1.6 ulp. For any other x, the result is finite but wrong. Callers must
+// exclude such x.
 template <typename T>
 WAKESLEEP_FUNCTION T log_of_normal(T x) {
   using F = Format<T>;
@@ -238,8 +241,9 @@ WAKESLEEP_FUNCTION T log_of_normal(T x) {
   }
 }
 
-// (cos, sin) of `turn` / 2^bits full turns; the range of the integer is one full turn. The reduction to an eighth of a
-// turn is integer arithmetic and therefore exact. Errors are within 2 ulp of the larger component.
+// Returns the cosine and the sine of an angle. The angle is `turn` / 2^bits full turns, where `bits` is the size of the
+// integer type. The reduction to an eighth of a turn uses integer arithmetic and is therefore exact. The errors are at
+// most 2 ulp of the larger component.
 template <typename T>
 WAKESLEEP_FUNCTION Pair<T> cos_sin_of_turn(typename Format<T>::Int turn) {
   using F = Format<T>;

@@ -1,4 +1,4 @@
-// Operands of the Gaussian ops, checked and laid out once for every backend.
+// Operands of the Gaussian ops. Every backend uses the same checks and the same layout.
 #pragma once
 
 #include "dispatch.h"
@@ -6,7 +6,7 @@
 
 namespace wakesleep {
 
-// mu and logvar in one dtype, and the broadcast shape of their leading dimensions.
+// mu and logvar, converted to a common dtype, and the broadcast shape of their leading dimensions.
 struct GaussianParameters {
   at::Tensor mu, logvar;  // [*B, K]
   at::DimVector batch;
@@ -27,7 +27,7 @@ struct GaussianParameters {
     logvar = with_contiguous_events(logvar.to(dtype));
   }
 
-  // [*B, 2K]: the shape of both gradients, packed like a network output [mu | logvar].
+  // Returns [*B, 2K]. Both gradients have this shape when they are packed like a network output [mu | logvar].
   at::DimVector packed_shape() const { return concat(batch, {2 * K}); }
 
   at::ScalarType dtype() const { return mu.scalar_type(); }
@@ -40,7 +40,7 @@ struct GaussianRsample : GaussianParameters {
   int64_t samples;      // the product of the sample shape
   at::Tensor z;         // [*S, *B, K]
   at::Tensor log_prob;  // [*S, *B], if requested
-  RowMap<2> rows;       // operands: mu, logvar; each sample repeats all rows
+  RowMap<2> rows;       // operands: mu, logvar; covers the rows of one sample
 
   GaussianRsample(const char* op_in, const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& key_in,
                   at::IntArrayRef sample_shape, bool with_log_prob)
@@ -53,7 +53,7 @@ struct GaussianRsample : GaussianParameters {
     const auto z_batch = concat(sample_shape, batch);
     z = aten::empty(concat(z_batch, {K}), mu.options());
     if (!with_log_prob && z.numel() == 0) {
-      samples = 0;  // rows without elements need no work
+      samples = 0;  // the output is empty, so there is nothing to draw
     }
     if (with_log_prob) {
       log_prob = aten::empty(z_batch, mu.options().dtype(compute_dtype()));
@@ -94,10 +94,10 @@ struct GaussianRsampleBackward : GaussianParameters {
   }
 };
 
-// The parameters and a value that broadcasts with them.
+// The parameters and a value z that broadcasts with them.
 struct GaussianOperands : GaussianParameters {
   at::Tensor z;               // [*S, *B, K]
-  at::DimVector value_batch;  // broadcast shape of all leading dimensions
+  at::DimVector value_batch;  // broadcast shape of the leading dimensions of mu, logvar and z
 
   GaussianOperands(const char* op, const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& z_in)
       : GaussianParameters(op, mu_in, logvar_in) {
@@ -126,7 +126,7 @@ struct GaussianLogProbBackward : GaussianOperands {
   static constexpr auto op = "gaussian_log_prob_backward";
   at::Tensor grad;              // [*S, *B]
   at::Tensor grad_z;            // [*S, *B, K], or empty if not needed
-  RowGroups<5> rows;            // operands: mu, logvar, z, grad, grad_z; grouped by the rows of the parameters
+  RowGroups<5> rows;            // operands: mu, logvar, z, grad, grad_z; outer rows: the rows of mu and logvar
   GradientSum grad_parameters;  // [*B, 2K]: [grad_mu | grad_logvar]
 
   GaussianLogProbBackward(const at::Tensor& grad_in, const at::Tensor& mu_in, const at::Tensor& logvar_in,

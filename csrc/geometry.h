@@ -1,8 +1,9 @@
 // Indexes the rows of broadcast operands without expanding them in memory.
 //
-// An op sees each operand as rows of contiguous events. A RowMap maps a row's index to its offset in every operand,
-// with stride 0 for broadcast dimensions. Dimensions that are adjacent in all operands are merged, so nearly every call
-// walks one or two. Host and device use the same struct, which is passed as a kernel argument.
+// An op treats each operand as a collection of rows, and each row is one contiguous event. A RowMap maps the index of a
+// row to the row's offset in every operand. Broadcast dimensions have stride 0. Two neighbouring dimensions are merged
+// if every operand allows it, so nearly every call iterates over one or two dimensions. Host and device use the same
+// struct, which is passed as a kernel argument.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -53,7 +54,7 @@ struct RowMap {
     return offsets;
   }
 
-  // Appends a dimension as the new innermost one.
+  // Appends a new innermost dimension.
   void push(int64_t length, const std::array<int64_t, operands>& strides) {
     if (length == 1) {
       return;
@@ -82,8 +83,8 @@ struct RowMap {
   }
 };
 
-// Returns the strides of a tensor [*batch, D] or, with event_dims = 0, [*batch], along the dimensions of `shape`. Its
-// batch broadcasts to `shape`.
+// Returns the strides of a tensor along the dimensions of `shape`. The tensor is [*batch, D] or, with event_dims = 0,
+// [*batch], and its batch dimensions broadcast to `shape`.
 inline at::DimVector row_strides(const at::Tensor& tensor, at::IntArrayRef shape, int64_t event_dims = 1) {
   at::DimVector strides(shape.size(), 0);
   const int64_t batch_dims = tensor.dim() - event_dims;
@@ -107,8 +108,9 @@ RowMap<operands> map_rows(at::IntArrayRef shape, const std::array<at::DimVector,
   return map;
 }
 
-// The rows of a gradient that is summed over the dimensions along which its owner was broadcast. Each row of the owner
-// is an outer row, and the rows that it was broadcast to are its inner rows. Their offsets add up.
+// The rows of a gradient that is summed over the dimensions along which its operand was broadcast. Each row of the
+// operand is an outer row, and the rows to which it was broadcast are its inner rows. The offset of an inner row is
+// relative to its outer row.
 template <int operands>
 struct RowGroups {
   RowMap<operands> outer, inner;
@@ -130,7 +132,8 @@ RowGroups<operands> group_rows(at::IntArrayRef shape, at::IntArrayRef owner_shap
   return groups;
 }
 
-// Returns the tensor with its last dimension contiguous. Leading strides are free, so it rarely makes a copy.
+// Returns the tensor, or a contiguous copy if its last dimension is not contiguous. The other dimensions may have any
+// strides, so copies are rare.
 inline at::Tensor with_contiguous_events(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
@@ -143,22 +146,24 @@ inline at::DimVector concat(at::IntArrayRef first, at::IntArrayRef second) {
 
 inline at::IntArrayRef batch_sizes(const at::Tensor& tensor) { return tensor.sizes().slice(0, tensor.dim() - 1); }
 
-// A sum over inner rows is cut into pieces of this many, so that every processor has work. The fixed length makes the
-// result independent of the rest of the batch.
+// A sum over inner rows is divided into pieces of this many rows, so that every processor has work. The length of a
+// piece is fixed, so the result does not depend on the rest of the batch.
 constexpr int64_t kPieceRows = 64;
 
 inline int64_t inner_pieces(int64_t inner_rows) {
   return std::max<int64_t>(1, (inner_rows + kPieceRows - 1) / kPieceRows);
 }
 
-// The rows that a piece sums. The first pieces of all outer rows come first, then the second ones.
+// The rows that are summed in one piece. Pieces are numbered as follows: first piece 0 of every outer row, then piece 1
+// of every outer row, and so on.
 template <int operands>
 struct InnerPiece {
   RowOffsets<operands> offset;  // of the outer row
-  int64_t first, last;          // inner rows
+  int64_t first, last;          // inner rows first .. last - 1
 };
 
-// An index as whole passes over all rows, and a row. The first pass, nearly always the only one, needs no division.
+// An index, split into the number of complete passes over all rows and a row. Nearly always the index is in the first
+// pass, which needs no division.
 struct RowOfPass {
   int64_t pass, row;
 };
@@ -176,7 +181,7 @@ WAKESLEEP_FUNCTION InnerPiece<operands> inner_piece(const RowGroups<operands>& r
   return {rows.outer(row), first, first + (rest < kPieceRows ? rest : kPieceRows)};
 }
 
-// Calls body(offset) for every inner row of the piece. `summed` is false if there is only one.
+// Calls body(offset) for every inner row of the piece. `summed` is false if every outer row has only one inner row.
 template <bool summed, int operands, typename Body>
 WAKESLEEP_FUNCTION void for_inner_rows(const RowGroups<operands>& rows, const InnerPiece<operands>& piece,
                                        const Body& body) {
@@ -189,7 +194,8 @@ WAKESLEEP_FUNCTION void for_inner_rows(const RowGroups<operands>& rows, const In
   }
 }
 
-// The output of a gradient kernel: the gradient or, if it is summed over inner rows, partial sums in the compute type.
+// The output of a gradient kernel. It is the gradient itself or, if the gradient is summed over inner rows, partial
+// sums in the compute type.
 class GradientSum {
  public:
   GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)

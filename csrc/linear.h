@@ -1,12 +1,12 @@
-// Linear layers with an operation on the product h weight^T + bias while it is in cache: checked operands of a call,
-// the loop over chunks of rows, and the gradients that such layers share.
+// Linear layers that apply an operation to h weight^T + bias while it is in cache. This file has the checked operands
+// of a call, the loop over chunks of rows, and the gradients of weight and bias.
 //
-// For small networks, the overhead of a call counts. So a tensor is viewed, converted or allocated only if that changes
-// something.
+// For small networks, the overhead of a call matters. So the code avoids every view, conversion and allocation that is
+// not needed.
 //
-// The backend multiplies h and weight alone. The row kernels add the bias as they read the products, which saves a
-// pass. A GPU multiplies 16-bit types as they are, and its tensor cores accumulate in float32. A CPU multiplies them in
-// float32. Products are float32 either way, and so are the sums of gradients.
+// The backend only multiplies h by weight^T. The row kernels add the bias when they read the product, which saves a
+// pass over memory. A GPU multiplies 16-bit operands directly, and its tensor cores accumulate in float32. A CPU
+// converts 16-bit operands to float32 first. In both cases, the product and the sums of gradients are float32.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,15 +22,17 @@ namespace wakesleep {
 
 constexpr int64_t kMiB = 1 << 20;
 
-// Returns the bytes that stay in cache: in the L2 of a CPU's cores, or of a GPU.
+// Returns the number of bytes that stay in the L2 caches of the CPU's cores, or in the L2 cache of the GPU.
 inline int64_t cached_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : at::get_num_threads() * kMiB; }
 
-// Returns tensor.to(type). to() takes half a microsecond to find out that there is nothing to do.
+// Returns tensor.to(type), but does not call to() if the tensor already has this type. The call would take half a
+// microsecond.
 inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
 }
 
-// Returns the largest batch for a backend's own kernels: WAKESLEEP_SMALL_BATCH if set, otherwise the measured limit.
+// Returns the largest batch size for which a backend uses its own GEMM kernels. It is WAKESLEEP_SMALL_BATCH if that is
+// set, otherwise the measured limit.
 inline int64_t small_batch_limit(int64_t measured) {
   const char* chosen = std::getenv("WAKESLEEP_SMALL_BATCH");
   if (chosen == nullptr) {
@@ -42,24 +44,24 @@ inline int64_t small_batch_limit(int64_t measured) {
   return rows;
 }
 
-// The base class of kernels that multiply with the BLAS. Kernels that compute whole layers of small batches set
-// kOwnSmallBatches and define small_batch_limit().
+// The base class of kernels that multiply with the BLAS. Kernels that also implement complete layers for small batches
+// set kOwnSmallBatches and define small_batch_limit().
 struct PlatformProducts {
   static constexpr bool kOwnSmallBatches = false;
 
-  // Returns a b in `type`. On a GPU, half operands can give a float32 result.
+  // Returns the matrix product a b in dtype `type`. On a GPU, 16-bit operands can yield a float32 result.
   static at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
     return a.is_cuda() && type != a.scalar_type() ? aten::mm(a, b, type) : in_type(a.mm(b), type);
   }
 
-  // sum += a b.
+  // Adds the matrix product a b to `sum` in place.
   static void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
     sum.scalar_type() == a.scalar_type() ? sum.addmm_(a, b) : sum.add_(product(a, b, sum.scalar_type()));
   }
 };
 
-// Returns rows first .. first + count - 1. For all rows it returns the tensor itself, since a view takes as long as a
-// small chunk.
+// Returns rows first .. first + count - 1. If these are all rows, it returns the tensor itself, because creating a view
+// takes as long as processing a small chunk.
 inline at::Tensor rows_of(const at::Tensor& tensor, int64_t first, int64_t count) {
   return count == tensor.size(0) ? tensor : tensor.narrow(0, first, count);
 }
@@ -74,24 +76,24 @@ inline at::Tensor in_batch(const at::Tensor& rows, at::IntArrayRef batch) {
   return batch.size() == 1 ? rows : rows.view(concat(batch, {rows.size(-1)}));
 }
 
-// A layer's parameters, in the dtypes of its computation.
+// The parameters of a layer, converted to the dtypes in which the layer computes.
 struct Layer {
   at::Tensor weight;  // [D, H]
   at::Tensor bias;    // [D]
   int64_t H, D;
 };
 
-// A call of an op that applies layers in sequence.
+// A call of an op that applies one or more layers in sequence.
 struct LinearCall {
-  // Products skip autograd and autocast, which have run before this call.
+  // The matrix products bypass autograd and autocast, which were applied before this call.
   const c10::DeviceGuard device;
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 
   const char* op;
-  at::ScalarType dtype;    // promoted from h and the parameters
-  at::ScalarType compute;  // of products, and of sums of gradients
-  at::ScalarType operand;  // of the operands of products
+  at::ScalarType dtype;    // promoted dtype of h and the parameters
+  at::ScalarType compute;  // dtype of products and of gradient sums
+  at::ScalarType operand;  // dtype of the operands of products
 
   LinearCall(const char* op_in, const at::Tensor& h, at::TensorList weights, at::TensorList biases)
       : device(h.device()), op(op_in), dtype(h.scalar_type()) {
@@ -132,7 +134,8 @@ struct LinearCall {
     return {in_type(weight, operand), in_type(bias, compute).contiguous(), weight.size(1), weight.size(0)};
   }
 
-  // Returns the rows in a chunk of `columns` columns: as many as stay in cache, but enough for an efficient GEMM.
+  // Returns the number of rows in a chunk with `columns` columns. The chunk fits in cache, unless the GEMM would then
+  // have too few rows to be efficient.
   int64_t chunk_rows(int64_t columns) const {
     constexpr int64_t kFewest = 32;
     const int64_t row_bytes = std::max<int64_t>(1, columns) * static_cast<int64_t>(c10::elementSize(compute));
@@ -156,8 +159,9 @@ struct Linear : LinearCall, Layer {
 
   int64_t chunk_rows() const { return LinearCall::chunk_rows(D); }
 
-  // Calls body(first row, rows of h [rows, H], their products with weight [rows, D]) for every chunk of h [N, H]. There
-  // is one chunk if `at_once`, as for products that are kept, or if the batch is small.
+  // Calls body(first row, rows of h [rows, H], product of these rows and weight^T [rows, D]) for every chunk of h.
+  // There is only one chunk if the batch is small or if `at_once` is true. A caller that keeps the product sets
+  // `at_once`.
   template <typename Kernels, typename Body>
   void for_products(const at::Tensor& h, bool at_once, const Body& body) const {
     if constexpr (Kernels::kOwnSmallBatches) {
@@ -185,7 +189,7 @@ struct Rows {
     }
   }
 
-  // Returns the part of the tensor that takes `rows`, from row `first` on.
+  // Returns the slice of the tensor where `rows` belongs, which starts at row `first`.
   at::Tensor place(int64_t first, const at::Tensor& rows) {
     if (!tensor.defined()) {
       tensor = aten::empty({N, rows.size(1)}, rows.options().dtype(dtype));
@@ -193,13 +197,14 @@ struct Rows {
     return rows_of(tensor, first, rows.size(0));
   }
 
-  // Returns the tensor, or one without rows if there was no chunk.
+  // Returns the tensor, or an empty tensor [0, D] if there was no chunk.
   at::Tensor all(int64_t D, const at::TensorOptions& options) const {
     return tensor.defined() ? tensor : aten::empty({0, D}, options.dtype(dtype));
   }
 };
 
-// The gradients of a layer's weight and bias, computed from that of its products, chunk by chunk.
+// The gradients of a layer's weight and bias. They are accumulated chunk by chunk from the gradient of the product h
+// weight^T.
 struct LayerGradients {
   at::Tensor weight;  // [D, H], or empty if not needed
   at::Tensor bias;    // [D]
@@ -213,8 +218,11 @@ struct LayerGradients {
     bias = N == 0 ? aten::zeros({layer.D}, wide) : aten::empty({layer.D}, wide);
   }
 
-  // Adds the chunk from row `first` on, with layer inputs h [rows, H]. write(sums [pieces, D]) must put the gradient of
-  // its products into `grad` [rows, D], and the sums over every `piece_rows` rows into `sums`.
+  // Adds the gradients of the chunk that starts at row `first`, whose layer input is h [rows, H]. It calls write(sums
+  // [pieces, D]), which must fill two tensors:
+  //
+  //   grad [rows, D]: the gradient of the product h weight^T;
+  //   sums [pieces, D]: the sum of every `piece_rows` rows of grad.
   template <typename Kernels, typename Write>
   void add(int64_t first, const at::Tensor& h, const at::Tensor& grad, const Write& write) {
     const int64_t count = (grad.size(0) + piece_rows_ - 1) / piece_rows_;

@@ -1,5 +1,6 @@
-// Bernoulli heads, whose logits are the output of a linear layer: checked operands of a call, and the ops that run a
-// backend's kernels. Unless logits are kept, no more of them exist than stay in cache.
+// Bernoulli heads, whose logits are the output of a linear layer. This file has the checked operands of a call, and the
+// ops that run a backend's kernels. If the logits are not kept, they are computed in chunks small enough to stay in
+// cache.
 #pragma once
 
 #include <limits>
@@ -10,14 +11,15 @@
 
 namespace wakesleep {
 
-// Logits of up to kept_bytes() are kept for the backward pass instead of being recomputed, unless the caller chooses.
+// By default, logits that take at most kept_bytes() are kept for the backward pass, and larger logits are recomputed.
+// The caller can override this.
 constexpr int64_t kKeepNone = -1, kKeepAll = std::numeric_limits<int64_t>::max();
 inline int64_t kept_bytes(at::Device device) { return device.is_cuda() ? 16 * kMiB : 4 * kMiB; }
 
-// A head and an observation.
+// The operands of a Bernoulli head and an observation x.
 struct LinearBernoulliOperands : Linear {
   at::DimVector batch;  // broadcast shape of the leading dimensions of h and x
-  int64_t N;            // rows of the batch
+  int64_t N;            // number of rows in the batch
   at::Tensor h;         // [N, H]; copied only if h is broadcast to the batch of x
   at::Tensor x;         // [*B, D]
   at::Tensor log_prob;  // [*S, *B]
@@ -51,7 +53,7 @@ struct LinearBernoulliOperands : Linear {
 
 struct LinearBernoulliLogProb : LinearBernoulliOperands {
   bool keeps;         // true if the logits take at most `kept_bytes`
-  at::Tensor logits;  // [N, D] without bias if kept, otherwise [0, D]
+  at::Tensor logits;  // [N, D], without the bias, if kept; otherwise [0, D]
   RowMap<1> rows;     // operand: x
 
   LinearBernoulliLogProb(const at::Tensor& h_in, const at::Tensor& weight_in, const at::Tensor& bias_in,
@@ -65,7 +67,7 @@ struct LinearBernoulliLogProb : LinearBernoulliOperands {
 
 // The gradients of sum_n upstream_n log p(x_n | h_n).
 struct LinearBernoulliGradients : LinearBernoulliOperands {
-  at::Tensor upstream;  // broadcasts to [*S, *B]; undefined means ones
+  at::Tensor upstream;  // broadcasts to [*S, *B]; undefined if every element is 1
   at::Tensor logits;    // [N, D] if the forward pass kept them, otherwise [0, D]
   bool with_grad_h, with_grad_weight;
   Rows grad_h;               // [N, H]
@@ -97,9 +99,13 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
                      logits.scalar_type());
   }
 
-  // Calls write_gradient(first row, products [rows, D] of h and weight, gradient of the logits [rows, D], its sums
-  // [pieces, D]) for every chunk. The gradient may alias the products. For a small batch the sums are undefined:
-  // small_batch_gradients() forms them.
+  // Calls write_gradient(first row, products, grad_logits, sums) for every chunk:
+  //
+  //   products [rows, D]: h weight^T;
+  //   grad_logits [rows, D]: receives the gradient of the logits, and may alias products;
+  //   sums [pieces, D]: receives the sum of every rows_of_sum(compute) rows of grad_logits.
+  //
+  // For a small batch, `sums` is undefined, and small_batch_gradients() computes the sum instead.
   template <typename Kernels, typename WriteGradient>
   void accumulate(const WriteGradient& write_gradient) {
     const bool kept = logits.size(0) > 0;
@@ -137,8 +143,8 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
 
   at::TensorOptions options() const { return weight.options().dtype(dtype); }
 
-  // The gradients of h, weight and bias in the promoted dtype, empty if not needed. That of h has the shape of the
-  // batch.
+  // Returns the gradients of h, weight and bias in the promoted dtype. A gradient that is not needed is empty. The
+  // gradient of h is [*S, *B, H].
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result() {
     const at::Tensor of_h = grad_h.all(H, weight.options());
     return {with_grad_h ? in_batch(of_h, batch) : of_h, in_type(gradients.weight, dtype),
@@ -147,11 +153,11 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
 };
 
 struct LinearBernoulliSample : Linear {
-  int64_t N;             // rows of the batch
+  int64_t N;             // number of rows in the batch
   at::Tensor h;          // [N, H]
   at::Tensor key;        // [2]
   at::ScalarType asked;  // dtype of the result
-  at::Tensor x;          // [*B, D], uint8 or in the promoted dtype
+  at::Tensor x;          // [*B, D], uint8 or the promoted dtype
 
   LinearBernoulliSample(const at::Tensor& h_in, const at::Tensor& weight_in, const at::Tensor& bias_in,
                         const at::Tensor& key_in, std::optional<at::ScalarType> dtype_in)
@@ -165,17 +171,19 @@ struct LinearBernoulliSample : Linear {
   }
 };
 
-// The ops that run a backend's kernels. `Kernels` has
+// The ops that run a backend's kernels. `Kernels` must define these functions:
 //
-//   write_log_prob(call, first row, products);
-//   write_gradient<with_log_prob>(call, ...) with the arguments that accumulate() passes on. The sums are over every
-//     rows_of_sum(compute) rows.
+//   write_log_prob(call, first row, products): writes the log-likelihoods of a chunk;
+//   write_gradient<with_log_prob>(call, ...): writes the gradient of a chunk, and also the log-likelihoods if
+//     with_log_prob is true. accumulate() describes the other arguments;
+//   rows_of_sum(compute): returns the number of rows in each partial sum of a gradient.
 //
-// With kOwnSmallBatches it also has
+// If kOwnSmallBatches is true, `Kernels` must also define these functions:
 //
-//   products(layer, h);
-//   small_batch_gradients(layer, h, gradient of the logits, gradients of weight, bias and h), which writes the last
-//     three, except those that are empty.
+//   small_batch_limit(): returns the largest batch size for which the next two functions are used;
+//   products(layer, h): returns h weight^T [N, D];
+//   small_batch_gradients(layer, h, grad_logits, grad_weight, grad_bias, grad_h): writes the last three arguments,
+//     except empty tensors.
 template <typename Kernels>
 struct LinearBernoulliOps {
   static at::Tensor log_prob(const at::Tensor& h,       // [*S, *B, H]

@@ -1,8 +1,8 @@
-// MLPs: layers y = f(h weight^T + bias), applied in sequence, where f is an activation. This file has the checked
+// MLPs, which apply layers y = f(h weight^T + bias) in sequence, where f is an activation. This file has the checked
 // operands of a call, and the ops that run a backend's kernels.
 //
-// A chunk of rows passes through all layers, forward or backward, before the next chunk. Each layer finds the output of
-// the previous one in cache.
+// A chunk of rows passes through all layers, forward or backward, before the next chunk starts. So the output of a
+// layer is still in cache when the next layer reads it.
 #pragma once
 
 #include "activations.h"
@@ -12,16 +12,16 @@
 
 namespace wakesleep {
 
-// Returns the name in messages: callers know an MLP of one layer as `linear`.
+// Returns the op name for error messages. The public API calls an MLP with one layer `linear`.
 inline const char* mlp_name(at::TensorList weights) { return weights.size() == 1 ? "linear" : "mlp"; }
 
 struct Mlp : LinearCall {
   c10::SmallVector<Layer, 4> layers;
   Activation hidden_activation, output_activation;
   at::DimVector batch;  // leading dimensions of h
-  int64_t N;            // rows of the batch
+  int64_t N;            // number of rows in the batch
   at::Tensor h;         // [N, H]
-  int64_t rows;         // rows in a chunk
+  int64_t rows;         // number of rows in a chunk
 
   Mlp(const at::Tensor& h_in, at::TensorList weights, at::TensorList biases,
       std::optional<std::string_view> activation_in, std::optional<std::string_view> output_activation_in)
@@ -42,7 +42,7 @@ struct Mlp : LinearCall {
 
   size_t last() const { return layers.size() - 1; }
 
-  // Calls body(activation, Type<scalar_t>{}) for a layer.
+  // Calls body(activation, Type<scalar_t>{}) with the activation of layer l.
   template <typename Body>
   void dispatch(size_t l, const Body& body) const {
     std::visit([&](auto activation) { dispatch_floating(op, dtype, [&](auto type) { body(activation, type); }); },
@@ -50,18 +50,20 @@ struct Mlp : LinearCall {
   }
 };
 
-// The ops that run a backend's kernels. `Kernels` has
+// The ops that run a backend's kernels. The products of a layer are h weight^T. `Kernels` must define these functions:
 //
-//   write_output(call, layer, products [rows, D], y [rows, D]), where y may alias the products;
-//   write_gradient(call, layer, gradient of y [rows, D], y [rows, D], gradient of the products [rows, D], its sums over
-//     every rows_of_sum(compute) rows [pieces, D]). The gradient of the products may alias that of y.
+//   write_output(call, layer, products [rows, D], y [rows, D]): writes y, which may alias the products;
+//   write_gradient(call, layer, grad_y [rows, D], y [rows, D], grad_products [rows, D], sums [pieces, D]): writes
+//     grad_products, which may alias grad_y, and the sum of every rows_of_sum(compute) rows of grad_products;
+//   rows_of_sum(compute): returns the number of rows in each partial sum of a gradient.
 //
-// With kOwnSmallBatches it also has
+// If kOwnSmallBatches is true, `Kernels` must also define these functions:
 //
-//   small_batch_output(call, layer, h [N, H]), which returns y [N, D];
-//   small_batch_gradient(call, gradient of the last y, last y), which returns the gradient of the last products;
-//   small_batch_gradients(call, layer, h, gradient of the products, gradients of weight, bias and a), where h = f(a).
-//     It writes the last three, except those that are empty.
+//   small_batch_limit(): returns the largest batch size for which the next three functions are used;
+//   small_batch_output(call, layer, h [N, H]): returns y [N, D];
+//   small_batch_gradient(call, grad_y, y): returns the gradient of the last layer's products;
+//   small_batch_gradients(call, layer, h, grad_products, grad_weight, grad_bias, grad_a), where h = f(a): writes the
+//     last three arguments, except empty tensors.
 template <typename Kernels>
 struct MlpOps {
   using Tensors = std::vector<at::Tensor>;
@@ -116,7 +118,7 @@ struct MlpOps {
       for (size_t l = last;; --l) {
         const at::Tensor y = l == last ? chunk_of(output_rows) : chunk_of(hidden[l].contiguous());
         const at::Tensor below = l == 0 ? h_rows : in_type(chunk_of(hidden[l - 1]), call.operand);
-        const bool in_place = l < last && upstream.scalar_type() == call.operand;  // keeps the caller's grad
+        const bool in_place = l < last && upstream.scalar_type() == call.operand;  // the caller's grad must not change
         const at::Tensor written =
             in_place ? upstream : aten::empty(upstream.sizes(), upstream.options().dtype(call.operand));
         gradients[l].template add<Kernels>(first, below, written, [&](const at::Tensor& sums) {

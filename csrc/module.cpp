@@ -1,5 +1,5 @@
 // The Python module `_C`. Importing it registers the operators of schemas.cpp. It also reports how it was built,
-// records calls of operators, and watches what a recording depends on.
+// records operator calls, and watches the state that a recording depends on.
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -52,23 +52,24 @@ std::optional<std::vector<at::Tensor>> replay(Recording& recording, const std::v
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of wakesleep_ext, registered as torch.ops.wakesleep_ext.*";
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");
-  pybind11::class_<Recording>(m, "Recording", "Operator calls that can be made again.")
+  pybind11::class_<Recording>(m, "Recording", "Operator calls that can be replayed.")
       .def(pybind11::init<std::vector<at::Tensor>>())
-      .def("call", call, "Call the operator of this name and overload, and note it.")
-      .def("returns", &Recording::returns, no_gil(), "Have these tensors returned by a replay.")
+      .def("call", call, "Call the operator with this name and overload, and record the call.")
+      .def("returns", &Recording::returns, no_gil(), "Make every replay return these tensors.")
       .def("stop", &Recording::stop, "End the recording.")
       .def("replay", replay, pybind11::arg("arguments"), pybind11::arg("watch") = nullptr,
-           "Make the calls once more, on other arguments; None, and no call, if the watch does not hold.")
-      .def("undo", &Recording::undo, no_gil(), "Give what was written to the values from before.")
+           "Repeat the calls on other arguments. If the watch does not hold, make no call and return None.")
+      .def("undo", &Recording::undo, no_gil(), "Restore the previous values of the outside tensors that were modified.")
       .def_property_readonly("unrepeatable", &Recording::unrepeatable,
-                             "The operator that tells what it found in a tensor; empty if none does.")
-      .def_property_readonly("outside", &Recording::outside, "Tensors that the calls got and did not make.")
-      .def_property_readonly("written", &Recording::written, "Aliases of what was written to.")
-      .def_property_readonly("left_behind", &Recording::left_behind, "Tensors that the calls made and others hold.");
-  pybind11::class_<Watch>(m, "Watch", "What a recording depends on.")
+                             "The name of an operator that cannot be replayed, or an empty string.")
+      .def_property_readonly("outside", &Recording::outside, "Tensors that the calls used but did not create.")
+      .def_property_readonly("written", &Recording::written, "Aliases of the outside tensors that were modified.")
+      .def_property_readonly("left_behind", &Recording::left_behind,
+                             "Tensors that the calls created and that outlive the recording.");
+  pybind11::class_<Watch>(m, "Watch", "The state that a recording depends on.")
       .def(pybind11::init([](const std::vector<at::Tensor>& tensors, const pybind11::tuple& places) {
              return Watch(tensors, places.ptr());
            }),
-           "Note what is so now. The caller keeps the places.")
-      .def("holds", &Watch::holds, "Return whether everything that is watched is unchanged.");
+           "Record the current state. The caller must keep the places alive.")
+      .def("holds", &Watch::holds, "Return True if nothing that is watched has changed.");
 }

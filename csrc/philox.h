@@ -1,18 +1,19 @@
-// Counter-based random numbers: every draw is a function of a key and an element's index.
+// Counter-based random numbers. Every draw is a function of a key and the index of an element.
 //
 // Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), checked
-// against the known-answer vectors published with Random123. Only this comment defines the layout:
+// against the known-answer vectors published with Random123. This comment is the definition of the layout:
 //
 //   key      = seed (64 bits)
-//   counter  = element / 4 (64 bits), then the lower 60 bits of offset with the stream in the top 4
-//   element i takes word i % 4 of its block.
+//   counter  = element / 4 (64 bits), followed by the offset (60 bits) and the stream (top 4 bits)
+//   element i uses word i % 4 of its block.
 //
-// The words do not depend on threads, grid, chunk or vector width, so any order of evaluation draws the same ones. A
-// float64 draw takes its upper 32 bits from the stream of the float32 draw, and its lower bits from another stream. So
-// the same key gives the same draw at either precision, up to rounding.
+// The words do not depend on threads, grid, chunk or vector width, so every order of evaluation draws the same words. A
+// float64 draw takes its upper 32 bits from the stream of the float32 draw, and its lower 32 bits from a second stream.
+// So the same key gives the same draw at either precision, up to rounding.
 //
-// On CUDA, torch draws from the same cipher under the same seed. Its counter has a thread's index where ours has the
-// offset and the stream. No thread's index reaches the top bits, and no stream is 0, so the two never share a block.
+// On CUDA, torch uses the same cipher with the same seed. Where our counter has the offset and the stream, torch's
+// counter has the index of a thread. A thread index never reaches the top 4 bits, and our stream is never 0. So no
+// block is used by both.
 #pragma once
 
 #include "elementary.h"
@@ -32,7 +33,7 @@ struct PhiloxKey {
 
 enum class Stream : uint32_t { kHighWords = 1, kLowWords = 2 };
 
-// Returns the counter of the block of elements 4*block .. 4*block+3.
+// Returns the counter of the block that holds elements 4*block .. 4*block+3.
 WAKESLEEP_FUNCTION PhiloxBlock philox_counter(PhiloxKey key, Stream stream, uint32_t block_low, uint32_t block_high) {
   const uint32_t top = (uint32_t(key.offset >> 32) & 0x0FFFFFFF) | (uint32_t(stream) << 28);
   return {{block_low, block_high, uint32_t(key.offset), top}};
@@ -63,7 +64,7 @@ WAKESLEEP_FUNCTION PhiloxBlock philox(PhiloxBlock counter, uint64_t seed) {
   return {{c0, c1, c2, c3}};
 }
 
-// The words of a block at the precision of T. The low words are drawn for float64 only.
+// The random words of a block for draws of type T. The low words are generated for float64 only.
 template <typename T>
 struct Words {
   PhiloxBlock high;
@@ -82,7 +83,8 @@ WAKESLEEP_FUNCTION Words<T> draw_words(PhiloxKey key, uint32_t block_low, uint32
   return words;
 }
 
-// Returns a uniform in (0, 1] from word w: (n + 1/2) / 2^bits, rounded, where n is the integer of all its bits.
+// Returns a uniform number in (0, 1] from word w. It is (n + 1/2) / 2^bits, rounded, where n is the word as an unsigned
+// integer of 32 bits, or 64 bits for float64.
 template <typename T>
 WAKESLEEP_FUNCTION T uniform(const Words<T>& words, int w) {
   if constexpr (!kDrawsLowWords<T>) {
@@ -92,7 +94,7 @@ WAKESLEEP_FUNCTION T uniform(const Words<T>& words, int w) {
   }
 }
 
-// Returns word w as a fraction of a full turn.
+// Returns word w as an angle in units of 2^-bits full turns (see cos_sin_of_turn).
 template <typename T>
 WAKESLEEP_FUNCTION typename Format<T>::Int turn(const Words<T>& words, int w) {
   if constexpr (!kDrawsLowWords<T>) {

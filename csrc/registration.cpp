@@ -28,7 +28,7 @@ using Outs = std::vector<at::Tensor>;
 #define WAKESLEEP_SIGNATURE(...) \
   template void Registrar::impl<__VA_ARGS__>(const char*, std::add_pointer_t<__VA_ARGS__>)
 
-// Lists each signature once; the comment names an operator that has it.
+// Lists each signature once. The comment on the right names an operator with this signature.
 WAKESLEEP_SIGNATURE(Out(In));                                                   // standard_gaussian_log_prob
 WAKESLEEP_SIGNATURE(Out(In, In));                                               // gaussian_kl
 WAKESLEEP_SIGNATURE(Out(In, In, In));                                           // gaussian_log_prob

@@ -1,5 +1,5 @@
-// Registers kernels with torch. It does what TORCH_LIBRARY_IMPL does, but files that use it need not include
-// <torch/library.h>, which takes 7 s to compile.
+// Registers kernels with torch. WAKESLEEP_KERNELS replaces TORCH_LIBRARY_IMPL, so that files with kernels need not
+// include <torch/library.h>, which takes 7 s to compile.
 //
 //   WAKESLEEP_KERNELS(CPU, m) { m.impl("gaussian_kl", gaussian_kl); }
 #pragma once
@@ -17,7 +17,7 @@ class Registrar {
  public:
   explicit Registrar(torch::Library& library) : library_(library) {}
 
-  // The signature must be in the list of registration.cpp, or the extension does not load.
+  // The signature must be in the list in registration.cpp. Otherwise the extension does not load.
   template <typename Signature>
   void impl(const char* name, Signature* kernel);
 

@@ -1,9 +1,10 @@
-// Every operator of the library: the table of contents of csrc/.
+// Declares every operator of the library. This file is the table of contents of csrc/.
 //
-// Parameters come before the value. The last dimension is the event, K latent or D observed. B stands for batch
-// dimensions and S for sample dimensions, any number of each. An operator X is implemented in cpu/X.cpp and cuda/X.cu,
-// and its gradient in autograd/X.cpp. X_backward is in the same files as X, and returns the gradients of mu and logvar
-// packed. wakesleep_ext/ops.py documents the public functions.
+// Distribution parameters come before the value. The last dimension is the event. Its size is K for latent variables
+// and D for observed variables. B stands for batch dimensions and S for sample dimensions, any number of each. An
+// operator X is implemented in cpu/X.cpp and cuda/X.cu, and its gradient in autograd/X.cpp. X_backward is in the same
+// files as X. It returns the gradients of mu and logvar packed in one tensor. wakesleep_ext/ops.py documents the public
+// functions.
 #include "registration.h"
 
 #include <torch/library.h>
@@ -24,20 +25,20 @@ constexpr Operator kOperators[] = {
     // keys: int64 [seed, offset] on the device of `like`
     {"draw_key(Tensor like, *, Generator? generator=None) -> Tensor", Kind::reads_generator},
 
-    // splits [mu | logvar]; the gradients of the halves come back packed
+    // splits [mu | logvar] into two views; the gradient is one packed tensor
     {"gaussian_parameters(Tensor(a) packed) -> (Tensor(a), Tensor(a))", Kind::composite},
 
-    // draws: functions of their key
+    // draws, which are deterministic functions of their key
     {"gaussian_rsample(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> Tensor"},
     {"gaussian_rsample_log_prob(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> (Tensor, Tensor)"},
     {"gaussian_rsample_backward(Tensor? grad_z, Tensor? grad_log_prob, Tensor mu, Tensor logvar, Tensor key, "
      "SymInt[] sample_shape) -> Tensor"},
     {"bernoulli_sample(Tensor logits, Tensor key, SymInt[] sample_shape, ScalarType? dtype=None) -> Tensor"},
 
-    // binary images from grey ones [N, D] of uint8, optionally from the rows in index [B]
+    // draws binary images from uint8 grey images [N, D], or from the rows that index [B] selects
     {"binarize(Tensor grey, Tensor key, int white=255, Tensor? index=None, ScalarType? dtype=None) -> Tensor"},
 
-    // densities, summed over the event
+    // log-densities and KL divergences, summed over the event
     {"gaussian_log_prob(Tensor mu, Tensor logvar, Tensor z) -> Tensor"},
     {"gaussian_log_prob_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor z, bool with_grad_z) "
      "-> (Tensor, Tensor)"},
@@ -66,14 +67,14 @@ constexpr Operator kOperators[] = {
      "-> (Tensor, Tensor)"},
     {"linear_bernoulli_log_prob_backward(Tensor grad, Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? logits, "
      "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor)"},
-    // sum_n sample_weight_n log p(x_n | h_n), and the op that forms its gradients
+    // sum_n sample_weight_n log p(x_n | h_n), and the op that computes its gradients
     {"linear_bernoulli_log_prob_sum(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight=None) "
      "-> Tensor",
      Kind::composite},
     {"linear_bernoulli_log_prob_and_gradients(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight, "
      "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)"},
 
-    // a step of an optimizer, for tensors of any shapes in one call
+    // one optimizer step for a list of tensors of any shapes
     {"adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor step, "
      "Tensor lr, float beta1, float beta2, float eps) -> ()"},
 };
@@ -105,9 +106,9 @@ namespace {
 void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
   C10_THROW_ERROR(NotImplementedError,
                   op.operator_name().name +
-                      ": got a CUDA tensor, but wakesleep_ext was built without CUDA. Install the CUDA toolkit of "
-                      "this torch (nvcc on the PATH, or CUDA_HOME set), and reinstall with WAKESLEEP_FORCE_CUDA=1 in "
-                      "front of the command that `wakesleep info` names");
+                      ": got a CUDA tensor, but wakesleep_ext was built without CUDA. Install the CUDA toolkit "
+                      "that matches this torch, with nvcc on the PATH or CUDA_HOME set. Then reinstall with "
+                      "WAKESLEEP_FORCE_CUDA=1 in front of the command that `wakesleep info` prints");
 }
 
 }  // namespace

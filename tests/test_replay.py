@@ -257,7 +257,7 @@ def is_not_to_be_watched(x: Tensor) -> Tensor:
     [
         (looks_at_values, "it looks at values, by aten::"),
         (has_as_many_as_it_finds, "it looks at values, by aten::"),
-        (counts, "a call changes what it refers to: __defaults__[0][4] changed from nothing to 1"),
+        (counts, "a call changes an object that the function refers to: __defaults__[0][4] changed from nothing to 1"),
         (counts_unseen, "replaying it does not reproduce its results"),
         (as_numpy, "it looks at values, by Tensor.numpy"),
         (as_list, "it looks at values, by Tensor.tolist"),

@@ -285,7 +285,9 @@ def test_a_state_that_is_replaced_at_every_call_is_used() -> None:
         h = (h + 1).tanh()
         assert torch.equal(replay(torch.ones(3)), h)
     assert replay.is_replayed is False
-    assert str(replay.reason).startswith("a call changes what it refers to: cell.h changed from a tensor")
+    assert str(replay.reason).startswith(
+        "a call changes an object that the function refers to: cell.h changed from a tensor"
+    )
 
 
 TOTAL = torch.zeros(3)

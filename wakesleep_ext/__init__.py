@@ -1,8 +1,8 @@
 """Fused Gaussian and Bernoulli ops for PyTorch, and a Helmholtz machine trained with them by wake-sleep.
 
-The ops are plain functions, documented in :mod:`wakesleep_ext.ops`, that anyone's model may call. Importing this
-package loads them and nothing else; the trainer lives in modules of its own (``models``, ``objectives``,
-``training``, ``evaluation``, ...).
+The ops are plain functions that any model can call; see :mod:`wakesleep_ext.ops`. Importing this package does not
+import the trainer. The trainer is in the subpackages ``helmholtz``, ``training`` and ``evaluation``, which must be
+imported separately.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +34,7 @@ _flops.register_when_counted()
 
 try:
     __version__ = version("wakesleep_ext")
-except PackageNotFoundError:  # a source tree that was built in place
+except PackageNotFoundError:  # a source tree, built in place
     __version__ = "0+unknown"
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Write files atomically, lock folders, and report errors that name the file."""
+"""Write files atomically, lock folders, and raise errors that name the file."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 
 class FileError(ValueError):
-    """A file cannot be used; the message names it and the reason."""
+    """A file cannot be used; the message names the file and the reason."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         super().__init__(f"{os.fspath(path)}: {reason}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the content of a file. A crash at any moment leaves the old or the new content, never a mixture.
+    """Replace the content of a file. After a crash, the file has either the old or the new content.
 
-    Several processes may write at once; each replaces the whole file. A process locks `<name>.partial`, writes the new
-    content to it, and renames it. If the process is killed, the next writer reuses that file, whereas a file with a
-    unique name would stay forever.
+    Several processes may write at the same time; each replaces the whole file. A process locks `<name>.partial`, writes
+    the new content to it, and renames it. If a process is killed, the next writer reuses its partial file. A partial
+    file with a unique name would never be deleted.
     """
     partial = path.with_name(path.name + ".partial")
     while True:
         with partial.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(partial, file.fileno()):
-                continue  # the previous lock holder has renamed it
+                continue  # the previous lock holder has renamed or deleted the file
             try:
                 file.truncate(0)
                 file.write(content)
@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             break
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # otherwise a power failure could undo the rename
+        os.fsync(folder)  # otherwise, a power failure could undo the rename
     finally:
         os.close(folder)
 
@@ -55,10 +55,10 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process.
+    """Lock a folder for this process while the context is active.
 
     Raises:
-        FileError: there is no such folder, or another process has locked it.
+        FileError: the folder cannot be opened, or another process has locked it.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,7 @@
-"""Count the floating-point operations of the ops' GEMMs, for `torch.utils.flop_counter`.
+"""Compute the FLOPs of the ops' GEMMs, for `torch.utils.flop_counter`.
 
-A GEMM [m, k] [k, n] counts 2 m k n, as in torch; element-wise work counts nothing. Composite ops are counted by the ops
-that they call. A formula receives shapes in place of tensors.
+A GEMM [m, k] x [k, n] counts as 2 m k n FLOPs, as in torch. Element-wise work is not counted. The FLOPs of a composite
+op are those of the ops that it calls. A formula gets the shape of each tensor argument in place of the tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Shape = Sequence[int]
 
 
 def _product(rows: int, weight: Shape) -> int:
-    """Count [rows, H] [H, D], or either GEMM of its backward pass, which is equally large; weight is [D, H]."""
+    """Return the FLOPs of a [rows, H] x [H, D] product; weight is [D, H].
+
+    Each of the two GEMMs in the product's backward pass has the same FLOPs.
+    """
     return 2 * rows * math.prod(weight)
 
 
@@ -45,7 +48,7 @@ def mlp_backward(
     with_grad_weights: bool,
     **named: Any,
 ) -> int:
-    """Count the gradients of weights and inputs; the first layer's input may not need one."""
+    """Count the GEMMs for the gradients of all weights and layer inputs. The gradient of h is optional."""
     of_weights = mlp(h, weights) if with_grad_weights else 0
     return of_weights + mlp(h, weights if with_grad_h else weights[1:])
 
@@ -69,7 +72,7 @@ def linear_bernoulli_log_prob_backward(
     with_grad_weight: bool,
     **named: Any,
 ) -> int:
-    """Count the gradients, and the recomputation of logits that were not kept."""
+    """Count the GEMMs for the gradients. If the logits were not saved, also count their recomputation."""
     recomputes = logits is None or logits[0] == 0
     return (recomputes + with_grad_h + with_grad_weight) * _product(_rows(h, x), weight)
 
@@ -104,9 +107,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def register_when_counted() -> None:
-    """Register the formulas now if torch's counter is imported, otherwise as soon as it is.
+    """Register the formulas now if torch's FLOP counter is already imported, otherwise when it is imported.
 
-    The counter imports Triton if that is installed, which would slow down the import of this package.
+    This function does not import the counter: the counter imports Triton, which would slow down the import of this
+    package.
     """
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
@@ -120,7 +124,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Registering(MetaPathFinder):
-    """Finds torch's counter through the other finders, and registers the formulas once it has been executed."""
+    """Finds torch's FLOP counter through the other finders, and registers the formulas after its import."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _COUNTER:

@@ -1,4 +1,4 @@
-"""Load the compiled operators, or explain how to fix a failure."""
+"""Load the compiled operators, or raise an error that says how to fix the installation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from wakesleep_ext.info import reinstall_command
 def load_kernels() -> None:
     """Import ``wakesleep_ext._C``, which registers ``torch.ops.wakesleep_ext.*``.
 
-    Warns if the kernels were built for the CPU only, although torch could use a GPU.
+    Warns if torch can use a GPU but the kernels were built for the CPU only.
 
     Raises:
-        ImportError: there is no compiled module, or it was built for another torch. The message names the cause.
+        ImportError: there is no compiled module, or it was built for another version of torch. The message says which.
     """
     import torch
 
@@ -45,20 +45,20 @@ def load_kernels() -> None:
             f"({_build.REASON}). To build them, put the nvcc of a CUDA {torch.version.cuda} toolkit on the PATH, or "
             f"set CUDA_HOME, and run `{reinstall_command('WAKESLEEP_FORCE_CUDA=1')}`.",
             RuntimeWarning,
-            stacklevel=3,  # the import of wakesleep_ext
+            stacklevel=3,  # the warning points at the import of wakesleep_ext
         )
 
 
 def _sees_a_gpu(torch: Any) -> bool:
-    """True if the driver's NVML counts a GPU. This does not initialise CUDA, so the process can still fork."""
+    """True if the driver's NVML library finds a GPU. NVML does not initialise CUDA, so the process can still fork."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns if there is no NVML
+            warnings.simplefilter("ignore")  # torch warns if NVML is not installed
             return bool(torch.cuda._device_count_nvml() > 0)
-    except Exception:  # the import must not fail because of this check
+    except Exception:  # a failure of this check must not make the import fail
         return False
 
 
 def _series(version: str) -> str:
-    """Return the part of a torch version within which binaries are compatible: '2.13.0+cpu' -> '2.13'."""
+    """Return the major and minor version of torch, within which binaries are compatible: '2.13.0+cpu' -> '2.13'."""
     return ".".join(version.split("+")[0].split(".")[:2])

@@ -1,9 +1,9 @@
-"""Describe every op: the inputs it takes, the outputs it returns, and how to call it.
+"""A table of all ops: their inputs, their outputs, and how to call them.
 
-The tests, `wakesleep selftest` and `wakesleep bench` read this table. An op's formula is the function of the same name
-in :mod:`wakesleep_ext.reference`.
+The tests, `wakesleep selftest` and `wakesleep bench` read this table. The reference implementation of an op is the
+function of the same name in :mod:`wakesleep_ext.reference`.
 
-Letters name dimensions: S samples, B batch, D event, 2D a packed pair of events, H features.
+Letters name the dimensions: S for samples, B for batch, D for event, 2D for a packed pair of events, H for features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Sizes(NamedTuple):
-    """The sizes of the dimensions."""
+    """The size of each dimension; samples may be several dimensions."""
 
     samples: tuple[int, ...]
     batch: int
@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
     features: int = 0
 
     def shape(self, dimensions: str) -> tuple[int, ...]:
-        """Return the shape for dimension letters such as `S B D`."""
+        """Return the shape for a string of dimension letters, such as `S B D`."""
         sizes = {"B": self.batch, "D": self.event, "2D": 2 * self.event, "H": self.features}
         return sum((self.samples if d == "S" else (sizes[d],) for d in dimensions.split()), ())
 
@@ -41,19 +41,19 @@ class Op:
 
     name: str
     inputs: Mapping[str, str]
-    """The tensor arguments in order, with their dimensions."""
+    """The tensor arguments in order: name and dimension letters."""
     outputs: Mapping[str, str]
-    """The results in order, with their dimensions. For an in-place op, these are the inputs that it changes."""
+    """The results in order: name and dimension letters. For an in-place op, these are the inputs that it modifies."""
     draws: bool = False
-    """True if the op takes a key."""
+    """True if the op draws random numbers and has a `key` argument."""
     probability: Callable[..., Tensor] | None = None
-    """Computes the probability of a one from the inputs. None if the result is not a draw of zeros and ones."""
+    """Computes the probability of a 1 from the inputs. None if the result is not a Bernoulli draw."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a sample call, apart from key and sample_shape."""
+    """Keyword arguments for calling the op in tests and benchmarks, except `key` and `sample_shape`."""
     call: Callable[..., Any] | None = None
-    """Calls the function with the tensors and returns the results. None if the op itself does so."""
+    """Calls the function with the input tensors and returns its results. None if the function accepts them directly."""
     dtypes: tuple[torch.dtype, ...] = FLOATING
-    """The dtypes of the inputs."""
+    """The supported dtypes of the inputs."""
 
     @property
     def takes_sample_shape(self) -> bool:
@@ -67,11 +67,11 @@ class Op:
         return tuple(map(sizes.shape, self.inputs.values()))
 
     def output_dtype(self, output: str, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of a result: that of the inputs, but at least float32 for a sum over the event."""
+        """Return the dtype of a result: the dtype of the inputs, but at least float32 for a sum over the event."""
         return dtype if "D" in self.outputs[output] else torch.promote_types(dtype, torch.float32)
 
     def function(self, module: ModuleType, **options: Any) -> Callable[..., Any]:
-        """Return a module's implementation of the op as a function of tensors alone."""
+        """Return a module's implementation of the op as a function of the input tensors only."""
         plain: Callable[..., Any] = getattr(module, self.name)
         if self.call is not None:
             plain = partial(self.call, plain)
@@ -79,13 +79,13 @@ class Op:
 
 
 def values(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return random values suitable for a tensor argument, on the generator's device."""
+    """Return random values in the range of the named argument, on the generator's device."""
     normal = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
     match name:
         case "logits":
             return 3 * normal  # includes probabilities close to 0 and 1
         case "next_weight":
-            return normal / shape[-1] ** 0.5  # keeps rounding errors of the previous layer from growing
+            return normal / shape[-1] ** 0.5  # so that the rounding errors of the previous layer do not grow
         case "x":
             return (normal > 0).to(dtype)
         case "grey":
@@ -152,4 +152,4 @@ OPS = {
         ),
     )
 }
-"""All public ops by name."""
+"""All public ops, keyed by name."""

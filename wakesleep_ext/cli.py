@@ -1,7 +1,7 @@
 """The command line: `wakesleep train | resume | evaluate | sample | bench | check | selftest | info`.
 
-:func:`parse` reads the arguments and :func:`run` runs the command. Each command imports what it needs, so that parsing
-and `--help` do not import torch.
+:func:`parse` reads the arguments and :func:`run` runs the command. Each command imports the
+modules it needs when it runs, so that parsing and `--help` do not import torch.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def train(
     """Train a Helmholtz machine on images.
 
     Args:
-        run: The data, and the final evaluation.
-        model: The networks.
-        training: How to train.
-        recipe: Defaults of the training options; burda follows Burda, Grosse & Salakhutdinov (2016).
-        config: JSON file with defaults for the options, such as a run folder's config.json.
-        out: Run folder; runs/<name of the data> by default.
-        overwrite: Replace an existing run in the folder.
-        device: Device to train on; auto is the GPU if there is one.
+        run: Options for the data and the final evaluation.
+        model: Options for the networks.
+        training: Options for the training.
+        recipe: A set of defaults for the training options; burda follows Burda, Grosse & Salakhutdinov (2016).
+        config: JSON file with defaults for all options, such as the config.json of a run folder.
+        out: Run folder to create; runs/<name of the data> by default.
+        overwrite: Replace an existing run in the run folder.
+        device: Device to train on; auto uses the GPU if there is one.
     """
     from wakesleep_ext.training.data import load
     from wakesleep_ext.training.run import Run, RunConfig, overlaid, read_config
@@ -87,11 +87,11 @@ def train(
 
 
 def resume(run: Path, /, device: Device = "auto") -> None:
-    """Resume an interrupted training run; the result is the same bit for bit.
+    """Resume an interrupted training run. The result equals that of an uninterrupted run bit for bit.
 
     Args:
         run: Folder of the training run.
-        device: Device to train on; auto is the GPU if there is one.
+        device: Device to train on; auto uses the GPU if there is one.
     """
     from wakesleep_ext.training.run import Run
 
@@ -100,7 +100,7 @@ def resume(run: Path, /, device: Device = "auto") -> None:
 
 
 def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
-    """Train to the last epoch, evaluate the model, and draw the pictures."""
+    """Train up to the last epoch, evaluate the model, and draw the pictures of the run folder."""
     from tqdm import tqdm
 
     from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
@@ -126,21 +126,21 @@ def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
 
 @dataclass(frozen=True)
 class Effort:
-    """Numbers of samples in an evaluation."""
+    """The numbers of samples in an evaluation."""
 
     bound_samples: int = 1000
-    """Samples per test image and per dream, K."""
+    """Number of samples K per test image and per dream."""
     dreams: int = 1000
-    """Dreams to compare with the test images."""
+    """Number of dreams to compare with the test images."""
     ais_images: int = 0
-    """Test images, from the first on, for annealed importance sampling; takes seconds per image on a CPU."""
+    """Number of test images, from the first on, for annealed importance sampling. Takes seconds per image on a CPU."""
     ais_chains: int = 16
-    """Chains per image in annealed importance sampling."""
+    """Number of chains per image in annealed importance sampling."""
     ais_steps: int = 1000
-    """Steps from prior to posterior in annealed importance sampling."""
+    """Number of steps from prior to posterior in annealed importance sampling."""
 
     def check(self) -> None:
-        """Raise UsageError if a number is too small."""
+        """Raise a UsageError if any of the numbers is too small."""
         for name, least in {"bound_samples": 1, "dreams": 2, "ais_images": 0, "ais_chains": 2, "ais_steps": 1}.items():
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
@@ -156,16 +156,16 @@ def evaluate(
     picture: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Evaluate a trained model: NLL bound and ELBO compared with independent Bernoulli pixels, divergence of the
-    recognition network from the posterior, and distance of dreams from the data.
+    """Evaluate a trained model by its NLL bound and ELBO; the baseline is independent Bernoulli pixels. Also measure
+    the divergence of the recognition network from the posterior, and the distance between dreams and the data.
 
     Args:
         run: Folder of a training run.
-        effort: Numbers of samples.
-        data: Data to test on, as for train; by default, the data of the run.
-        device: Device to compute on; auto is the GPU if there is one.
-        seed: Seed of the samples.
-        picture: Plot the result to this file: .png, .pdf or .svg.
+        effort: The numbers of samples.
+        data: Data to test on, in the format of train --data; by default, the data of the run.
+        device: Device to compute on; auto uses the GPU if there is one.
+        seed: Seed of the random number generator.
+        picture: File for a plot of the result: .png, .pdf or .svg.
         json: Print one JSON object instead of a table.
     """
     from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
@@ -189,14 +189,14 @@ def evaluate(
 
 
 def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", seed: int = 0) -> None:
-    """Draw dreams from the generative network and write a picture of their pixel means.
+    """Draw dreams from the generative network, and write a picture of their pixel means.
 
     Args:
         run: Folder of a training run.
-        out: Picture to write: .png, .pdf or .svg.
+        out: File for the picture: .png, .pdf or .svg.
         count: Number of dreams.
-        device: Device to compute on; auto is the GPU if there is one.
-        seed: Seed of the draw.
+        device: Device to compute on; auto uses the GPU if there is one.
+        seed: Seed of the random number generator.
     """
     from wakesleep_ext.report.pictures import draw_dreams
     from wakesleep_ext.training.run import Run
@@ -210,7 +210,7 @@ def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", s
 
 
 def selftest() -> int:
-    """Check values and gradients of every op against float64 on this computer; prints pass or fail for each."""
+    """Check the values and gradients of every op against a float64 reference. Prints pass or fail for each op."""
     from wakesleep_ext import selftest as checks
 
     failed = False
@@ -223,14 +223,14 @@ def selftest() -> int:
 
 
 def info() -> int:
-    """Print versions, how the kernels were built, the SIMD level and the GPUs."""
+    """Print the versions, the build of the kernels, the SIMD level and the GPUs."""
     from wakesleep_ext import info as information
 
     return information.main()
 
 
 def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: int = 0) -> Evaluation:
-    """Evaluate a model, with a progress bar for each part."""
+    """Evaluate a model, and show a progress bar for each part of the evaluation."""
     from tqdm import tqdm
 
     from wakesleep_ext.evaluation import bounds
@@ -238,7 +238,7 @@ def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: i
     with ExitStack() as bars:
 
         def progress(part: str, images: int) -> Callable[[int], object]:
-            bars.close()  # the bar of the previous part
+            bars.close()  # closes the bar of the previous part
             bar = bars.enter_context(tqdm(total=images, unit="image", desc=part))
             return bar.update
 
@@ -262,7 +262,7 @@ _COMMANDS: tuple[Callable[..., int | None], ...] = (train, resume, evaluate, sam
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Parse a command and its arguments. Exits after `--help`, or with status 2 if they are invalid."""
+    """Parse a command and its arguments. Exits after `--help`, and with status 2 if the arguments are invalid."""
     command: Command = tyro.extras.subcommand_cli_from_dict(
         {command.__name__: _deferred(command) for command in _COMMANDS},
         prog="wakesleep",
@@ -274,7 +274,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _deferred(command: Callable[..., int | None]) -> Callable[..., Command]:
-    """Wrap a command so that the parser binds its arguments now, and it runs later."""
+    """Wrap a command so that the parser only binds its arguments; the returned function runs the command."""
 
     @tyro.conf.configure(*(() if command is train else (FlagCreatePairsOff,)))
     @wraps(command)

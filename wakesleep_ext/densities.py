@@ -1,8 +1,9 @@
-"""Lightweight Gaussian and Bernoulli distributions of vectors, on the fused ops.
+"""Lightweight Gaussian and Bernoulli distributions of vectors, computed by the fused ops.
 
 The heads of :mod:`wakesleep_ext.modules` and the conditionals of :mod:`wakesleep_ext.helmholtz.conditionals` return
-them. They only hold their parameters and check nothing: constructing a `torch.distributions` object takes longer than
-running the op. :mod:`wakesleep_ext.distributions` has the same distributions as `torch.distributions` classes.
+these classes. An object only stores its parameters and does not validate them, because constructing a
+`torch.distributions` object takes longer than running the op. :mod:`wakesleep_ext.distributions` provides the same
+distributions as `torch.distributions` classes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class Distribution(ABC):
     """A distribution of vectors for each element of a batch `[*B]`."""
 
     family: ClassVar[Family | None] = None
-    """Selects the transition of annealed importance sampling; None if there is none."""
+    """Selects the transition kernel for annealed importance sampling; None if AIS is not supported."""
     is_fixed: ClassVar[bool] = False
-    """True if it has no parameters, so that a loss may omit it."""
+    """True if the distribution has no trainable parameters, so that a loss may omit its log-probability."""
 
     @property
     @abstractmethod
@@ -35,9 +36,9 @@ class Distribution(ABC):
 
     @abstractmethod
     def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
-        """Draw samples `[*S, *B, K]`, determined by the key, which is drawn if not given.
+        """Draw samples `[*S, *B, K]`. If `key` is None, a new key is drawn.
 
-        Gaussian draws pass gradients to their parameters; Bernoulli draws have none.
+        Gaussian samples pass gradients to the parameters; Bernoulli samples do not.
         """
 
     @abstractmethod
@@ -45,27 +46,27 @@ class Distribution(ABC):
         """Return the log-probability, `[*S, *B, K] -> [*S, *B]`, float32 or float64."""
 
     def rsample_log_prob(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Draw samples as :meth:`rsample` does, and return the log-probability of each."""
+        """Draw samples as :meth:`rsample` does, and return them with their log-probabilities."""
         value = self.rsample(sample_shape, key=key)
         return value, self.log_prob(value)
 
     def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Return the sum of `sample_weight` (broadcast, 1 by default) times :meth:`log_prob`, 0-dimensional."""
+        """Return the 0-dimensional sum of `sample_weight` (broadcast, 1 by default) times :meth:`log_prob`."""
         log_prob = self.log_prob(value)
         return (log_prob if sample_weight is None else sample_weight * log_prob).sum()
 
     def kl_from(self, q: Distribution) -> Tensor | None:
-        """Return KL(q || self), `[*B]`, or None if there is no formula for it."""
+        """Return KL(q || self), `[*B]`, or None if it has no closed form."""
         return None
 
     def kl_to_standard_gaussian(self) -> Tensor | None:
-        """Return KL(self || N(0, I)), `[*B]`, or None if there is no formula for it."""
+        """Return KL(self || N(0, I)), `[*B]`, or None if it has no closed form."""
         return None
 
 
 @dataclass(frozen=True)
 class Gaussian(Distribution):
-    """A diagonal Gaussian N(mu, exp(logvar)), parameters `[*B, K]` each."""
+    """A diagonal Gaussian N(mu, exp(logvar)), with parameters `[*B, K]`."""
 
     family = "gaussian"
 
@@ -74,7 +75,7 @@ class Gaussian(Distribution):
 
     @classmethod
     def from_packed(cls, parameters: Tensor) -> Gaussian:
-        """Read `[mu | logvar]`, `[*B, 2K]`, in place; see :func:`wakesleep_ext.ops.gaussian_parameters`."""
+        """Use packed `[mu | logvar]`, `[*B, 2K]`, without a copy; see :func:`wakesleep_ext.ops.gaussian_parameters`."""
         return cls(*ops.gaussian_parameters(parameters))
 
     @property
@@ -85,7 +86,7 @@ class Gaussian(Distribution):
         return ops.gaussian_rsample(self.mu, self.logvar, sample_shape, key=key)
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """Transform draws from N(0, I) into draws from this Gaussian, `[*S, *B, K]` both."""
+        """Transform samples of N(0, I) into samples of this Gaussian, both `[*S, *B, K]`."""
         return self.mu + torch.exp(self.logvar / 2) * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class Gaussian(Distribution):
 
 @dataclass(frozen=True)
 class StandardGaussian(Gaussian):
-    """N(0, I), a :class:`Gaussian` whose density is computed without reading its parameters."""
+    """N(0, I): a :class:`Gaussian` that computes its density without reading the parameters."""
 
     is_fixed = True
 
@@ -162,5 +163,5 @@ class LinearBernoulli(Distribution):
         return ops.linear_bernoulli_log_prob(self.h, self.weight, self.bias, value, recompute=recompute)
 
     def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Return the weighted sum as in the base class; its gradients are formed in the same pass."""
+        """Return the weighted sum as in the base class. The forward pass also computes the gradients."""
         return ops.linear_bernoulli_log_prob_sum(self.h, self.weight, self.bias, value, sample_weight)

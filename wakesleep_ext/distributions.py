@@ -1,12 +1,17 @@
-"""`torch.distributions` classes on the fused ops: one event per vector, one pass per log-probability, keyed draws.
+"""Gaussian and Bernoulli vectors as `torch.distributions` classes, computed by the fused ops.
 
-Arguments are validated as in torch; `validate_args=False` saves a pass over them. :mod:`wakesleep_ext.pyro` has the
-same classes for Pyro.
+The last dimension is the event. A log-probability takes one pass over memory, and a key determines each draw.
+Arguments are validated as in torch; `validate_args=False` saves a pass over them. :mod:`wakesleep_ext.pyro` contains
+the same classes for Pyro.
 
-`torch.distributions.kl_divergence` is exact between two of these, and between one of these and torch's distributions of
-vectors: `Independent(Normal(...), 1)`, `Independent(Bernoulli(...), 1)`, `MultivariateNormal`, and any other
-`Independent` whose base torch can compare with a `Normal` or a `Bernoulli`. Event shapes must agree. A plain `Normal`
-or `Bernoulli` is a batch of scalars, for which `kl_divergence` raises `NotImplementedError`: wrap it in `Independent`.
+`torch.distributions.kl_divergence` is exact between two of these classes. It is also exact between one of them and the
+following torch distributions, if the event shapes agree:
+
+- `Independent(Normal(...), 1)`, `Independent(Bernoulli(...), 1)` and `MultivariateNormal`;
+- any other `Independent`, if torch has a KL divergence between its base and a `Normal` or a `Bernoulli`.
+
+A plain `Normal` or `Bernoulli` is a batch of scalars. `kl_divergence` raises `NotImplementedError` for a batch of
+scalars: wrap the distribution in `Independent`.
 """
 
 from __future__ import annotations
@@ -41,17 +46,17 @@ class DiagonalGaussian(Distribution):
 
     Args:
         mu: means `[*, K]`.
-        logvar: log-variances `[*, K]`; broadcasts with mu.
-        validate_args: check arguments and values, as in `torch.distributions`.
-        scale: standard deviations `[*, K]` instead of logvar, by keyword; broadcasts with mu.
+        logvar: log-variances `[*, K]`; they broadcast with mu.
+        validate_args: whether to check arguments and values, as in `torch.distributions`.
+        scale: standard deviations `[*, K]`, a keyword argument that replaces logvar; they broadcast with mu.
 
     Raises:
         TypeError: mu, logvar or scale is not a tensor.
-        ValueError: both or neither of logvar and scale are given; the parameters are not vectors, do not broadcast, or
-            contain NaN; a scale is not positive.
+        ValueError: both or neither of logvar and scale are given; a parameter is 0-dimensional or contains NaN; the
+            parameters do not broadcast; a scale is not positive.
 
-    The parameters are stored with the event shape: a last dimension of 1 is expanded to K, as a view. Leading
-    dimensions are stored unchanged, since the ops broadcast them.
+    If the last dimension of a parameter has size 1, the distribution stores it expanded to K, as a view. Leading
+    dimensions are stored unchanged, because the ops broadcast them.
     """
 
     arg_constraints = {"mu": constraints.real_vector, "logvar": constraints.real_vector}  # noqa: RUF012
@@ -98,7 +103,7 @@ class DiagonalGaussian(Distribution):
 
     @property
     def scale(self) -> Tensor:
-        """The standard deviations, under the name of the constructor's argument."""
+        """The standard deviations; an alias of `stddev`, named like the constructor's argument."""
         return self.stddev
 
     def rsample(
@@ -133,30 +138,31 @@ class DiagonalGaussian(Distribution):
         return ops.gaussian_rsample_log_prob(self.mu, self.logvar, sample_shape, key=key, generator=generator)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density, float32 for half types; see :func:`wakesleep_ext.ops.gaussian_log_prob`."""
+        """Return the log-density, in float32 for half types; see :func:`wakesleep_ext.ops.gaussian_log_prob`."""
         if self._validate_args:
             self._validate_sample(value)
         return ops.gaussian_log_prob(self.mu, self.logvar, value)
 
     def entropy(self) -> Tensor:
-        """Return the entropy; like divergences, it is float32 for half types."""
+        """Return the entropy, in float32 for half types."""
         entropy = _widened(self.logvar).sum(-1) / 2 + self.event_shape[0] * (1 + math.log(2 * math.pi)) / 2
         return entropy.expand(self.batch_shape)
 
 
 class BernoulliVector(Distribution):
-    """Independent zeros and ones, equivalent to `Independent(Bernoulli(logits=logits), 1)`.
+    """Independent binary variables, equivalent to `Independent(Bernoulli(logits=logits), 1)`.
 
     Args:
-        logits: log-odds `[*, D]`, finite: infinite logits give NaN.
-        validate_args: check arguments and values, as in `torch.distributions`.
-        probs: probabilities of ones `[*, D]` instead of logits, by keyword. As in torch's `Bernoulli`, they are clamped
-            to `[eps, 1 - eps]` of their dtype, so 0 and 1 give finite log-probabilities and gradients.
+        logits: log-odds `[*, D]`. They must be finite: infinite logits give NaN.
+        validate_args: whether to check arguments and values, as in `torch.distributions`.
+        probs: probabilities of a one `[*, D]`, a keyword argument that replaces logits. As in torch's `Bernoulli`, they
+            are clamped to `[eps, 1 - eps]`, with the eps of their dtype. So probabilities of 0 and 1 give finite
+            log-probabilities and gradients.
 
     Raises:
         TypeError: logits or probs is not a tensor.
-        ValueError: both or neither of logits and probs are given; they are not vectors, or contain NaN; a probability
-            is outside `[0, 1]`.
+        ValueError: both or neither of logits and probs are given; the parameter is 0-dimensional or contains NaN; a
+            probability is outside `[0, 1]`.
     """
 
     arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
@@ -205,7 +211,7 @@ class BernoulliVector(Distribution):
         return ops.bernoulli_sample(self.logits, sample_shape, key=key, generator=generator)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-probability of a value of any dtype, float32 for half types.
+        """Return the log-probability, in float32 for logits of half types. The value may have any dtype.
 
         See :func:`wakesleep_ext.ops.bernoulli_log_prob`.
         """
@@ -214,14 +220,14 @@ class BernoulliVector(Distribution):
         return ops.bernoulli_log_prob(self.logits, value)
 
     def entropy(self) -> Tensor:
-        """Return the entropy; like divergences, it is float32 for half types."""
+        """Return the entropy, in float32 for half types."""
         logits = _widened(self.logits)
         return -ops.bernoulli_log_prob(logits, logits.sigmoid())
 
 
 @register_kl(DiagonalGaussian, DiagonalGaussian)
 def _kl_gaussian_gaussian(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
-    """Standardise p by the mean and scale of q, so that `gaussian_kl` applies."""
+    """Shift and scale both distributions so that q becomes N(0, I), then apply `gaussian_kl`."""
     _check_events(p, q)
     logvar = _widened(q.logvar)
     return ops.gaussian_kl((_widened(p.mu) - q.mu) * (-logvar / 2).exp(), p.logvar - logvar)
@@ -229,7 +235,7 @@ def _kl_gaussian_gaussian(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
 
 @register_kl(BernoulliVector, BernoulliVector)
 def _kl_bernoulli_bernoulli(p: BernoulliVector, q: BernoulliVector) -> Tensor:
-    """Sum over both outcomes. Each term keeps its precision where the other outcome is nearly certain."""
+    """Sum the KL terms of both outcomes. Each term stays accurate even if the other outcome is nearly certain."""
     _check_events(p, q)
     a, b = _widened(p.logits), _widened(q.logits)
     one, zero = logsigmoid(a) - logsigmoid(b), logsigmoid(-a) - logsigmoid(-b)
@@ -238,7 +244,7 @@ def _kl_bernoulli_bernoulli(p: BernoulliVector, q: BernoulliVector) -> Tensor:
 
 @register_kl(DiagonalGaussian, Independent)
 def _kl_gaussian_independent(p: DiagonalGaussian, q: Independent[Any]) -> Tensor:
-    """Use the fused op if q is Gaussian, otherwise torch's rule for a Normal and the base of q."""
+    """Use the fused op if the base of q is a Normal, otherwise torch's KL between a Normal and the base of q."""
     if q.reinterpreted_batch_ndims == 0:
         return kl_divergence(p, q.base_dist)
     _check_events(p, q)
@@ -273,7 +279,7 @@ def _kl_multivariate_gaussian(p: Distribution, q: DiagonalGaussian) -> Tensor:
 
 @register_kl(BernoulliVector, Independent)
 def _kl_bernoulli_independent(p: BernoulliVector, q: Independent[Any]) -> Tensor:
-    """Return infinity where q, a torch Bernoulli with probability 0 or 1, excludes an outcome that p allows."""
+    """Return infinity if q gives probability 0 to an outcome that p allows, because a probability of q is 0 or 1."""
     if q.reinterpreted_batch_ndims == 0:
         return kl_divergence(p, q.base_dist)
     _check_events(p, q)
@@ -299,7 +305,7 @@ def _kl_independent_bernoulli(p: Independent[Any], q: BernoulliVector) -> Tensor
 @register_kl(BernoulliVector, Bernoulli)
 @register_kl(Bernoulli, BernoulliVector)
 def _kl_vector_numbers(p: Distribution, q: Distribution) -> None:
-    """Raise an error that says what to write, since one is a vector and the other a batch of scalars."""
+    """Raise an error that suggests `Independent`: one argument is a vector, the other a batch of scalars."""
     _check_events(p, q)
 
 
@@ -317,17 +323,18 @@ def _independent_bernoulli(vector: BernoulliVector) -> Independent[Bernoulli]:
 
 
 def _multivariate_normal(gaussian: DiagonalGaussian, other: Distribution) -> MultivariateNormal:
-    """Return a `MultivariateNormal` in the dtype of `other`, since torch does not mix dtypes."""
+    """Return a `MultivariateNormal` in the dtype of `other`: torch's KL divergence does not promote dtypes."""
     mean, stddev = gaussian.mean.to(other.mean.dtype), gaussian.stddev.to(other.mean.dtype)
     return MultivariateNormal(mean, scale_tril=stddev.diag_embed(), validate_args=False)
 
 
 def _ruled_out(q: Bernoulli, logits: Tensor) -> Tensor | None:
-    """Return a mask of dimensions where q gives probability 0 to an outcome that these logits allow.
+    """Return a mask of dimensions where q gives probability 0 to an outcome that a variable with `logits` can take.
 
-    torch clamps the logits of probabilities 0 and 1. These must be told apart from finite logits whose sigmoid rounds
-    to 0 or 1, which exceed the clamp by at least log(4). Logits as large as the clamp may come from a probability of 0
-    or 1 themselves, so they exclude the same outcome.
+    If q was built from probabilities of 0 and 1, torch clamps its logits. Finite logits whose sigmoid rounds to 0 or 1
+    must be distinguished from clamped ones. The absolute value of such finite logits exceeds the clamp by at least
+    log(4). An element of `logits` that is at least as extreme as the clamp may also come from a probability of 0 or 1.
+    It counts as such a probability, so it does not allow the outcome that q excludes.
     """
     if "probs" not in q.__dict__:
         return None
@@ -338,7 +345,7 @@ def _ruled_out(q: Bernoulli, logits: Tensor) -> Tensor | None:
 
 
 def _only_one(kind: type[Distribution], **parameters: Tensor | None) -> tuple[str, Tensor]:
-    """Return the name and value of the one parameter that is given."""
+    """Return the name and value of the only parameter that is not None."""
     given = [(name, parameter) for name, parameter in parameters.items() if parameter is not None]
     if len(given) != 1:
         raise ValueError(
@@ -350,7 +357,7 @@ def _only_one(kind: type[Distribution], **parameters: Tensor | None) -> tuple[st
 def _check(
     distribution: Distribution, name: str, value: Tensor, constraint: constraints.Constraint, asked: bool | None
 ) -> None:
-    """Raise an error for values outside the constraint, if arguments are validated."""
+    """If arguments are validated, raise an error for values that violate the constraint."""
     wanted = distribution._validate_args if asked is None else asked
     if wanted and not torch._is_all_true(constraint.check(value)):
         raise ValueError(
@@ -360,7 +367,7 @@ def _check(
 
 
 def _check_events(p: Distribution, q: Distribution) -> None:
-    """Raise an error for distributions over different spaces, which would broadcast to a wrong result."""
+    """Raise an error if the event shapes differ: broadcasting them would give a wrong result."""
     if p.event_shape == q.event_shape:
         return
     shapes = f"got {list(p.event_shape)} for {type(p).__name__} and {list(q.event_shape)} for {type(q).__name__}"
@@ -371,20 +378,20 @@ def _check_events(p: Distribution, q: Distribution) -> None:
 
 
 def _with_event(parameter: Tensor, event_shape: torch.Size) -> Tensor:
-    """Return the tensor itself if it has the event shape, otherwise an expanded view."""
+    """Return the parameter itself if its last dimension matches the event shape, otherwise an expanded view."""
     shape = parameter.shape[:-1] + event_shape
     return parameter if parameter.shape == shape else parameter.expand(shape)
 
 
 def _shapes(kind: type[Distribution], **parameters: Tensor) -> tuple[torch.Size, torch.Size]:
-    """Return batch and event shape."""
+    """Return the batch shape and the event shape."""
     for name, parameter in parameters.items():
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{kind.__name__}: expected {name} to be a tensor, got {type(parameter).__name__}")
         if parameter.dim() == 0:
             raise ValueError(f"{kind.__name__}: expected {name} to have one dimension at least, got a scalar")
     try:
-        # takes a fifth of the time of torch.broadcast_shapes, which is written in Python
+        # five times as fast as torch.broadcast_shapes, which is written in Python
         shape = torch.broadcast_tensors(*parameters.values())[0].shape
     except RuntimeError as error:
         names, shapes = " and ".join(parameters), [list(parameter.shape) for parameter in parameters.values()]
@@ -393,12 +400,12 @@ def _shapes(kind: type[Distribution], **parameters: Tensor) -> tuple[torch.Size,
 
 
 def _widened(parameter: Tensor) -> Tensor:
-    """Convert to the dtype of log-probabilities."""
+    """Convert a parameter to the dtype of log-probabilities, which is at least float32."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _of_shape(new: Any, batch_shape: Sequence[int], old: Distribution) -> Any:
-    """Finish `Distribution.expand` in the way torch prescribes: without validating again."""
+    """Initialise the result of `expand` as torch prescribes, without validating the arguments again."""
     Distribution.__init__(new, torch.Size(batch_shape), old.event_shape, validate_args=False)
     new._validate_args = old._validate_args
     return new

@@ -1,7 +1,8 @@
-"""Report what is installed and how it was built, for `wakesleep info`.
+"""Report the installed versions, the build and the hardware, for `wakesleep info`.
 
-This must work even if the package is broken. So the module imports nothing of the package at the start, the command
-line runs it as a file, and any failure is reported in place of the answer.
+The report must work even if the package cannot be imported. So the command line runs this file directly, and the
+module imports no other part of the package at import time. If a value cannot be determined, the report shows the error
+in its place.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from urllib.request import url2pathname
 
 
 def info() -> dict[str, str]:
-    """Return versions, build, processor and GPUs as text, by name. An error becomes the text; never raises."""
+    """Return the versions, the build, the processor and the GPUs, as text keyed by name.
+
+    Never raises: if a value cannot be determined, its text is the error.
+    """
     return {name: _answer(question) for name, question in _QUESTIONS.items()}
 
 
 def main() -> int:
-    """Print one fact per line. Returns 0 if the kernels load, 1 otherwise."""
+    """Print one value per line. Return 0 if the kernels load, 1 otherwise."""
     facts = info()
     width = max(map(len, facts))
     for name, fact in facts.items():
@@ -35,11 +39,11 @@ def main() -> int:
 
 
 def gpu_support(capability: tuple[int, int], architectures: str) -> str:
-    """Say whether kernels compiled for `architectures` run on a GPU, and what to do if not.
+    """Describe whether kernels compiled for `architectures` run on a GPU, and if not, how to rebuild them.
 
     Args:
         capability: compute capability of the GPU, such as (9, 0) for sm_90.
-        architectures: in the format of `TORCH_CUDA_ARCH_LIST`, such as "8.0;9.0+PTX".
+        architectures: list of compute capabilities, in the format of `TORCH_CUDA_ARCH_LIST`, such as "8.0;9.0+PTX".
     """
     wanted = f"{capability[0]}.{capability[1]}"
     for entry in architectures.replace(" ", ";").split(";"):
@@ -56,11 +60,11 @@ def gpu_support(capability: tuple[int, int], architectures: str) -> str:
 def reinstall_command(*variables: str) -> str:
     """Return the command that recompiles the kernels for the installed torch.
 
-    The installer recorded itself and the source of this copy, so the command names both. If the source is unknown, the
-    command ends with a note on what to put there.
+    The command uses the installer (pip or uv) and the source that the package metadata records. If the source is
+    unknown, the command contains the placeholder SOURCE and a description of it.
 
     Args:
-        variables: settings of the build, such as 'WAKESLEEP_FORCE_CUDA=1'.
+        variables: environment variables for the build, such as 'WAKESLEEP_FORCE_CUDA=1'.
     """
     try:
         installed = distribution("wakesleep_ext")
@@ -75,7 +79,7 @@ def reinstall_command(*variables: str) -> str:
 
 
 def _source(installed: Distribution | None) -> str | None:
-    """Return the source to install from, from the PEP 610 record. None for a wheel, or if the source is gone."""
+    """Return the source to install from, as recorded by PEP 610. None for a wheel or a source that no longer exists."""
     record = json.loads((installed and installed.read_text("direct_url.json")) or "{}")
     url, location = record.get("url", ""), None
     if "vcs_info" in record:

@@ -1,9 +1,10 @@
-"""Linear layers and heads as modules: each has an activation or a distribution attached to its output.
+"""Linear layers with a fused activation, and heads that parameterise a distribution, as modules.
 
-Each is an `nn.Linear` with the same parameters, initialisation and state dict. `from_linear` makes one from an existing
-layer and shares its parameters; `fuse` makes the ops compute the layers of a whole model.
+Each class is an `nn.Linear` with the same parameters, initialisation and state dict. `from_linear` wraps an existing
+layer and shares its parameters. `fuse` makes the fused ops compute the linear layers of a whole model.
 
-The ops replace plain layers only: see :func:`is_plain` and :func:`is_plain_tensor`. Any other layer is called as usual.
+The ops replace only plain layers: see :func:`is_plain` and :func:`is_plain_tensor`. All other layers are called as
+usual.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Linear(_Linear):
         activation: f, `"relu"`, `"sigmoid"` or `"tanh"`; None for the identity.
 
     Raises:
-        ValueError: `activation` is not one of these.
+        ValueError: `activation` is none of the above.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Linear(_Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: ops.Activation | None = None) -> Self:
-        """Return a layer that shares the parameters of `linear`, and adds an activation."""
+        """Return a layer that shares the parameters of `linear` and applies an activation."""
         layer = super().from_linear(linear)
         layer.activation = _checked(activation)
         return layer
@@ -92,18 +93,18 @@ def _checked(activation: ops.Activation | None) -> ops.Activation | None:
 
 
 class BernoulliHead(_Linear):
-    """Parameterises p(x|h), independent binary variables with logits h Wᵀ + b.
+    """Parameterises p(x|h): independent Bernoulli variables with logits h Wᵀ + b.
 
     Calling the module returns the logits, as for any linear layer.
     """
 
     def distribution(self, h: Tensor) -> LinearBernoulli:
-        """Return p(x|h) `[*B, D]` of h `[*B, H]`; it draws and scores with the fused head ops."""
+        """Return p(x|h), x `[*B, D]`, h `[*B, H]`; the fused ops draw samples and compute log-probabilities."""
         return LinearBernoulli(h, self.weight, self.bias)
 
 
 class GaussianHead(_Linear):
-    """Parameterises q(z|h), a diagonal Gaussian with packed parameters `[mu | logvar]` = h Wᵀ + b.
+    """Parameterises q(z|h): a diagonal Gaussian with packed parameters `[mu | logvar]` = h Wᵀ + b.
 
     Calling the module returns the packed parameters, as for any linear layer.
 
@@ -124,17 +125,19 @@ class GaussianHead(_Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
 
     def distribution(self, h: Tensor) -> Gaussian:
-        """Return q(z|h) `[*B, out_features / 2]` of h `[*B, H]`; it reads the packed parameters in place."""
+        """Return q(z|h), z `[*B, out_features / 2]`, h `[*B, H]`. mu and logvar are views of the packed output."""
         return Gaussian.from_packed(self(h))
 
 
 class Sequential(nn.Sequential):
-    """Works as `nn.Sequential`, but :func:`wakesleep_ext.ops.mlp` computes linear layers and their activations.
+    """An `nn.Sequential` whose linear layers and activations are computed by :func:`wakesleep_ext.ops.mlp`.
 
-    Consecutive layers become one call. A layer is called as a module instead if it is not plain: it has hooks or its
-    own `forward`, global module hooks are registered, it is of another class, or its parameters are a tensor subclass.
-    The same holds if its input is sparse, nested or a tensor subclass. On a CPU it also holds for a single layer
-    without activation, which torch computes faster.
+    One call computes several consecutive layers. The following layers are called as ordinary modules instead:
+
+    - layers of any other class, and layers that have hooks or a `forward` of their own;
+    - all layers while global module hooks are registered;
+    - layers whose parameters are a tensor subclass, or whose input is sparse, nested or a tensor subclass;
+    - on a CPU, a single layer without an activation, which torch computes faster.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -142,11 +145,11 @@ class Sequential(nn.Sequential):
 
 
 def fuse(model: Model) -> Model:
-    """Make :func:`wakesleep_ext.ops.mlp` compute a model's linear layers, in place, and return the model.
+    """Modify a model in place so that :func:`wakesleep_ext.ops.mlp` computes its linear layers, and return the model.
 
-    Every `nn.Sequential` in it becomes a :class:`Sequential` by changing its class. Layers, parameters, state dicts and
-    hooks stay the same, so tools such as `quantize_dynamic` still find layers by their class. Subclasses of
-    `nn.Sequential`, and layers outside one, are left alone.
+    The class of every `nn.Sequential` in the model is changed to :class:`Sequential`. Layers, parameters, state dicts
+    and hooks stay the same, so tools such as `quantize_dynamic` still find layers by their class. Subclasses of
+    `nn.Sequential` are not changed, nor are layers outside an `nn.Sequential`.
     """
     for module in model.modules():
         if type(module) is nn.Sequential:
@@ -155,7 +158,7 @@ def fuse(model: Model) -> Model:
 
 
 def through(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
-    """Apply the modules in order, with the op for plain layers and the activations that follow them."""
+    """Apply the modules in order. The op computes plain layers and the activations that follow them."""
     layers: list[nn.Module] = []
     names: list[ops.Activation | None] = []
     for module in modules:
@@ -171,7 +174,7 @@ def through(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
 
 
 def _through_layers(layers: list[nn.Module], names: list[ops.Activation | None], input: Tensor) -> Tensor:
-    """Apply plain layers with as few calls as possible: in one call all but the last layer share an activation."""
+    """Apply plain layers in as few calls as possible. In one call, all layers except the last share an activation."""
     while layers:
         count = 1 + next((number for number, name in enumerate(names) if name != names[0]), len(names))
         if len(layers) == 1 and names[0] is None and input.is_cpu:
@@ -184,7 +187,7 @@ def _through_layers(layers: list[nn.Module], names: list[ops.Activation | None],
 
 
 def is_plain(module: nn.Module) -> bool:
-    """True if the module's class is exactly one that the ops replace, and calling it runs nothing else."""
+    """True if the ops implement exactly the module's class, and calling the module runs no other code."""
     kind = type(module)
     return kind in _FORWARDS and kind.forward is _FORWARDS[kind] and runs_forward_only(module)
 
@@ -192,7 +195,7 @@ def is_plain(module: nn.Module) -> bool:
 def runs_forward_only(module: nn.Module) -> bool:
     """True if calling the module runs only the `forward` of its class.
 
-    The instance has no `forward` of its own and is not compiled, and neither it nor all modules have hooks.
+    The instance has no `forward` of its own, is not compiled and has no hooks. No global module hooks are registered.
     """
     return not (
         "forward" in module.__dict__
@@ -206,17 +209,17 @@ def runs_forward_only(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True if the module is a plain linear layer, which an op may compute."""
+    """True if the module is a plain linear layer, which an op can compute."""
     return type(module) not in _NAMES and is_plain(module) and has_plain_parameters(module)
 
 
 def is_plain_tensor(tensor: object) -> TypeGuard[Tensor]:
-    """True if the ops accept the tensor: strided, not nested, and of a class whose `F.linear` is torch's own."""
+    """True if the ops accept the tensor: it is strided, not nested, and its class does not override `F.linear`."""
     return type(tensor) in _TENSORS and tensor.layout == torch.strided and not tensor.is_nested  # type: ignore[attr-defined]
 
 
 def is_plain_input(input: object) -> TypeGuard[Tensor]:
-    """True if the ops accept the tensor as an input: they support few devices and no forward-mode derivatives."""
+    """True if the ops accept the tensor as an input: on a CPU, CUDA or meta device, without forward-mode AD."""
     return is_plain_tensor(input) and (input.is_cpu or input.is_cuda or input.is_meta) and forward_ad._current_level < 0
 
 
@@ -227,12 +230,12 @@ def has_plain_parameters(layer: nn.Module) -> bool:
 
 
 def activation_of(layer: nn.Module) -> ops.Activation | None:
-    """Return the activation that a plain linear layer applies itself, or None."""
+    """Return the activation that is built into a plain linear layer, or None."""
     return layer.activation if isinstance(layer, _Linear) else None
 
 
 _NAMES: dict[type[nn.Module], ops.Activation] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 _KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Linear, BernoulliHead, GaussianHead, *_NAMES)
 _FORWARDS = {kind: kind.forward for kind in _KINDS}
-_TENSORS = {Tensor, nn.Parameter, FakeTensor, FunctionalTensor}  # the last two represent the others while tracing
+_TENSORS = {Tensor, nn.Parameter, FakeTensor, FunctionalTensor}  # the last two replace tensors during tracing
 _ABSENT = object()

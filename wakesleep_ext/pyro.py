@@ -1,4 +1,4 @@
-"""Pyro versions of :mod:`wakesleep_ext.distributions`, as `pyro.distributions.Normal` is of torch's `Normal`.
+"""The classes of :mod:`wakesleep_ext.distributions` for Pyro, extended by Pyro's `TorchDistributionMixin`.
 
 Importing this module imports Pyro.
 """

@@ -1,11 +1,11 @@
-"""Draw keys, which determine the randomness of the sampling ops.
+"""Keys, which determine the random numbers of the sampling ops.
 
-Every draw is a pure function of its arguments and a *key*, an int64 tensor ``[seed, offset]`` on the device of the
-draw. Element i of the result uses word ``i % 4`` of block ``i // 4`` of Philox4x32-10 (Salmon et al. 2011) under that
-key. So the same key gives the same draw for any number of threads, vector width, device and dtype, up to rounding.
+Every draw is a pure function of its arguments and a *key*, an int64 tensor ``[seed, offset]`` on the same device.
+Element i of the result uses word ``i % 4`` of block ``i // 4`` of Philox4x32-10 (Salmon et al. 2011) with that key. So
+the same key gives the same draw, up to rounding, for any number of threads, vector width, device and dtype.
 
-A sampling op called without a key draws one from torch's generator, so ``torch.manual_seed`` works as usual. It reads
-the generator exactly once, whatever the size of the draw. Pass the same key twice to get the same noise twice.
+If you pass no key, the sampling op draws one from torch's generator, so ``torch.manual_seed`` works as usual. The op
+reads the generator exactly once, for a draw of any size. Pass the same key twice to get the same noise twice.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _HIGH_WORDS, _LOW_WORDS = 1, 2
 
 
 def draw_key(like: Tensor | torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
-    """Draw a key, int64 ``[2]``, from ``generator`` or the default one of the device.
+    """Draw a key, int64 ``[2]``, from ``generator``, or from the default generator of the device.
 
     Args:
         like: the device of the key, or any tensor on it.
-        generator: a generator of that device. Inside ``torch.compile``, pass a key instead: torch cannot trace
-            explicit generators.
+        generator: a generator on that device. Under ``torch.compile``, torch cannot trace explicit generators; pass a
+            key to the sampling op instead.
     """
     if not isinstance(like, Tensor):
         like = torch.empty(0, device=like)
@@ -36,7 +36,10 @@ def draw_key(like: Tensor | torch.device | str = "cpu", generator: torch.Generat
 
 
 def make_key(seed: int, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """Return the key ``[seed, offset]``: any 64-bit seed, and an offset in [0, 2**60) that numbers draws under it."""
+    """Return the key ``[seed, offset]``.
+
+    The seed is any 64-bit integer. The offset, in [0, 2**60), distinguishes draws that share a seed.
+    """
     if not 0 <= offset < 2**60:
         raise ValueError(f"make_key: expected offset in [0, 2**60), got {offset}")
     signed_seed = (seed + 2**63) % 2**64 - 2**63
@@ -44,7 +47,10 @@ def make_key(seed: int, offset: int = 0, device: torch.device | str = "cpu") -> 
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-    """Run Philox4x32-10 in plain torch: 32-bit words, held in int64, from a counter of four and a key of two."""
+    """Compute Philox4x32-10 in plain torch, for a counter of four words and a key of two.
+
+    Words are 32-bit integers, stored as int64.
+    """
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c0)
         high1, low1 = _multiply(0xCD9E8D57, c2)
@@ -54,7 +60,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tenso
 
 
 def philox_words(key: Tensor, count: int, stream: int = _HIGH_WORDS) -> Tensor:
-    """Return the first ``count`` 32-bit words under a key, int64 ``[count]``; csrc/philox.h describes the layout."""
+    """Return the first ``count`` 32-bit words for a key, int64 ``[count]``; csrc/philox.h describes the layout."""
     blocks = torch.arange(-(-count // 4), device=key.device)
     seed, offset = key.unbind()
     counter = (blocks & _WORD, blocks >> 32, offset & _WORD, ((offset >> 32) & 0x0FFFFFFF) | (stream << 28))
@@ -63,7 +69,7 @@ def philox_words(key: Tensor, count: int, stream: int = _HIGH_WORDS) -> Tensor:
 
 
 def uniforms(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the uniforms in (0, 1] that ``bernoulli_sample`` compares with, in plain torch."""
+    """Compute, in plain torch, the uniform draws in (0, 1] that ``bernoulli_sample`` compares with probabilities."""
     high, low = _words(key, shape)
     if dtype == torch.float64:
         u = high.double() * 2.0**-32 + (low.double() * 2.0**-64 + 2.0**-65)
@@ -73,7 +79,7 @@ def uniforms(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float
 
 
 def standard_normals(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the standard normals eps of ``gaussian_rsample``, in plain torch: Box & Muller (1958)."""
+    """Compute the noise eps ~ N(0, I) of ``gaussian_rsample`` in plain torch, by the Box-Muller transform (1958)."""
     high, low = _words(key, shape)
     u = uniforms(key, high.shape, dtype)[0::2]
     turn = high.double() * 2.0**-32
@@ -86,12 +92,12 @@ def standard_normals(key: Tensor, shape: Sequence[int], dtype: torch.dtype = tor
 
 
 def _words(key: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    count = -(-math.prod(shape) // 4) * 4  # whole blocks
+    count = -(-math.prod(shape) // 4) * 4  # round up to whole blocks
     return philox_words(key, count, _HIGH_WORDS), philox_words(key, count, _LOW_WORDS)
 
 
 def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high and low word of the 64-bit product of two words. No step exceeds 63 bits."""
+    """Return the high and low word of the 64-bit product of two words. No intermediate result exceeds 63 bits."""
     low = constant * (value & 0xFFFF)
     high = constant * (value >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

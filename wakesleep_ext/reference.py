@@ -1,8 +1,8 @@
-"""Plain-torch implementations of every op: the formulas as you would write them by hand.
+"""Reference implementations of every op in plain torch.
 
 The functions have the signatures of :mod:`wakesleep_ext.ops`. They are differentiable to any order, and run on any
-device and in float64. Tests check the kernels against them, benchmarks use them as a baseline, and they serve devices
-without kernels. Half types are computed in float32, as in the kernels.
+device and in float64. Tests compare the kernels with them, and benchmarks use them as a baseline. You can call them on
+devices for which there are no kernels. Half types are computed in float32, as in the kernels.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def gaussian_rsample_log_prob(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (z, log q(z)), with log q computed from eps, not from the rounded z."""
+    """Return (z, log q(z)). log q is computed from eps, not from the rounded z."""
     mu, logvar = _promote(mu, logvar)
     eps = _standard_normals(mu, logvar, sample_shape, key, generator)
     mu_, logvar_ = torch.broadcast_tensors(_compute(mu), _compute(logvar))
@@ -75,7 +75,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     """Return sum [x logits - softplus(logits)]."""
     logits = _compute(logits)
-    # softplus(a) = -logsigmoid(-a); torch's own softplus rounds to a where a > 20
+    # softplus(a) = -logsigmoid(-a); torch's softplus returns a itself where a > 20
     return (x.to(logits.dtype) * logits + F.logsigmoid(-logits)).sum(-1)
 
 
@@ -103,7 +103,7 @@ def binarize(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return [u <= grey / white]."""
+    """Return 1 where u <= grey / white, else 0."""
     key = random.draw_key(grey, generator) if key is None else key
     p = (grey if index is None else grey[index]).float() / white
     return (random.uniforms(key, p.shape) <= p).to(dtype or torch.uint8)
@@ -123,7 +123,7 @@ def mlp(
     activation: str | None = None,
     output_activation: str | None = None,
 ) -> Tensor:
-    """Apply linear, layer by layer."""
+    """Apply :func:`linear` once per layer."""
     *hidden, last = zip(weights, biases, strict=True)
     for weight, bias in hidden:
         h = linear(h, weight, bias, activation)
@@ -140,7 +140,7 @@ def linear_bernoulli_log_prob(
 def linear_bernoulli_log_prob_sum(
     h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, sample_weight: Tensor | None = None
 ) -> Tensor:
-    """Return the sum of sample_weight * linear_bernoulli_log_prob."""
+    """Return sum [sample_weight * linear_bernoulli_log_prob]."""
     log_prob = linear_bernoulli_log_prob(h, weight, bias, x)
     return (log_prob if sample_weight is None else sample_weight.to(log_prob.dtype) * log_prob).sum()
 
@@ -171,7 +171,7 @@ def adam_(
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> None:
-    """Update m and v with the gradient, then p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)."""
+    """Update m and v from the gradient, then subtract lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) from p."""
     t = step.double()
     for p, g, m, v in zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True):
         g, new_m, new_v = map(_compute, (g, m, v))

@@ -1,7 +1,7 @@
-"""Record a function of tensors once, then replay it.
+"""Record a call of a function of tensors, then replay the recording instead of calling the function.
 
-On a GPU, a replay launches the function's kernels as one CUDA graph. On a CPU, it calls the function's operators
-directly, without Python, autograd or any other dispatch in between.
+On a GPU, a replay launches the function's kernels as one CUDA graph. On a CPU, a replay calls the function's operators
+directly, without the overhead of Python, autograd and other dispatch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from wakesleep_ext._C import Recording, Watch
 from wakesleep_ext.watch import Conditions, Reach, Unwatched
 
 _WARM_UPS = 3
-"""As many as `torch.cuda.make_graphed_callables` runs; libraries initialise themselves in the first."""
+"""Calls before a CUDA graph capture, as in `torch.cuda.make_graphed_callables`. Libraries initialise in the first."""
 _WORTH = 10
-"""Replays that pay for one recording."""
+"""The number of replays that save as much time as one recording costs."""
 _PATIENCE = 5
-"""Consecutive changes that each came before `_WORTH` replays; after so many, a function is never recorded again."""
+"""A function is not recorded again after this many changes in a row that each came before `_WORTH` replays."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,35 +33,38 @@ Function = Callable[..., Any]
 
 
 class NotRepeatableError(Exception):
-    """A function cannot be replayed; the message says why."""
+    """A function cannot be replayed. The message gives the reason."""
 
 
 class _Recorded(Protocol):
     def replay(self, arguments: Sequence[Tensor], watch: Watch | None = None, /) -> list[Tensor] | None:
-        """Replay the recording. Return None without replaying if the watch does not hold."""
+        """Replay the recording. If the watch finds a change, return None without replaying."""
 
 
 class Replay(Unwatched):
-    """Calls a function by replaying what an earlier call recorded.
+    """Replays a recorded call of a function instead of calling the function.
 
-    The first call runs the function as usual. If it leaves all that the function refers to unchanged, apart from
-    tensors, the next call records. From then on the function's Python code does not run. Anything that varies from call
-    to call must be in tensors.
+    The first call runs the function as usual. If this call changes no object that the function refers to, apart from
+    tensors, the second call is recorded. After that, calls are replayed, and the function's Python code does not run.
+    Anything that varies from call to call must be in tensors.
 
-    Before each replay, a watch checks that the recording is still valid: the tensors that the function refers to and
-    their addresses, numbers, and torch modes such as autocast (:mod:`wakesleep_ext.watch`). After a change, the
-    function itself is called, and the next call records it again. The function is called directly for good if changes
-    keep coming, and while it reads tensor values or has hooks. :attr:`reason` says why.
+    Before each replay, a watch checks that the recording is still valid (:mod:`wakesleep_ext.watch`). The recording
+    depends on the tensors that the function refers to, their addresses, numbers, and torch modes such as autocast.
+    After a change, the function is called as usual, and its next call is recorded again.
 
-    Two kinds of change go unnoticed: those in objects that a watch does not look into, and those in values without a
-    reference, such as the time, a file or Python's random numbers.
+    If changes recur too often, the function is never recorded again. It is also called directly while it reads tensor
+    values in Python or has hooks. :attr:`reason` gives the reason.
+
+    Replay does not detect changes inside objects that the watch does not look into. It also does not detect changes in
+    values without a Python reference, such as the time, a file or Python's random numbers.
 
     Args:
-        function: returns a tensor, or a tuple or dict of tensors. Its arguments are one or more tensors, which it does
-            not modify. It calls the same operators whatever their values. A tensor that it leaves behind, such as a
-            gradient, has the value of the latest call. Results do not require gradients.
-        state: returns tensors that the function changes without torch's knowledge, as a custom kernel might. All other
-            tensors are found automatically. The calls made to record the function leave no trace in these tensors.
+        function: takes one or more tensors, does not modify them, and returns a tensor, or a tuple or dict of tensors.
+            It must call the same operators for any tensor values. A tensor that the function creates and that outlives
+            the call, such as a gradient, is overwritten by every replay. Results do not require gradients.
+        state: returns tensors that the function modifies unseen by torch, as a custom kernel might. All other modified
+            tensors are found automatically. Recording calls the function several times, and then restores all of these
+            tensors.
     """
 
     def __init__(self, function: Function, state: Callable[[], Iterable[Tensor]] = lambda: ()) -> None:
@@ -72,24 +75,24 @@ class Replay(Unwatched):
         self._conditions: Conditions | None = None
         self._recorded: _Recorded | None = None
         self._structure: Any = None
-        self._uses = 0  # of the current recording
-        self._changes = 0  # consecutive, each before the recording was worth it
+        self._uses = 0  # replays or direct calls since the last recording
+        self._changes = 0  # changes in a row, each before `_WORTH` uses
         self._reason: str | None = None
 
     @property
     def is_replayed(self) -> bool | None:
-        """True if calls are replayed, False if the function is called directly, None if that is not yet known."""
+        """True if calls are replayed, False if the function is called directly, None if this is not yet decided."""
         if self._recorded is not None:
             return True
         return False if self._conditions is not None or self._changes >= _PATIENCE else None
 
     @property
     def reason(self) -> str | None:
-        """Why the function cannot be replayed, or was last recorded again; None if neither happened."""
+        """Why the function cannot be replayed, or why its last recording was discarded; None if neither happened."""
         return self._reason
 
     def __call__(self, *arguments: Tensor) -> Any:
-        """Return the function's result, in new tensors. Arguments must match those of the first call.
+        """Return the function's result, in new tensors. The arguments must match those of the first call.
 
         Raises:
             ValueError: an argument differs from the first call in shape, dtype or device.
@@ -144,7 +147,7 @@ class Replay(Unwatched):
         _log.info("Replay of %s: %s", getattr(self._function, "__qualname__", self._function), reason)
 
     def _settle(self, arguments: Sequence[Tensor]) -> Any:
-        """Call the function as usual, and note whether everything that it refers to stayed the same."""
+        """Call the function as usual, and record whether the call changed any object that the function refers to."""
         before = Reach(self._function)
         result = call(self._function, *arguments)
         after = Reach(self._function)
@@ -155,7 +158,7 @@ class Replay(Unwatched):
         if change is not None:
             self._changes += 1
             if self._changes >= _PATIENCE:
-                self._say(f"a call changes what it refers to: {change}")
+                self._say(f"a call changes an object that the function refers to: {change}")
         return result
 
     def _record(self, arguments: Sequence[Tensor]) -> None:
@@ -168,16 +171,16 @@ class Replay(Unwatched):
             if not isinstance(error, NotRepeatableError):
                 raise
             self._say(str(error))
-            # a call may move any tensor
+            # a direct call may replace any tensor, so the watch ignores tensors
             self._conditions = Conditions(self._function, before, before.tensors.values())
         else:
             self._conditions = Conditions(self._function, Reach(self._function), left)
 
 
 def call(function: Function, *arguments: Tensor) -> Any:
-    """Call a function as :class:`Replay` does: without autocast's cache of cast weights.
+    """Call a function as :class:`Replay` does: with autocast's weight cache disabled.
 
-    Cached copies would outlive the step that made them, and replays would read them instead of the weights.
+    Cached casts would outlive the step that created them, and replays would read them instead of the current weights.
     """
     is_kept = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -188,7 +191,7 @@ def call(function: Function, *arguments: Tensor) -> Any:
 
 
 def _flat(result: Any) -> tuple[list[Tensor], Any]:
-    """Return the tensors of a result and its structure, which is None for a single tensor."""
+    """Return the tensors in a result and the structure of the result. The structure is None for a single tensor."""
     if isinstance(result, Tensor):
         return [result], None
     tensors, structure = tree_flatten(result)
@@ -207,9 +210,10 @@ def _flat(result: Any) -> tuple[list[Tensor], Any]:
 def _record(
     function: Function, arguments: Sequence[Tensor], state: Iterable[Tensor], before: Reach
 ) -> tuple[_Recorded, Any, Sequence[Tensor]]:
-    """Return a recording, the structure of its result, and the tensors that each replay moves.
+    """Return a recording, the structure of its result, and the tensors whose memory each replay replaces.
 
-    The recording has repeated a call bit for bit. None of the calls leaves a trace in tensors or random generators.
+    The recording is checked: a replay must reproduce a call bit for bit. All changes to tensors and random number
+    generators are undone.
 
     Raises:
         NotRepeatableError: the function cannot be recorded.
@@ -239,27 +243,30 @@ def _record(
 
 
 def _names_of(outside: Sequence[Tensor], reach: Reach) -> set[str]:
-    """Return the names by which a function refers to the tensors it gets from outside."""
+    """Return the names by which a function refers to the tensors in `outside`, which it reads but did not create."""
     names = set()
     for tensor in outside:
         name = reach.name_of(tensor)
         if name is None:
-            raise NotRepeatableError(f"it uses a tensor {tensor.dtype} {list(tensor.shape)} that it does not refer to")
+            raise NotRepeatableError(
+                f"it uses a tensor {tensor.dtype} {list(tensor.shape)} that it does not refer to by its attributes, "
+                "closure, defaults or globals"
+            )
         names.add(name)
     return names
 
 
 def _check_changes(before: Reach, after: Reach, used: set[str], made: Sequence[Tensor]) -> None:
-    """Check that a call changed no reference, except to tensors that each call creates and does not use."""
+    """Check that a call changed no reference. Exception: it may replace an unread tensor by a new one."""
     identities = {id(tensor) for tensor in made}
     for name, words in before.changes(after):
         if name in used or not (before.is_alike(after, name) and id(after.tensors[name]) in identities):
-            raise NotRepeatableError(f"a call changes what it refers to: {words}")
+            raise NotRepeatableError(f"a call changes an object that the function refers to: {words}")
 
 
 @contextmanager
 def _undone(tensors: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Undo on exit all changes to these tensors and to torch's random number generators."""
+    """On exit, undo all changes to these tensors and to torch's random number generators."""
     before = _copies(tensors)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -283,11 +290,11 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 # ---- on a CPU --------------------------------------------------------------------------------------------------------
 
 _EXITS = {Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__}
-"""Methods by which values reach Python unnoticed by torch's dispatcher."""
+"""Methods that pass tensor values to Python without a call of torch's dispatcher."""
 
 
 class _Borders(TorchFunctionMode):
-    """Notes if a value reaches Python, and which tensors are made from Python numbers."""
+    """Records whether a tensor value is passed to Python, and which tensors are created from Python numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +311,7 @@ class _Borders(TorchFunctionMode):
 
 
 class _Calls(TorchDispatchMode):
-    """Adds all operators that are called while it is active to a recording."""
+    """While active, adds every operator call to a recording."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -316,19 +323,19 @@ class _Calls(TorchDispatchMode):
 
 
 def _note(recording: Recording, function: Function, arguments: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Record a call of a function. Return the structure of its result, and the tensors it gets from outside."""
+    """Record a call of a function. Return the structure of its result, and the outside tensors that the call uses."""
     borders = _Borders()
     try:
         with borders, _Calls(recording):
             result = call(function, *arguments)
-    except Exception as error:  # caused by the mode, as with torch.cond: an ordinary call has just succeeded
+    except Exception as error:  # the dispatch mode caused it, as with torch.cond: an ordinary call has just succeeded
         raise NotRepeatableError(f"it fails while its calls are recorded: {error!r}") from error
     tensors, structure = _flat(result)
     recording.returns(tensors)
     del tensors, result
     recording.stop()
     if reader := recording.unrepeatable or borders.exit:
-        raise NotRepeatableError(f"it looks at values, by {reader}")
+        raise NotRepeatableError(f"it looks at values, by {reader}, which a replay cannot repeat")
     constants = set(map(id, borders.constants))
     return structure, [tensor for tensor in recording.outside if id(tensor) not in constants]
 
@@ -336,11 +343,11 @@ def _note(recording: Recording, function: Function, arguments: Sequence[Tensor])
 def _repeat(
     function: Function, arguments: Sequence[Tensor], touched: Sequence[Tensor]
 ) -> tuple[_Recorded, Sequence[Tensor]]:
-    """Record the operators that a function calls."""
+    """Record the operator calls of a function."""
     recording = Recording(arguments)
     with _undone(touched, arguments[0].device):
         _note(recording, function, arguments)
-        recording.undo()  # frees the copies that it made
+        recording.undo()  # frees the recording's saved copies
     return recording, recording.left_behind
 
 
@@ -348,7 +355,7 @@ def _repeat(
 
 
 class _Captured:
-    """A function's kernels as one CUDA graph, with the memory of its arguments and results."""
+    """A CUDA graph of a function's kernels, with static memory for the arguments and results."""
 
     def __init__(self, function: Function, arguments: Sequence[Tensor]) -> None:
         self._arguments = arguments
@@ -362,7 +369,7 @@ class _Captured:
             finally:
                 torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=side):  # torch's default stream for this is on the first device
+            with torch.cuda.graph(self._graph, stream=side):  # torch's default capture stream is on the first device
                 self._results, _ = _flat(call(function, *arguments))
 
     def replay(self, arguments: Sequence[Tensor], watch: Watch | None = None, /) -> list[Tensor] | None:
@@ -377,10 +384,10 @@ class _Captured:
 def _capture(
     function: Function, arguments: Sequence[Tensor], touched: Sequence[Tensor]
 ) -> tuple[_Recorded, Sequence[Tensor]]:
-    """Record the kernels that a function launches. Tensors that it leaves behind stay where the graph writes them."""
+    """Record the kernels that a function launches. Each replay writes to the same memory, so no tensor is moved."""
     with _undone(touched, arguments[0].device):
         return _Captured(function, arguments), ()
 
 
 _RECORD_ON: dict[str, Callable[..., tuple[_Recorded, Sequence[Tensor]]]] = {"cuda": _capture}
-"""Recorders for devices whose work is not recorded operator by operator."""
+"""The recorder of each device type. Device types not listed here are recorded operator by operator, by `_repeat`."""

@@ -1,6 +1,6 @@
 """Check the compiled ops on this computer: `wakesleep selftest`.
 
-Compares the values and gradients of every op with its formula in float64, for every dtype and device.
+The check compares the values and gradients of every op with a float64 reference, for every dtype and device.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from wakesleep_ext import _build, ops, random, reference
 from wakesleep_ext._op_table import OPS, Op, Sizes, values
 
-_SIZES = Sizes((3,), batch=5, event=131, features=17)  # odd widths: full vectors and a remainder
+_SIZES = Sizes((3,), batch=5, event=131, features=17)  # odd widths cover full SIMD vectors and a remainder
 _KEY = random.make_key(7)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of comparing an op with float64."""
+    """The result of comparing an op with its float64 reference."""
 
     op: str
     device: str
     dtype: torch.dtype
     """The dtype of the op's input tensors."""
     error: float
-    """Largest deviation of a result or gradient, relative to the largest value. A pixel that is drawn differently
-    counts by the distance of its uniform u from p."""
+    """The largest deviation of a result or gradient, relative to its tensor's largest value, or to 1 if that is larger.
+    If a Bernoulli draw differs, its deviation is abs(u - p), where u is its uniform draw and p its probability."""
     tolerance: float
 
     @property
@@ -56,12 +56,12 @@ def check(name: str, device: str, dtype: torch.dtype) -> Outcome:
     exact = _results_and_gradients(op, _function(op, reference, "cpu"), exact_inputs)
     deviations = [(a - b).abs() for a, b in zip(found, exact, strict=True)]
     if op.probability is not None:
-        # a pixel may differ where its uniform lies between the probability and its rounded value
+        # a draw may differ if its uniform lies between the exact and the rounded probability
         uniforms = random.uniforms(_KEY, exact[0].shape, torch.float64)
         deviations[0] *= (uniforms - op.probability(*exact_inputs)).abs()
     errors = [(d.max() / b.abs().max().clamp_min(1)).item() for d, b in zip(deviations, exact, strict=True)]
-    arithmetic = 1e-13 if dtype == torch.float64 else 4e-6  # sums over the event; half types also use float32
-    roundings = 2 if "next_weight" in op.inputs else 1  # the hidden layer is rounded, too
+    arithmetic = 1e-13 if dtype == torch.float64 else 4e-6  # for sums over the event; half types are summed in float32
+    roundings = 2 if "next_weight" in op.inputs else 1  # the hidden layer is rounded as well
     rounding = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     return Outcome(name, device, dtype, max(errors), max(arithmetic, roundings * rounding))
 
@@ -89,7 +89,7 @@ def _results_and_gradients(op: Op, function: Callable[..., Any], inputs: list[Te
     results = (results,) if isinstance(results, Tensor) else results
     gradients: Sequence[Tensor] = ()
     if op.is_differentiable:
-        # upstream gradients that vary from row to row and are equal in every precision
+        # upstream gradients that differ between rows
         upstream = [torch.linspace(-1, 1, r.numel()).view(r.shape).to(r) for r in results]
         gradients = torch.autograd.grad(results, inputs, upstream)
     return [tensor.detach().cpu().double() for tensor in (*results, *gradients)]

@@ -1,4 +1,4 @@
-"""Shared by the commands: the choice of a device, and the error for invalid arguments."""
+"""Choose the device and check arguments, for all commands."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class UsageError(ValueError):
-    """A command has invalid arguments."""
+    """A command got invalid arguments."""
 
 
 PICTURE_FORMATS = ("png", "pdf", "svg")
 
 
 def picture_format(path: Path, option: str = "path") -> str:
-    """Return the format of a picture from the suffix of its file: "png", "pdf" or "svg".
+    """Return the format of a picture, "png", "pdf" or "svg", from the suffix of its path.
 
     Args:
-        path: the file.
-        option: name of the argument in the error.
+        path: path of the picture.
+        option: name of the argument, for the error message.
 
     Raises:
-        UsageError: the file has another suffix or none.
+        UsageError: the path has another suffix, or none.
     """
     kind = path.suffix.lower().removeprefix(".")
     if kind not in PICTURE_FORMATS:
@@ -36,10 +36,10 @@ def picture_format(path: Path, option: str = "path") -> str:
 
 
 def find_device(device: Device) -> torch.device:
-    """Return the device of that name. `auto` is the GPU if torch finds one and the kernels were built with CUDA.
+    """Return the torch device. `auto` is the GPU if torch finds one and the kernels were built with CUDA, else the CPU.
 
     Raises:
-        UsageError: `cuda` was asked for, but there is no GPU, or the kernels were built without CUDA.
+        UsageError: `device` is "cuda", but there is no GPU, or the kernels were built without CUDA.
     """
     import torch
 
@@ -47,9 +47,9 @@ def find_device(device: Device) -> torch.device:
 
     found, built = torch.cuda.is_available(), _build.CUDA_VERSION is not None
     if device == "cuda" and not found:
-        raise UsageError("expected a GPU for --device cuda, torch finds none")
+        raise UsageError("expected a GPU for --device cuda, but torch finds none")
     if device == "cuda" and not built:
-        raise UsageError("--device cuda: wakesleep_ext was built without CUDA")
+        raise UsageError("expected CUDA kernels for --device cuda, but wakesleep_ext was built without CUDA")
     if device == "auto" and found and not built:
-        print("wakesleep: torch finds a GPU, but wakesleep_ext was built without CUDA", file=sys.stderr)
+        print("wakesleep: using the CPU: torch finds a GPU, but wakesleep_ext was built without CUDA", file=sys.stderr)
     return torch.device("cuda" if device != "cpu" and found and built else "cpu")

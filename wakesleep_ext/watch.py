@@ -1,11 +1,13 @@
 """Check that everything a recorded function depends on is unchanged.
 
-A recording repeats calls of operators, not the Python code that chose them. So the inputs of that code must not change:
-the set of tensors and their addresses, numbers such as a learning rate, and torch's modes.
+A replay repeats the operator calls of a recording, but not the Python code that made them. So a recording is valid only
+while the inputs of that code stay the same: the set of tensors and their addresses, numbers such as a learning rate,
+and torch's modes.
 
-:class:`Reach` finds these by following the function's references: its bound object, closure and defaults, the arguments
-of a `functools.partial`, and the globals that its code names. From there it follows attributes, dicts, lists and
-tuples. It does not look into modules, classes, the globals of other files, ``__slots__``, sets, deques or NumPy arrays.
+:class:`Reach` finds these inputs by following the function's references: its bound object, closure and defaults, the
+arguments of a `functools.partial`, and the globals that its code names. From these objects, it follows attributes,
+dicts, lists and tuples. Reach does not look into Python modules, classes, the globals of other files, ``__slots__``,
+sets, deques or NumPy arrays.
 """
 
 from __future__ import annotations
@@ -30,27 +32,27 @@ _HOOKS_OF_ALL = {
     for name, hooks in vars(owner).items()
     if name.startswith("_global_") and isinstance(hooks, dict)
 }
-"""Hooks that torch calls with every module or every optimizer."""
+"""Global hooks, which torch calls for every module or every optimizer."""
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None))
 _CLOSED = (ModuleType, type, BuiltinFunctionType, CodeType)
 
 
 _NOT_LOOKED_INTO = ("state_dict_hooks", "dict_pre_hooks", "dict_post_hooks", "_with_kwargs", "_always_called")
-"""Attributes of modules and optimizers that are skipped: hooks that no call runs, and flags of hooks in other dicts."""
+"""Skipped attributes of modules and optimizers: state dict hooks, which calls do not run, and flags of other hooks."""
 
 
 class Unwatched:
-    """Base of classes whose instances a watch does not look into: their changes decide nothing."""
+    """A base class that excludes its instances from a watch: changes inside them do not invalidate a recording."""
 
 
 class Reach:
     """A snapshot of everything a function refers to.
 
     Attributes:
-        tensors: the tensors found, by Python expression.
-        buffers: tensors that modules register as buffers.
-        hook: the name of something found that runs with the function, but would not run in a replay; or None.
+        tensors: the tensors found, keyed by Python expression.
+        buffers: the buffers of the modules found.
+        hook: the name of a hook or a distributed wrapper, which would not run in a replay; None if there is none.
         places: containers and their contents, for :class:`wakesleep_ext._C.Watch`.
     """
 
@@ -62,13 +64,13 @@ class Reach:
         self._facts: dict[str, Any] = {}
         self._grads: list[tuple[Tensor, Tensor | None]] = []
         self._globals = _file_of(function)
-        self._entered: dict[int, Any] = {}  # keeps the objects alive, so that their ids are not reused
+        self._entered: dict[int, Any] = {}  # keeps the objects alive so that their ids are not reused
         waiting: deque[tuple[str, Any]] = deque([("", function), *_HOOKS_OF_ALL.items()])
         while waiting:
             waiting.extend(self._enter(*waiting.popleft()))
 
     def _enter(self, name: str, item: Any) -> Iterable[tuple[str, Any]]:
-        """Note an object, and return what it refers to, by name."""
+        """Record an object, and return the names and values of its references."""
         self._facts[name] = _fact(item)
         if isinstance(item, _VALUES) or id(item) in self._entered:
             return ()
@@ -140,7 +142,7 @@ class Reach:
                 yield _join(name, key), value
 
     def restore(self) -> None:
-        """Restore every reference to what it was."""
+        """Restore every reference to its value at the time of the snapshot."""
         for container, *contents in self.places:
             if isinstance(container, str):
                 contents[0][container] = contents[1]
@@ -158,7 +160,7 @@ class Reach:
                 tensor.grad = grad
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """Return the name of a tensor, or of one in the same memory; None if there is none."""
+        """Return the name of this tensor, or of a tensor that shares its memory; None if neither was found."""
         memory = _memory(tensor)
         for name, own in self.tensors.items():
             if own is tensor or (memory is not None and _memory(own) == memory):
@@ -166,14 +168,14 @@ class Reach:
         return None
 
     def changes(self, later: Reach) -> Iterator[tuple[str, str]]:
-        """Yield each difference from a later reach of the same function: its name, and a description."""
+        """Yield the name and a description of each difference from a later snapshot of the same function."""
         for name in {**self._facts, **later._facts}:
             before, now = self._facts.get(name), later._facts.get(name)
             if before != now:
                 yield name, f"{name or 'the function'} changed from {_words(before)} to {_words(now)}"
 
     def is_alike(self, later: Reach, name: str) -> bool:
-        """True if the name refers to a tensor in both, with the same shape and dtype."""
+        """True if the name refers to a tensor of the same shape and dtype in both snapshots."""
         before, now = self.tensors.get(name), later.tensors.get(name)
         return before is not None and now is not None and (before.shape, before.dtype) == (now.shape, now.dtype)
 
@@ -225,32 +227,33 @@ def _globals_in(code: CodeType) -> set[str]:
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Return an identity of the tensor's memory; None if it has none of its own."""
+    """Return an identifier of the tensor's storage. None for meta, nested and non-strided tensors."""
     is_plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
     return tensor.untyped_storage()._cdata if is_plain else None
 
 
 class Conditions:
-    """The conditions of a valid recording: the function refers to the same objects, and torch is in the same modes.
+    """The conditions of a valid recording: the function refers to the same objects, and torch's modes are unchanged.
 
     Args:
-        reach: what the function refers to.
-        moving: tensors in it that a call may move or replace.
+        function: the recorded function.
+        reach: a snapshot of everything the function refers to.
+        moving: tensors in the snapshot that a call may replace or move to other memory.
     """
 
     def __init__(self, function: Any, reach: Reach, moving: Iterable[Tensor] = ()) -> None:
         self._function, self._reach = function, reach
         self._moving = {id(tensor) for tensor in moving}
         staying = [tensor for tensor in reach.tensors.values() if not self._moves(tensor) and not tensor.is_nested]
-        self._places = tuple(reach.places)  # a Watch does not keep them alive
+        self._places = tuple(reach.places)  # keeps the places alive, because a Watch does not
         self.watch = Watch(staying, self._places)
 
     def _moves(self, tensor: Tensor | None) -> bool:
         return id(tensor) in self._moving
 
     def change(self) -> str:
-        """Describe which condition no longer holds."""
+        """Describe the condition that no longer holds."""
         for name, words in self._reach.changes(Reach(self._function)):
             if not self._moves(self._reach.tensors.get(name)):
                 return words
-        return "a mode of torch changed: autocast, gradients, inference, determinism or the default dtype"
+        return "a mode of torch changed: autocast, gradients, inference, determinism, matmul precision or default dtype"

@@ -1,5 +1,5 @@
-// Under autocast, layers and Bernoulli heads multiply in the lower precision, as nn.Linear does. Log-likelihoods are
-// still float32. The other ops do not cast their arguments.
+// Under autocast, layers and Bernoulli heads compute their matrix products in the autocast dtype, as nn.Linear does.
+// Log-likelihoods are still float32. The other ops do not cast their arguments.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -8,7 +8,7 @@
 namespace wakesleep {
 namespace {
 
-// Calls body(cast) below autocast. cast(tensor) converts a tensor to the autocast dtype of h's device.
+// Calls body(cast) with autocast disabled. cast(tensor) converts a tensor to the autocast dtype of h's device.
 template <typename Body>
 at::Tensor with_cast(const at::Tensor& h, const Body& body) {
   const auto device = h.device().type();
@@ -31,7 +31,7 @@ at::Tensor mlp(const at::Tensor& h, at::TensorList weights, at::TensorList biase
   });
 }
 
-// Calls a head, op(h, weight, bias, others...), with h, weight and bias cast.
+// Calls op(h, weight, bias, others...), where op is a Bernoulli head, with h, weight and bias cast.
 template <typename Operator, typename... Others>
 at::Tensor cast_head(const Operator& op, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
                      const Others&... others) {

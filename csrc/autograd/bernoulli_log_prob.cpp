@@ -1,4 +1,4 @@
-// Gradients of log p(x; a): x - s(a) for the logits a, and a for x.
+// Gradients of L = log p(x; a), where a are the logits and s is the sigmoid: dL/da = x - s(a) and dL/dx = a.
 #include "operators.h"
 
 namespace wakesleep::autograd {

@@ -1,4 +1,4 @@
-// Gradients of KL(N(mu, e^logvar) || N(0, I)): mu for mu, and (e^logvar - 1) / 2 for logvar.
+// Gradients of kl = KL(N(mu, e^logvar) || N(0, I)): dkl/dmu = mu and dkl/dlogvar = (e^logvar - 1) / 2.
 #include "operators.h"
 
 namespace wakesleep::autograd {

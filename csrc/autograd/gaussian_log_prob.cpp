@@ -1,5 +1,5 @@
-// Gradients of log N(z; mu, e^logvar), with d = (z - mu) e^-logvar:
-// d for mu, ((z - mu) d - 1) / 2 for logvar, and -d for z.
+// Gradients of L = log N(z; mu, e^logvar), with g = (z - mu) e^-logvar:
+// dL/dmu = g, dL/dlogvar = ((z - mu) g - 1) / 2 and dL/dz = -g.
 #include "operators.h"
 
 namespace wakesleep::autograd {

@@ -1,12 +1,13 @@
-// Splits a packed [mu | logvar] into two views. The backward operators of the Gaussians write both gradients into one
-// packed tensor and return its halves. If both halves come back here, that tensor is the gradient, without a copy.
+// Splits a packed [mu | logvar] into two views. The backward operators of the Gaussian ops write both gradients into
+// one packed tensor, and autograd passes on its halves. If the backward pass of this op receives both halves, it
+// returns the packed tensor without a copy.
 #include "../checks.h"
 #include "operators.h"
 
 namespace wakesleep::autograd {
 namespace {
 
-// Returns the tensor whose halves are `first` and `second`, or an undefined tensor.
+// Returns the tensor whose halves are `first` and `second`, or an undefined tensor if there is none.
 Tensor packed_of(const Tensor& first, const Tensor& second) {
   if (!first.is_view() || !second.is_view() || !first._base().is_same(second._base())) {
     return {};

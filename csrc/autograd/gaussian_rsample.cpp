@@ -1,5 +1,5 @@
-// Gradients of z = mu + sigma eps and log q(z): dz/dmu = 1, dz/dlogvar = (z - mu) / 2, and, through the sample,
-// dlog q/dmu = 0, dlog q/dlogvar = -1/2. The graph saves the key instead of eps.
+// Gradients of z = mu + sigma eps and of log q(z). For z, dz/dmu = 1 and dz/dlogvar = (z - mu) / 2. For log q(z), where
+// z also depends on mu and logvar, dlog q/dmu = 0 and dlog q/dlogvar = -1/2. The graph saves the key instead of eps.
 #include "operators.h"
 
 namespace wakesleep::autograd {
@@ -45,7 +45,8 @@ Pair gaussian_rsample_log_prob_of(const Tensor& mu, const Tensor& logvar, const 
   return {outputs[0], outputs[1]};
 }
 
-// Double backward: autograd differentiates this formula instead of the kernel. The same key draws eps from N(0, I).
+// Double backward: autograd differentiates this formula instead of the kernel. It obtains eps by drawing from N(0, I)
+// with the same key.
 Tensor gaussian_rsample_backward_of(const OptionalTensor& grad_z, const OptionalTensor& grad_log_prob, const Tensor& mu,
                                     const Tensor& logvar, const Tensor& key, c10::SymIntArrayRef sample_shape) {
   const bool has_z = grad_z && grad_z->defined(), has_log_prob = grad_log_prob && grad_log_prob->defined();

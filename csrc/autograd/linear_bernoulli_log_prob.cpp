@@ -1,9 +1,13 @@
-// Gradients of log p(x; h weight^T + bias). With g = x - s(logits), times the upstream gradient: g weight for h, g^T h
-// for weight, the sum of g for bias. That for x is the logits, times the upstream gradient.
+// Gradients of log p(x; h weight^T + bias). g is x - s(logits), times the upstream gradient:
 //
-// For one log-likelihood per row, the upstream gradients are unknown until the backward pass. Until then the logits are
-// kept, or else recomputed chunk by chunk. For a sum with given weights, the forward pass forms the gradients from the
-// logits at hand. The backward pass only multiplies them by a scalar.
+//   h: g weight;
+//   weight: g^T h;
+//   bias: the sum of g over the rows;
+//   x: the logits, times the upstream gradient.
+//
+// For one log-likelihood per row, the upstream gradients are unknown until the backward pass. The logits are either
+// kept until then or recomputed chunk by chunk. For a sum with given weights, the forward pass computes the gradients
+// while each chunk of logits is in cache. The backward pass only multiplies these gradients by a scalar.
 #include "../linear_bernoulli.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -18,7 +22,7 @@
 namespace wakesleep::autograd {
 namespace {
 
-// Returns the gradients for h, weight and bias.
+// Returns the gradients of h, weight and bias.
 variable_list parameter_gradients(const AutogradContext& context, const Tensor& grad, const Tensor& h,
                                   const Tensor& weight, const Tensor& bias, const Tensor& x,
                                   const OptionalTensor& logits) {
@@ -28,8 +32,8 @@ variable_list parameter_gradients(const AutogradContext& context, const Tensor& 
   return {with_grad_h ? sum_like(grad_h, h) : Tensor(), with_grad_weight ? grad_weight : Tensor(), grad_bias};
 }
 
-// Returns the gradient for x: the weighted logits, summed over the rows that share an x. The logits are linear in h, so
-// the code sums h over these rows instead of forming logits.
+// Returns the gradient of x: the logits times the upstream gradient, summed over the rows that share an x. The logits
+// are linear in h, so the code sums h over these rows first, and computes fewer logits.
 Tensor grad_x(const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x) {
   const auto type = grad.scalar_type();
   c10::SymDimVector batch(x.sym_sizes().begin(), x.sym_sizes().end() - 1), shape = batch;
@@ -95,13 +99,14 @@ Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& sample_weight)
   return (log_prob * sample_weight->to(log_prob.scalar_type())).sum();
 }
 
-// True if the scalar is known to be 1 without waiting for a GPU or breaking a trace.
+// Returns true if the scalar is 1 and reading it neither waits for a GPU nor breaks a trace.
 bool is_one(const Tensor& scalar) {
   return scalar.is_cpu() && !at::isTensorSubclassLike(scalar) && scalar.item<double>() == 1;
 }
 
-// Multiplies the gradients of the forward pass by a scalar, in place unless the graph is kept. If this sum is the loss,
-// the scalar is 1, which saves a pass over gradients as large as the weights.
+// Multiplies the gradients that the forward pass computed by a scalar, in place unless the graph is retained. If the
+// sum is itself the loss, the scalar is 1. Skipping the multiplication then saves a pass over gradients as large as the
+// weights.
 variable_list times(c10::IValue& formed, const Tensor& scalar) {
   const variable_list gradients = formed.toTensorVector();
   if (torch::autograd::get_current_graph_task_keep_graph()) {
@@ -134,7 +139,7 @@ struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogP
       const Tensor weighted = sample_weight.defined() ? grad * sample_weight.to(grad.scalar_type()) : grad;
       return weighted.expand_symint(log_prob.sym_sizes());
     };
-    const bool differentiable = at::GradMode::is_enabled();  // with create_graph=True
+    const bool differentiable = at::GradMode::is_enabled();  // if create_graph=True
     variable_list result = differentiable
                                ? parameter_gradients(*context, grad_log_prob(), h, weight, bias, x, std::nullopt)
                                : times(context->saved_data["formed"], grad);

@@ -1,6 +1,7 @@
-// Gradients of an MLP with layers y = f(h weight^T + bias). With g = f' times the upstream gradient, a layer's
-// gradients are g^T h for weight and the sum of g for bias. The layer below receives g weight. The graph saves the y of
-// every layer except a last layer without activation.
+// Gradients of an MLP with layers y = f(h weight^T + bias). For each layer, g is f' times the upstream gradient. The
+// gradient of weight is g^T h, and the gradient of bias is the sum of g over the rows. The upstream gradient of the
+// previous layer is g weight. The graph saves the output y of every layer. It omits the output of the last layer if
+// that layer has no activation.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
@@ -67,7 +68,8 @@ Tensor mlp_of(const Tensor& h, at::TensorList weights, at::TensorList biases, Op
              : below(mlp(), h, weights, biases, activation, output_activation);
 }
 
-// f(a), and the gradient for a given that for y = f(a), in differentiable operations.
+// Two functors with differentiable operations. The first computes y = f(a). The second computes the gradient of a from
+// the gradient of y.
 struct Differentiable {
   const Tensor& a;
   Tensor operator()(Identity) const { return a; }
@@ -99,7 +101,7 @@ std::tuple<Tensor, Tensors, Tensors> mlp_backward_of(const Tensor& grad, const T
   const auto activation_at = [&](size_t l) {
     return activation_of("mlp_backward", "activation", l + 1 == layers ? output_activation : activation);
   };
-  Tensors given = {h.to(type)}, a;  // of each layer: input, and result before the activation
+  Tensors given = {h.to(type)}, a;  // each layer's input, and its result before the activation
   for (size_t l = 0; l < layers; ++l) {
     a.push_back(at::linear(given[l], weights[l].to(type), biases[l].to(type)));
     given.push_back(std::visit(Differentiable{a[l]}, activation_at(l)));

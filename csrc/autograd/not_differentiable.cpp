@@ -1,4 +1,5 @@
-// Ops whose results never carry a gradient. The differentiable ops call those with `_and_` or `_with_` in their names.
+// Registers the ops whose results never require a gradient. Ops with `_and_` or `_with_` in their names are called by
+// differentiable ops.
 #include <torch/library.h>
 
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {

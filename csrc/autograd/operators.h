@@ -1,4 +1,4 @@
-// Shared by the autograd kernels: typed operator handles, and a test whether a call needs a gradient.
+// Code that the autograd kernels share: typed operator handles, and a check whether a call needs gradients.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -15,7 +15,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Defines name(), which looks the operator up once and returns its handle.
+// Defines name(), which returns the operator's handle and looks it up only once.
 #define WAKESLEEP_OPERATOR(name, ...)                                                                     \
   inline const c10::TypedOperatorHandle<__VA_ARGS__>& name() {                                            \
     static const auto handle =                                                                            \
@@ -73,7 +73,7 @@ auto below(const Operator& op, const Arguments&... arguments) {
   return op.call(arguments...);
 }
 
-// Sums a gradient in the broadcast shape to the shape of its owner.
+// Reduces a gradient from the broadcast shape to the shape of its operand.
 inline Tensor sum_like(const Tensor& gradient, const Tensor& owner) { return at::sum_to(gradient, owner.sym_sizes()); }
 
 // Returns views of the halves of a packed [mu | logvar].

@@ -1,4 +1,4 @@
-// A step of Adam on the CPU: one parallel loop over the elements of all tensors.
+// One step of Adam on the CPU: one parallel loop over the elements of all tensors.
 #include "../adam.h"
 #include "../registration.h"
 
@@ -30,9 +30,9 @@ C10_ALWAYS_INLINE void descend(const AdamStep<compute_t>& step, int64_t count, s
 }
 
 void adam_(at::TensorList parameters,   // any shapes
-           at::TensorList gradients,    // of the same shapes
-           at::TensorList exp_avgs,     // of the same shapes
-           at::TensorList exp_avg_sqs,  // of the same shapes
+           at::TensorList gradients,    // same shapes as parameters
+           at::TensorList exp_avgs,     // same shapes as parameters
+           at::TensorList exp_avg_sqs,  // same shapes as parameters
            const at::Tensor& step,      // []
            const at::Tensor& lr,        // []
            double beta1, double beta2, double eps) {

@@ -1,5 +1,5 @@
-// Operations on a row of logits from any source. logits(tile, column, columns) returns a pointer to `columns` logits
-// from `column` on, in the compute type. It may store them in the tile.
+// Operations on a row of logits. A functor provides the logits: logits(tile, column, columns) returns a pointer to the
+// `columns` logits that start at `column`, in the compute type. It may use the tile to store them.
 #pragma once
 
 #include "../densities.h"
@@ -17,7 +17,7 @@ struct StoredLogits {
   }
 };
 
-// Logits as a product without its bias; each read adds the bias.
+// Logits, stored without the bias, which is added on each read.
 template <typename compute_t>
 struct ProductAndBias {
   const compute_t* product;  // [D]
@@ -28,7 +28,8 @@ struct ProductAndBias {
   }
 };
 
-// Returns sum_d [x a - softplus(a)] over at most a tile, by lanes, and calls also_for(element, a, x) for every element.
+// Returns sum_d [x a - softplus(a)] over at most one tile, as one partial sum per lane. It also calls also_for(element,
+// a, x) for every element.
 template <typename compute_t, typename Body>
 C10_ALWAYS_INLINE Lanes<compute_t> tile_log_prob(const compute_t* logits, const compute_t* x, int64_t count,
                                                  const Body& also_for) {
@@ -49,7 +50,7 @@ C10_ALWAYS_INLINE Lanes<compute_t> tile_log_prob(const compute_t* logits, const 
   return log_prob;
 }
 
-// Returns the sum over a row, and calls also_for(element, a, x) for every element.
+// Returns sum_d [x a - softplus(a)] over a row. It also calls also_for(element, a, x) for every element.
 template <typename compute_t, typename Logits, typename x_t, typename Body>
 C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const x_t* x, const Body& also_for) {
   Lanes<compute_t> log_prob(0);
@@ -67,8 +68,9 @@ C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const 
   return row_log_prob<compute_t>(D, logits, x, [](auto, compute_t, compute_t) {});
 }
 
-// Draws x = [u <= probability(v)] for `rows` rows, from row `first` of the draw on. values_of(row) reads the v of a
-// row, counted from `first`, as logits are read.
+// Draws x = [u <= probability(v)] for `rows` rows of values v. They start at row `first` of the whole draw.
+// values_of(row) returns the functor that provides the values of a row, like the functor for logits. Its argument is
+// counted from `first`.
 template <typename compute_t, typename Probability, typename ValuesOf, typename x_t>
 void draw_rows(PhiloxKey key, int64_t first, int64_t rows, int64_t D, const Probability& probability,
                const ValuesOf& values_of, x_t* x) {  // [.., D], all rows of the draw

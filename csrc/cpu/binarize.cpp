@@ -1,4 +1,4 @@
-// x ~ Bernoulli(grey / white) for images that an index selects, on the CPU.
+// x ~ Bernoulli(grey / white) for the images that an index selects, on the CPU.
 #include "../bernoulli.h"
 #include "../registration.h"
 #include "bernoulli_rows.h"

@@ -1,8 +1,9 @@
-// Draws for CPU kernels: Philox for sixteen blocks at once, then a distribution's arithmetic on their words.
+// Random draws for CPU kernels. Philox generates sixteen blocks together. Then a distribution transforms the random
+// words of the blocks.
 //
-// Philox is the only code for which intrinsics pay off. It needs 64-bit products of 32-bit words, and the compiler's
-// vectoriser spends more instructions on moving halves than on the rest of a draw. With intrinsics, the products of
-// sixteen words take five instructions with AVX-512, and fourteen with AVX2.
+// Philox is the only code for which intrinsics pay off. It needs 64-bit products of 32-bit words. To move the halves of
+// these products, the compiler's vectoriser spends more instructions than on the rest of a draw. With intrinsics, the
+// products of sixteen words take five instructions with AVX-512, and fourteen with AVX2.
 #pragma once
 
 #include "../philox.h"
@@ -10,7 +11,7 @@
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's header reads vectors that it leaves undefined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // immintrin.h itself reads uninitialised vectors
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -19,7 +20,7 @@ namespace wakesleep::cpu {
 
 constexpr int kBlocksAtOnce = 16;
 
-// Sixteen blocks, word by word. Philox replaces the counters by draws in place.
+// Sixteen blocks, stored word by word. Philox replaces the counters with random words in place.
 struct Blocks {
   alignas(64) uint32_t word[kPhiloxWords][kBlocksAtOnce];
 
@@ -57,7 +58,8 @@ struct PhiloxAvx512 {
     __m512i high, low;
   };
 
-  // Multiplies each word by the same multiplier: even words, then odd words, then a shuffle of their halves.
+  // Multiplies each word by the same multiplier: first the even words, then the odd words. Two shuffles then separate
+  // the high and low halves of the products.
   __attribute__((target(WAKESLEEP_AVX512))) static inline Product multiply(__m512i words, __m512i multiplier) {
     const __m512i even = _mm512_mul_epu32(words, multiplier);
     const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(words, 32), multiplier);
@@ -98,7 +100,7 @@ struct PhiloxAvx2 {
             _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA)};
   }
 
-  // Processes two vectors at a time, so that one multiplies while the other waits.
+  // Processes two vectors at a time, so that the multiplications of one hide the latency of the other.
   __attribute__((target(WAKESLEEP_AVX2))) static inline void run(Blocks& blocks, uint64_t seed) {
     const __m256i m0 = _mm256_set1_epi64x(kPhiloxMultiplier0), m1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
     __m256i c[kPhiloxWords][2];
@@ -127,7 +129,8 @@ struct PhiloxAvx2 {
 };
 #endif
 
-// Writes draws to out[0 .. 4 blocks). It writes whole vectors of blocks, so up to 60 values more.
+// Writes the draws of `blocks` blocks, four each, to `out`. It processes sixteen blocks at a time, so it writes up to
+// 60 values more.
 template <typename Philox, typename Distribution, typename T>
 C10_ALWAYS_INLINE void fill_with(PhiloxKey key, uint64_t first_block, int64_t blocks, T* out) {
   for (int64_t done = 0; done < blocks; done += kBlocksAtOnce, out += kBlocksAtOnce * kPhiloxWords) {
@@ -179,11 +182,11 @@ void fill(PhiloxKey key, uint64_t first_block, int64_t blocks, T* out) {
   fill_with<PhiloxBaseline, Distribution>(key, first_block, blocks, out);
 }
 
-// The draws of `Distribution` for a tile of elements, which may begin within a block.
+// The draws of `Distribution` for a tile of elements, which may begin in the middle of a block.
 template <typename Distribution, typename T>
 class DrawTile {
  public:
-  // Returns the draws for `count` elements from `first` on, at most kTile.
+  // Returns the draws for the `count` elements that start at `first`. `count` is at most kTile.
   const T* fill(PhiloxKey key, int64_t first, int64_t count) {
     const int64_t blocks = (first % kPhiloxWords + count + kPhiloxWords - 1) / kPhiloxWords;
     cpu::fill<Distribution>(key, static_cast<uint64_t>(first) / kPhiloxWords, blocks, value_);

@@ -1,4 +1,4 @@
-// Draws a key from the CPU generator: one 64-bit number under its lock.
+// Draws a key from the CPU generator. The seed is one 64-bit number, drawn while the generator is locked.
 #include <ATen/CPUGeneratorImpl.h>
 
 #include <mutex>

@@ -1,9 +1,9 @@
-// GEMMs on the CPU. Small batches (skinny GEMMs) use the kernels in this file.
+// Computes GEMMs on the CPU. Small batches (skinny GEMMs) use the kernels in this file.
 //
-// The platform's BLAS packs its operands, and scales the result before it adds to it. This pays off if each packed copy
-// is read many times. But for 20 rows, a weight matrix is read five times, here in place. Its gradient is a sum of 20
-// outer products, written once. So these kernels keep the sums of a tile in registers, and prefetch the operands of the
-// next tiles.
+// The platform's BLAS packs the operands, and makes a separate pass to scale the output before accumulating into it.
+// This pays off if each packed copy is read many times. With 20 rows, however, a weight matrix is read only five times,
+// and its gradient is a sum of only 20 outer products. So these kernels read the operands without packing, and write
+// the output once. They keep the sums of a tile in registers and prefetch the operands of the next tiles.
 #include "products.h"
 
 #include <ATen/Context.h>
@@ -16,7 +16,7 @@
 namespace wakesleep::cpu {
 namespace {
 
-// Up to this many rows our kernels are no slower than MKL's, measured on a Zen 3 with AVX2.
+// Up to this many rows, our kernels are at least as fast as MKL, measured on a Zen 3 with AVX2.
 constexpr int64_t kSmallBatch = 64;
 
 // ---- vectors ----------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ constexpr int64_t kSmallBatch = 64;
 // Unrolls loops over arrays, so that the arrays stay in registers.
 #define WAKESLEEP_UNROLL _Pragma("GCC unroll 16")
 
-// Operations on a register of `bytes` bytes.
+// Operations on a vector register of `bytes` bytes.
 template <typename T, int bytes>
 struct Vector {
   static constexpr int width = bytes / static_cast<int>(sizeof(T));
@@ -34,7 +34,7 @@ struct Vector {
   static C10_ALWAYS_INLINE Lanes load(const T* from) { return *reinterpret_cast<const Stored*>(from); }
   static C10_ALWAYS_INLINE void store(T* to, Lanes lanes) { *reinterpret_cast<Stored*>(to) = lanes; }
 
-  // Loads the first `count` lanes and zeros the others.
+  // Loads the first `count` lanes and sets the other lanes to zero.
   static C10_ALWAYS_INLINE Lanes load(const T* from, int64_t count) {
     return load(RaggedEnd<T, width>(from, count).lane);
   }
@@ -59,7 +59,8 @@ struct Vector {
     return lanes;
   }
 
-  // Returns a b + c, rounded once. This is half the work, and products need not be equal bit for bit.
+  // Returns a b + c, rounded once (a fused multiply-add). This halves the work. It also changes the last bits of a
+  // GEMM, which need not be the same for every instruction set.
   static C10_ALWAYS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     WAKESLEEP_UNROLL
     for (int l = 0; l < width; ++l) {
@@ -70,7 +71,7 @@ struct Vector {
 
   static constexpr int group = 16 / static_cast<int>(sizeof(T));
 
-  // Sums each vector of a group over its lanes. Each step adds neighbouring lanes in all vectors at once.
+  // Writes the sum over the lanes of each vector in a group. Each step adds neighbouring lanes in all vectors together.
   static C10_ALWAYS_INLINE void sums(const Lanes (&of)[group], T* to) {
     T lane[width];
     store(lane, tree<group>(of));
@@ -78,7 +79,7 @@ struct Vector {
   }
 
  private:
-  // Each 16 bytes of the result hold sums over the same 16 bytes of `count` vectors.
+  // Each 16-byte block of the result holds partial sums over the same 16-byte block of each of the `count` vectors.
   template <int count>
   static C10_ALWAYS_INLINE Lanes tree(const Lanes* of) {
     if constexpr (count == 1) {
@@ -99,13 +100,14 @@ struct Vector {
 #endif
   }
 
-  // Returns the first of two neighbours among the lanes of two vectors. Each vector provides half of every 16 bytes.
+  // Returns the index of the first of the two neighbouring lanes whose sum goes to `lane`. The indices of the second
+  // vector start at `width`. Each vector provides half of every 16-byte block.
   static constexpr int pair(int lane) {
     const int place = lane % group, half = group / 2;
     return lane - place + 2 * (place % half) + (place < half ? 0 : width);
   }
 
-  // Adds up all groups of 16 bytes.
+  // Adds all 16-byte blocks and writes the sum to `to`.
   template <int lanes>
   static C10_ALWAYS_INLINE void fold(const T* from, T* to) {
     if constexpr (lanes == group) {
@@ -119,8 +121,9 @@ struct Vector {
   }
 };
 
-// The register tile of a GEMM. Its sums hide the latency of a multiply-add at two per cycle, and fit 16 registers with
-// their operands. A column is one element in the forward kernel, and a vector in the backward kernel.
+// The register tile of a GEMM. It has enough accumulators to hide the latency of multiply-adds at two per cycle.
+// Accumulators and operands fit in 16 registers. A column is one element in the forward kernel, and a vector in the
+// backward kernel.
 constexpr int kRegisterRows = 4, kRegisterColumns = 3;
 
 // Calls body(n) with n = min(count, most) as a compile-time constant.
@@ -153,7 +156,7 @@ C10_ALWAYS_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last
   }
 }
 
-// Returns the number of tiles that are worth a thread.
+// Returns the smallest number of tiles that is worth a separate thread.
 inline int64_t grain_of(int64_t multiplications) {
   constexpr int64_t kGrain = 1 << 18;
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiplications));
@@ -161,7 +164,7 @@ inline int64_t grain_of(int64_t multiplications) {
 
 // ---- forward: a b^T, both row-major --------------------------------------------------------------------------------
 
-// Computes y[r, c] = sum_k a[r, k] b[c, k] for a tile. Each lane adds up every width-th k.
+// Computes y[r, c] = sum_k a[r, k] b[c, k] for a tile. Each lane accumulates every width-th k.
 template <typename T, int bytes, int rows, int columns>
 C10_ALWAYS_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T>& b, int64_t K, const Strided<T>& y) {
   using V = Vector<T, bytes>;
@@ -214,7 +217,8 @@ C10_ALWAYS_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T
   }
 }
 
-// Each column tile multiplies its rows of b with all rows of a.
+// Computes y = a b^T. Threads divide the column tiles. For each column tile, its rows of b are multiplied by all rows
+// of a.
 template <typename T>
 void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                    const Strided<T>& y) {
@@ -238,11 +242,11 @@ void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t
 
 // ---- backward: a b, b row-major ------------------------------------------------------------------------------------
 
-// Rows of b in a block, which stays in cache for all rows of a.
+// The number of rows of b in a block. A block stays in cache while it is multiplied by all rows of a.
 constexpr int64_t kBlock = 32;
 
-// Computes to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile. `count` is the number of elements in the last
-// vector if it is not full.
+// Computes to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile. `count` is passed if the last vector is not full,
+// and is the number of its elements.
 template <typename T, int bytes, int rows, int vectors, typename... Count>
 C10_ALWAYS_INLINE void outer_tile(const T (&a)[kBlock][kRegisterRows], const Strided<const T>& b, int64_t K,
                                   const Strided<const T>& from, const Strided<T>& to, Count... count) {
@@ -329,8 +333,8 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
 
 bool is_small_batch(int64_t rows) { return rows <= small_batch_limit(kSmallBatch); }
 
-// True if our kernels compute a b. The batch is the rows of the result or, for the gradient of a weight, those summed
-// over.
+// Returns true if our kernels compute the product a b. The batch size is the number of rows of the result. For the
+// gradient of a weight, it is the number of rows that are summed.
 bool is_ours(const at::Tensor& a, const at::Tensor& b) {
   if (instruction_set() == InstructionSet::baseline || a.scalar_type() != b.scalar_type() || a.numel() == 0 ||
       b.numel() == 0) {
@@ -359,8 +363,8 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& y) {
   });
 }
 
-// True if MKL leaves AVX-512 unused, as it does on processors that are not Intel's. There oneDNN multiplies twice as
-// fast. Elsewhere MKL is faster.
+// Returns true if the processor has AVX-512 but MKL does not use it, because the vendor is not Intel. On such
+// processors, oneDNN multiplies twice as fast as MKL. On all others, MKL is faster.
 bool blas_leaves_out_avx512() {
 #ifdef __x86_64__
   return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
@@ -369,7 +373,7 @@ bool blas_leaves_out_avx512() {
 #endif
 }
 
-// Returns oneDNN's x weight^T, if this torch has it.
+// Returns the operator that computes x weight^T with oneDNN, if this torch has the operator.
 using OneDnnLinear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                                 std::string_view, c10::List<std::optional<at::Scalar>>,
                                 std::optional<std::string_view>);
@@ -381,14 +385,14 @@ const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
   return found;
 }
 
-// True if a [M, N] is row-major or column-major, possibly with gaps.
+// Returns true if a [M, N] is row-major or column-major, possibly with padding between rows or columns.
 bool is_plain(const at::Tensor& a) {
   const auto M = a.size(0), N = a.size(1), row = a.stride(0), column = a.stride(1);
   return (column == 1 && row >= std::max<int64_t>(1, N)) || (row == 1 && column >= std::max<int64_t>(1, M));
 }
 
 bool is_for_onednn(const at::Tensor& a, const at::Tensor& b) {
-  constexpr int64_t kWorthwhile = 1 << 20;  // multiplications; below, its calls take longer to prepare
+  constexpr int64_t kWorthwhile = 1 << 20;  // multiplications; below, preparing the call costs too much
   static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
   return is_better && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile && is_plain(a) &&
          is_plain(b) && at::globalContext().userEnabledMkldnn();

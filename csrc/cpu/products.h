@@ -1,4 +1,4 @@
-// GEMMs on the CPU, and the choice of their implementation.
+// Computes GEMMs on the CPU, and chooses the implementation of each.
 #pragma once
 
 #include "../linear.h"
@@ -10,10 +10,10 @@ namespace wakesleep::cpu {
 struct Products {
   static constexpr bool kOwnSmallBatches = false;
 
-  // Returns a b in `type`; a and b are float32 or float64.
+  // Returns the matrix product a b in dtype `type`. The operands are float32 or float64.
   static at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);
 
-  // sum += a b.
+  // Adds the matrix product a b to `sum` in place.
   static void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
 };
 

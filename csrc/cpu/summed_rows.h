@@ -1,11 +1,13 @@
-// Processes rows and sums them in the same pass: the gradient of a layer's output, and its sum, the bias gradient.
+// Processes rows and sums the results over the rows in the same pass. The rows are the gradient of a layer's output,
+// and their sum is the bias gradient.
 #pragma once
 
 #include "vec.h"
 
 namespace wakesleep::cpu {
 
-// Calls body(row, sum) for every row; body adds to `sum`. Every kPieceRows rows share a row of `sums` [pieces, D].
+// Calls body(row, sum) for every row, where body adds the results of the row to `sum` [D]. Each piece of kPieceRows
+// rows has a separate sum, which is a row of `sums` [pieces, D].
 template <typename compute_t, typename Body>
 void for_summed_rows(int64_t rows, int64_t D, compute_t* sums, const Body& body) {
   vectorized_parallel_for(inner_pieces(rows), grain_rows(kPieceRows * D), [&](int64_t begin, int64_t end) {

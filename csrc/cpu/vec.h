@@ -1,13 +1,15 @@
-// Vectorisation of the CPU kernels: plain loops, compiled once per instruction set and chosen at run time.
+// Vectorises the CPU kernels. Plain loops are compiled once per instruction set, and the version to run is chosen at
+// run time.
 //
 // vectorized_parallel_for(n, grain, body) runs body(begin, end) under at::parallel_for, in a function compiled for
-// AVX-512, AVX2 or the baseline. `flatten` inlines all of body into each function. So body is written once, as plain
-// loops over the lanes of a 64-byte vector, which the compiler vectorises. A body that keeps vectors in registers takes
-// their size, body(Bytes<n>{}, begin, end), and runs with AVX only. The choice is ATen's own and obeys
-// ATEN_CPU_CAPABILITY.
+// AVX-512, AVX2 or the baseline. The attribute `flatten` inlines all of body into each of these functions. So body is
+// written once, as plain loops over the lanes of a 64-byte vector, which the compiler vectorises. A body that keeps
+// vectors in registers also takes their size, body(Bytes<n>{}, begin, end), and needs AVX2 or AVX-512. ATen chooses the
+// instruction set, and ATEN_CPU_CAPABILITY overrides the choice.
 //
-// Reductions keep one accumulator per lane of 64 bytes, whatever the hardware's width, and add them in a fixed order.
-// With contraction off, every instruction set and every thread count returns the same bits.
+// Reductions keep one accumulator per lane of a 64-byte vector, regardless of the hardware's vector width. They add the
+// accumulators in a fixed order. The compiler is not allowed to fuse multiply-adds. So every instruction set and every
+// thread count returns the same bits.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -35,7 +37,7 @@ inline InstructionSet instruction_set() {
 template <int n>
 using Bytes = std::integral_constant<int, n>;
 
-// Calls body with or without the size of a vector, as its signature asks.
+// Calls body with or without the size of a vector, depending on the signature of body.
 template <int bytes, typename Body>
 C10_ALWAYS_INLINE void run(const Body& body, int64_t begin, int64_t end) {
   if constexpr (std::is_invocable_v<Body, Bytes<bytes>, int64_t, int64_t>) {
@@ -88,7 +90,7 @@ void vectorized_parallel_for(int64_t count, int64_t grain, const Body& body) {
   });
 }
 
-// Returns the number of rows that are worth a thread.
+// Returns the smallest number of rows that is worth a separate thread.
 inline int64_t grain_rows(int64_t row_elements) {
   constexpr int64_t kGrainElements = 16384;
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row_elements));
@@ -118,7 +120,7 @@ struct Lanes {
   C10_ALWAYS_INLINE T sum() const { return pairwise_sum<width>(lane); }
 
  private:
-  // Adds the halves as vectors, recursively.
+  // Adds the first half and the second half as vectors, then repeats this with the result.
   template <int count>
   static C10_ALWAYS_INLINE T pairwise_sum(const T* value) {
     if constexpr (count == 2) {
@@ -137,8 +139,8 @@ struct Lanes {
   }
 };
 
-// An element in for_lanes, with its index and lane. The last vector is processed whole; `holds` is false for lanes
-// without an element.
+// The position that for_lanes passes to its body: the index of an element and its lane. The last vector is processed
+// with all its lanes, and `holds` is false in lanes beyond the last element.
 template <typename Holds>
 struct Element {
   int64_t index;
@@ -177,8 +179,9 @@ struct Element {
   }
 };
 
-// The last elements of an operand, padded with zeros before any computation. A masked load alone leaves old register
-// contents in the other lanes. Arithmetic on a value that happens to look like a subnormal takes a hundred cycles.
+// The last elements of an operand, padded with zeros to a full vector. Without the zeros, a masked load leaves old
+// register contents in the other lanes. If such a value happens to be subnormal, arithmetic on it takes a hundred
+// cycles.
 template <typename T, int width>
 struct RaggedEnd {
   T lane[width];
@@ -191,8 +194,9 @@ struct RaggedEnd {
   }
 };
 
-// Calls body(element, operand values...) for `count` elements, as many at once as a 64-byte vector has of T. The ragged
-// end is a masked vector instead of a loop: one element takes as long as fifteen.
+// Calls body(element, operand values...) for `count` elements. Each iteration processes as many elements as a 64-byte
+// vector of T holds. The elements that remain are processed as one masked vector, not in a scalar loop. So one
+// remaining element takes as long as fifteen.
 template <typename T, typename Body, typename... Operands>
 C10_ALWAYS_INLINE void for_lanes(int64_t count, const Body& body, const Operands*... operand) {
   constexpr int width = Lanes<T>::width;
@@ -217,13 +221,13 @@ C10_ALWAYS_INLINE void for_lanes(int64_t count, const Body& body, const Operands
 // Rows are processed in tiles of at most this many elements, which stay in the L1 cache.
 constexpr int64_t kTile = 1024;
 
-// Elements in their compute type: in place if they are stored in it, otherwise copied to the tile. A loop over a single
-// type fills whole vectors. In a loop that mixes in narrower types, the compiler processes only as many elements at
-// once as it can widen, a quarter or less.
+// Elements in the compute type. Elements stored in this type are used in place, and all others are converted into the
+// tile. A loop over a single type uses full vectors. In a loop that also reads narrower types, the compiler processes
+// only as many elements per iteration as it can widen, a quarter or less.
 template <typename compute_t>
 class Tile {
  public:
-  C10_ALWAYS_INLINE Tile() {}  // uninitialised; if defaulted, Tile() would fill it with zeros
+  C10_ALWAYS_INLINE Tile() {}  // leaves value_ uninitialised; a defaulted constructor would zero it
 
   template <typename scalar_t>
   C10_ALWAYS_INLINE const compute_t* read(const scalar_t* from, int64_t count) {
@@ -242,7 +246,8 @@ class Tile {
     return value_;
   }
 
-  // Returns where to compute the values for `to`; store() then moves them there.
+  // Returns the address where the caller should write the values for `to`. store() then converts the values to scalar_t
+  // and copies them to `to`, if the address is not `to` itself.
   template <typename scalar_t>
   C10_ALWAYS_INLINE compute_t* place_for(scalar_t* to) {
     if constexpr (std::is_same_v<scalar_t, compute_t>) {
@@ -264,7 +269,7 @@ class Tile {
   alignas(64) compute_t value_[kTile];
 };
 
-// Calls body(column, columns) for the tiles of a row.
+// Calls body(column, columns) for every tile of a row.
 template <typename Body>
 C10_ALWAYS_INLINE void for_tiles(int64_t width, const Body& body) {
   for (int64_t column = 0; column < width; column += kTile) {
@@ -291,7 +296,7 @@ C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term, const 
   return sum.sum();
 }
 
-// Calls body(piece, index, column, columns) for every piece of a sum over inner rows, tile by tile.
+// Calls body(piece, index, column, columns) for every tile of every piece of a sum over inner rows.
 template <int operands, typename Body>
 void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body& body) {
   const int64_t count = inner_pieces(rows.inner.rows) * rows.outer.rows;
@@ -304,7 +309,8 @@ void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body
       });
 }
 
-// Calls body(layer, first row, rows) in each of `layers`, for tiles of several narrow rows or one wide row.
+// Calls body(layer, first row, rows) for every tile of each of the `layers` layers. A tile is several narrow rows or
+// one wide row.
 template <typename Body>
 void for_row_tiles(int64_t layers, int64_t rows, int64_t width, const Body& body) {
   const int64_t rows_at_once = std::max<int64_t>(1, kTile / std::max<int64_t>(1, width));

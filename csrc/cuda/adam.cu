@@ -1,4 +1,5 @@
-// A step of Adam on CUDA: a thread for every 16 bytes of a tensor, and a launch for every kTensors tensors.
+// One step of Adam on CUDA. A thread processes 16 bytes of a parameter, and a launch processes up to kTensors
+// parameters.
 #include "../adam.h"
 #include "../registration.h"
 
@@ -7,17 +8,18 @@
 namespace wakesleep::cuda {
 namespace {
 
-// Elements that a block processes at once.
+// The number of elements in a piece. A block processes one piece at a time.
 template <typename scalar_t>
 constexpr int64_t kPiece = int64_t(kBlockThreads) * kPacket<scalar_t>;
 
-// As many tensors as fit, with the rule, into the 4 KB of kernel arguments that every GPU allows.
+// The number of parameters per launch. Their pointers and the rule must fit in the 4 KB of kernel arguments that every
+// GPU allows.
 constexpr size_t kTensors = 82;
 
 template <typename scalar_t>
 struct AdamTensors {
   AdamTensor<scalar_t, kPiece<scalar_t>> tensor[kTensors];
-  int64_t first, end;  // numbers of their pieces
+  int64_t first, end;  // range of piece numbers
 };
 static_assert(sizeof(AdamTensors<float>) + sizeof(AdamRule) <= 4096);
 
@@ -40,7 +42,7 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads, 2) adam(const AdamTensors<scalar_t> tensors, const AdamRule rule) {
   using compute_t = at::opmath_type<scalar_t>;
   constexpr int n = kPacket<scalar_t>;
-  __shared__ AdamStep<compute_t> step;  // once per block: some GPUs are slow at powers in double
+  __shared__ AdamStep<compute_t> step;  // computed once per block: float64 pow is slow on some GPUs
   if (threadIdx.x == 0) {
     step = rule.template read<compute_t>();
   }
@@ -59,9 +61,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2) adam(const AdamTensors<scala
 }
 
 void adam_(at::TensorList parameters,   // any shapes
-           at::TensorList gradients,    // of the same shapes
-           at::TensorList exp_avgs,     // of the same shapes
-           at::TensorList exp_avg_sqs,  // of the same shapes
+           at::TensorList gradients,    // same shapes as parameters
+           at::TensorList exp_avgs,     // same shapes as parameters
+           at::TensorList exp_avg_sqs,  // same shapes as parameters
            const at::Tensor& step,      // []
            const at::Tensor& lr,        // []
            double beta1, double beta2, double eps) {

@@ -1,5 +1,5 @@
-// Operations on a row of logits from any source. logits(span) returns the logits of a span in the compute type.
-// for_spans<n>(team, D, past, aligned) walks the row.
+// Operations on a row of logits. A functor provides the logits: logits(span) returns the logits of a span in the
+// compute type. for_spans<n>(team, D, past, aligned) iterates over the row.
 #pragma once
 
 #include "../densities.h"
@@ -23,7 +23,7 @@ struct StoredLogits {
   }
 };
 
-// Logits as a product without its bias; each read adds the bias.
+// Logits, stored without the bias, which is added on each read.
 template <typename T>
 struct ProductAndBias {
   using compute_t = T;
@@ -47,7 +47,7 @@ struct ProductAndBias {
   }
 };
 
-// A thread's part of sum_d [x a - softplus(a)].
+// Accumulates one thread's part of sum_d [x a - softplus(a)].
 template <typename compute_t>
 struct LogProbSum {
   compute_t linear = 0, product = 1;
@@ -69,7 +69,7 @@ struct LogProbSum {
     }
   }
 
-  // Sums over the whole team; one thread writes the sum.
+  // Adds the parts of all threads in the team. One thread writes the sum.
   template <int threads>
   __device__ void write(Team<threads> team, compute_t* log_prob) const {
     const compute_t sum = team.sum(linear - log_of_normal(product));
@@ -88,8 +88,8 @@ __device__ void write_log_prob(Team<threads> team, int64_t D, int past, const Lo
   sum.write(team, log_prob);
 }
 
-// Returns [u <= p] without dividing: for the p of a logit, it tests u + u e^-a <= 1. 1 - u is exact where it is small.
-// The tolerance, half a rounding of 1, makes x = 1 for every u if s(a) rounds to 1.
+// Returns [u <= p] without a division. If p = sigmoid(a), it tests u + u e^-a <= 1 instead. The code evaluates u - 1,
+// which is exact for u >= 1/2. The tolerance, epsilon / 4, ensures that x = 1 for every u if sigmoid(a) rounds to 1.
 template <typename T>
 __device__ bool draws_one(OfLogit, T u, T logit) {
   return u * wakesleep::exp(-logit) + (u - T(1)) <= std::numeric_limits<T>::epsilon() / T(4);
@@ -100,7 +100,7 @@ __device__ bool draws_one(OfGrey probability, T u, T grey) {
   return u * T(probability.white) <= grey;
 }
 
-// Draws x = [u <= probability(v)] for a row that begins at element `first` of the draw.
+// Draws x = [u <= probability(v)] for a row of values v. The row begins at element `first` of the whole draw.
 template <int n, int threads, typename Probability, typename Values, typename x_t>
 __device__ void draw_row(Team<threads> team, PhiloxKey key, int64_t first, int64_t D, const Probability& probability,
                          const Values& values_of, x_t* x) {

@@ -1,4 +1,4 @@
-// x ~ Bernoulli(grey / white) for images that an index selects, on CUDA.
+// x ~ Bernoulli(grey / white) for the images that an index selects, on CUDA.
 #include "../bernoulli.h"
 #include "../registration.h"
 #include "bernoulli_rows.cuh"
@@ -9,12 +9,12 @@ namespace {
 template <typename grey_t, typename x_t>
 struct BinarizeRows {
   const grey_t* __restrict__ grey;
-  const int64_t* __restrict__ index;  // null means all rows in order
+  const int64_t* __restrict__ index;  // if null, all rows are used in order
   const int64_t* __restrict__ key;
   x_t* __restrict__ x;
   OfGrey probability;
   int64_t N, D;
-  int64_t stride;  // of grey
+  int64_t stride;  // row stride of grey
 
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {

@@ -1,7 +1,8 @@
-// Processes rows and sums them over the batch in the same kernel.
+// Processes rows and sums the results over the rows in the same kernel.
 //
-// A block processes a piece of the rows and all columns, tile by tile. Its warps divide the rows, and their lanes the
-// columns. It adds up its warps' sums in shared memory, in order. The caller adds up the pieces.
+// A block processes a piece of the rows. It covers all columns, one tile after the other. Its warps divide the rows of
+// the piece, and the lanes of a warp divide the columns of the tile. The block adds the sums of its warps in shared
+// memory, in a fixed order. The caller adds the sums of the pieces.
 #pragma once
 
 #include "rowwise.cuh"
@@ -10,7 +11,7 @@ namespace wakesleep::cuda {
 
 constexpr int kWarps = kBlockThreads / 32;
 
-// Rows of a warp; in float64, more would not fit in the registers.
+// The number of rows per warp. In float64, more rows would not fit in the registers.
 template <typename compute_t>
 constexpr int kRowsOfWarp = 16 / sizeof(compute_t);
 
@@ -21,15 +22,16 @@ inline int64_t rows_of_sum(at::ScalarType compute) {
   return compute == at::kDouble ? kPieceOfSum<double> : kPieceOfSum<float>;
 }
 
-// The sums of each warp of a block for every column of a tile.
+// The partial sums of each warp in a block, for every column of a tile.
 template <typename compute_t, int n>
 struct TileOfWarps {
   compute_t (&of)[kWarps][32 * n];
 
-  // Writes the total over the warps to sums[c] for every column c < `columns`. `own` is the lane's part.
+  // Writes the sum over the warps to sums[c] for every column c < `columns`. `own` holds the partial sums of the
+  // calling lane.
   __device__ void add_up(const Packet<compute_t, n>& own, int64_t columns, compute_t* sums) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    __syncthreads();  // others may still read the previous tile
+    __syncthreads();  // other threads may still read the previous tile
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       of[warp][lane * n + i] = own.value[i];
@@ -47,17 +49,17 @@ struct TileOfWarps {
   }
 };
 
-// Computes the sums over every piece of rows, [pieces, D]. `rows` has
+// Writes the sum of every piece of rows to `sums` [pieces, D]. `rows` must define these members:
 //
-//   kSpan: the columns that a lane processes at once;
-//   begin(first row, held): returns the state of the warp's rows, of which `held` exist; another row may replace a
-//     missing one;
+//   kSpan: the number of columns that a lane processes together;
+//   begin(first row, held): returns `kept`, the state of the warp's rows. Only the first `held` rows are valid, and any
+//     valid row may stand in for the others;
 //   read(kept, r, span): returns the inputs of the warp's row r in the span;
-//   make(kept, r, span, inputs): writes the outputs and returns the values to be summed;
-//   end(kept): runs after the last column.
+//   make(kept, r, span, inputs): writes the outputs of row r in the span and returns the values to be summed;
+//   end(kept): is called after the last column.
 //
-// A warp reads all its rows before it makes the first. Otherwise each read would wait for the write before it, since
-// the compiler has to assume that the two may overlap.
+// A warp calls read() for all its rows before the first make(). Otherwise each load would wait for the store before it,
+// because the compiler must assume that the two may alias.
 template <typename compute_t, typename Rows>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     summed_rows_kernel(const Rows rows, compute_t* sums, int64_t count, int64_t D, int64_t pieces) {

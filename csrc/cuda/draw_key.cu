@@ -1,4 +1,5 @@
-// Draws a key from the CUDA generator through its graph-safe state. A captured draw gives fresh noise at each replay.
+// Draws a key from the CUDA generator through its graph-safe state. So a draw that a CUDA graph captures gives fresh
+// noise at each replay.
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/PhiloxUtils.cuh>
 
@@ -11,7 +12,7 @@
 namespace wakesleep::cuda {
 namespace {
 
-// Each key advances the generator's offset by this much, whatever the size of the draw. The generator requires a
+// Each key advances the generator's offset by this amount, regardless of the size of the draw. The generator requires a
 // multiple of 4.
 constexpr uint64_t kOffsetPerKey = 4;
 

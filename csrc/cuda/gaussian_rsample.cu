@@ -1,5 +1,6 @@
-// z = mu + sigma eps with sigma = e^(logvar/2), log q(z) = -1/2 sum_k [logvar + eps^2 + log 2 pi], and the gradients
-// of both, on CUDA. eps is a function of the key and the element's index in z, so the backward draws it again.
+// z = mu + sigma eps with sigma = e^(logvar/2), log q(z) = -1/2 sum_k [logvar + eps^2 + log 2 pi], and the gradients of
+// both, on CUDA. eps is a function of the key and the element's index in z, so the backward pass computes the same eps
+// again.
 #include "../densities.h"
 #include "../gaussian.h"
 #include "../registration.h"
@@ -88,8 +89,8 @@ template <typename scalar_t, bool summed>
 struct GaussianRsampleBackwardRows {
   using compute_t = at::opmath_type<scalar_t>;
   using grad_t = std::conditional_t<summed, compute_t, scalar_t>;
-  const scalar_t* __restrict__ grad_z;          // null without this gradient
-  const compute_t* __restrict__ grad_log_prob;  // null without this gradient
+  const scalar_t* __restrict__ grad_z;          // null if z has no gradient
+  const compute_t* __restrict__ grad_log_prob;  // null if log_prob has no gradient
   const scalar_t* __restrict__ logvar;
   const int64_t* __restrict__ key;
   grad_t* __restrict__ grad;
@@ -118,7 +119,7 @@ struct GaussianRsampleBackwardRows {
       for (int64_t sample = first_sample; grad_z != nullptr && sample < last_sample; ++sample) {
         const int64_t first = (sample * B + row) * K;
         const auto upstream = load<compute_t>(span, grad_z + first);
-        // A later sample's row may begin within a Philox block.
+        // The row of a later sample may begin in the middle of a Philox block.
         const auto eps = draw<StandardNormals, compute_t, span.size, summed>(key_words, first + span.column);
 #pragma unroll
         for (int i = 0; i < span.size; ++i) {

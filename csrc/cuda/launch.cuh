@@ -1,4 +1,4 @@
-// Launches kernels on the current stream, and checks the launch. No other file launches one.
+// Launches kernels on the current stream and checks for launch errors. No other file launches a kernel directly.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -16,13 +16,13 @@ inline void check_launch(cudaError_t error) {
     (void)cudaGetLastError();
     TORCH_CHECK_NOT_IMPLEMENTED(false,
                                 "wakesleep_ext: none of the compiled kernels runs on this GPU; `wakesleep info` ",
-                                "tells which GPUs they were compiled for and how to reinstall them");
+                                "says which GPUs they were compiled for and how to reinstall them");
   }
   C10_CUDA_CHECK(error);
 }
 
-// Runs kernel(arguments...) on `blocks` blocks of `threads`. Kernels use grid-stride loops, so a grid cut to the
-// hardware's limit still covers all work.
+// Runs kernel(arguments...) on `blocks` blocks of `threads` threads. Kernels use grid-stride loops, so a grid that is
+// clamped to the hardware limit still covers all the work.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) {
   if (blocks == 0) {

@@ -15,7 +15,7 @@ struct LinearBernoulliLogProbRows {
   compute_t* __restrict__ log_prob;
   RowMap<1> rows;
   int64_t first;   // first row of the chunk
-  int64_t stride;  // of products
+  int64_t stride;  // row stride of products
   int64_t D;
 
   template <int threads>
@@ -26,15 +26,16 @@ struct LinearBernoulliLogProbRows {
   }
 };
 
-// Writes the gradient of a chunk's logits and, with with_log_prob, the log-likelihoods. It works row by row, or also
-// sums the gradient over rows. grad_logits may alias products.
+// Writes the gradient of a chunk's logits and, if with_log_prob is true, the log-likelihoods. row_kernel uses it to
+// process rows separately. summed_rows_kernel uses it to also sum the gradient over rows. grad_logits may alias
+// products.
 template <typename compute_t, typename x_t, typename grad_t, bool with_log_prob>
 struct LinearBernoulliLogProbBackwardRows {
   static constexpr int kSpan = kPacket<compute_t>;
   const compute_t* products;
   const compute_t* __restrict__ bias;
   const x_t* __restrict__ x;
-  const compute_t* __restrict__ upstream;  // null means ones
+  const compute_t* __restrict__ upstream;  // if null, every weight is 1
   compute_t* __restrict__ log_prob;
   grad_t* grad_logits;
   RowMap<2> rows;
@@ -43,7 +44,7 @@ struct LinearBernoulliLogProbBackwardRows {
   int64_t D;
 
   struct Row {
-    int64_t row;  // in the chunk
+    int64_t row;  // index within the chunk
     const x_t* x;
     compute_t weight;
     LogProbSum<compute_t> log_prob;
@@ -182,7 +183,7 @@ struct Kernels : PlatformProducts {
             call.D};
         if (sums.defined()) {
           launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), products.size(0), call.D);
-        } else {  // a small batch has one block per row
+        } else {  // a small batch uses one block per row
           launch_teams(Team<kBlockThreads>{}, products.size(0), rows);
         }
       };

@@ -14,7 +14,7 @@ struct LinearBernoulliSampleRows {
   const int64_t* __restrict__ key;
   x_t* __restrict__ x;
   int64_t first;   // first row of the chunk
-  int64_t stride;  // of products
+  int64_t stride;  // row stride of products
   int64_t D;
 
   template <int threads>
@@ -25,7 +25,7 @@ struct LinearBernoulliSampleRows {
   }
 };
 
-// Draws each element by itself: it needs one of the words of its Philox block.
+// Draws each element separately, from one of the four words of a Philox block.
 template <typename compute_t, typename x_t>
 struct WriteSample {
   const compute_t* __restrict__ bias;

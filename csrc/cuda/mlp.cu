@@ -30,14 +30,15 @@ struct MlpRows {
   }
 };
 
-// Writes the gradient of the products, row by row or together with its sums over rows.
+// Writes the gradient of the products h weight^T. row_kernel uses it to process rows separately. summed_rows_kernel
+// uses it to also sum the gradient over rows.
 template <typename compute_t, typename scalar_t, typename grad_t, typename F>
 struct MlpBackwardRows {
   static constexpr int kSpan = kPacket<scalar_t>;
   const scalar_t* grad;
   const scalar_t* __restrict__ output;
   grad_t* written;  // may alias grad
-  int64_t stride;   // of written
+  int64_t stride;   // row stride of written
   int64_t D;
   F activation;
 
@@ -134,7 +135,7 @@ struct Kernels : PlatformProducts {
                            activation};
         if (sums.defined()) {
           launch_summed_rows(rows, sums.mutable_data_ptr<compute_t>(), N, D);
-        } else {  // a small batch has one block per row
+        } else {  // a small batch uses one block per row
           launch_teams(Team<kBlockThreads>{}, N, rows);
         }
       };
@@ -179,7 +180,7 @@ struct Kernels : PlatformProducts {
       using scalar_t = typename decltype(type)::type;
       launch_layer_gradients<scalar_t>(operands, grad, grad_weight, grad_bias, grad_h, activation);
     };
-    if (l == 0) {  // h is the input of the MLP
+    if (l == 0) {  // h is the input of the MLP, not the output of an activation
       return dispatch_floating(call.op, call.dtype, [&](auto type) { launch_for(Identity{}, type); });
     }
     call.dispatch(l - 1, launch_for);

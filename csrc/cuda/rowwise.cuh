@@ -1,9 +1,11 @@
-// Divides rows among threads, reads them and sums them.
+// Assigns rows to threads, and loads, reduces and stores them.
 //
-// A team of threads works on a row. If the row is summed, the team's size depends on its width alone, so the sum does
-// not depend on the batch. Sums use shuffles in a fixed order. Spans of 16 bytes lie between the boundaries of the
-// row's first operand. Only the first and the last are ragged, so an odd width costs little. An operand without
-// boundaries there is read element by element.
+// A team of threads works on a row. If the row is reduced, the team size depends only on the row's width, so the sum
+// does not depend on the batch. Reductions use warp shuffles in a fixed order.
+//
+// A row is divided into spans of 16 bytes that are aligned in the row's first operand. Only the first and the last span
+// can be partial, so an odd width costs little. An operand that is not aligned at these positions is read element by
+// element.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -27,7 +29,7 @@ struct Team {
   static __device__ int64_t first() { return int64_t(blockIdx.x) * per_block + threadIdx.x / threads; }
   static __device__ int64_t count() { return int64_t(gridDim.x) * per_block; }
 
-  // Returns the sum over the team, in every thread.
+  // Returns the sum over the team to every thread.
   template <typename T>
   static __device__ T sum(T value) {
     constexpr int lanes = threads < 32 ? threads : 32;
@@ -39,7 +41,7 @@ struct Team {
     if constexpr (threads > 32) {
       constexpr int warps = threads / 32;
       __shared__ T partial[warps];
-      __syncthreads();  // others may still read the previous row
+      __syncthreads();  // other threads may still read the sums of the previous row
       if (threadIdx.x % 32 == 0) {
         partial[threadIdx.x / 32] = value;
       }
@@ -54,8 +56,8 @@ struct Team {
   }
 };
 
-// The bounds allow 128 registers, with two blocks or more on a multiprocessor. Left to itself, the compiler spills some
-// to fit one more block.
+// The launch bounds allow 128 registers per thread and at least two blocks per multiprocessor. Without the bounds, the
+// compiler spills registers to fit one more block.
 template <int threads, typename RowBody>
 __global__ void __launch_bounds__(kBlockThreads, 2) row_kernel(const RowBody body, int64_t rows) {
   for (int64_t row = Team<threads>::first(); row < rows; row += Team<threads>::count()) {
@@ -69,8 +71,8 @@ void launch_teams(Team<threads>, int64_t rows, const RowBody& body) {
   launch(row_kernel<threads, RowBody>, (rows + per_block - 1) / per_block, kBlockThreads, body, rows);
 }
 
-// Calls body(team, row) for every row. A thread has a few spans of n, so many elements share the work done once per
-// row.
+// Calls body(team, row) for every row. Each thread processes a few spans of n elements, which amortises the work done
+// once per row.
 template <int n = 4, typename RowBody>
 void launch_rows(int64_t rows, int64_t width, const RowBody& body) {
   const int64_t spans = (width + n - 1) / n;
@@ -85,8 +87,8 @@ void launch_rows(int64_t rows, int64_t width, const RowBody& body) {
   }
 }
 
-// Like launch_rows, if nothing is summed along a row. Results do not depend on the team then. A block for each row is
-// faster if rows are too few to keep a GPU busy.
+// Like launch_rows, but for kernels that do not sum along a row. Their results do not depend on the size of the team.
+// If there are too few rows to keep a GPU busy, one block per row is faster.
 template <int n, typename RowBody>
 void launch_free_rows(int64_t rows, int64_t width, const RowBody& body) {
   constexpr int64_t few = 1024;
@@ -97,7 +99,7 @@ void launch_free_rows(int64_t rows, int64_t width, const RowBody& body) {
   }
 }
 
-// n consecutive elements.
+// A register copy of n consecutive elements.
 template <typename T, int n>
 struct Packet {
   T value[n];
@@ -106,8 +108,9 @@ struct Packet {
 template <typename T>
 constexpr int kPacket = 16 / sizeof(T);
 
-// The position of a packet in a row: n columns from `column` on, of which the row holds `first` to `last` - 1. If
-// `aligned`, the row holds all, as the compiler knows.
+// The position of a packet in a row: the n columns that start at `column`. Elements `first` to `last` - 1 of the packet
+// are within the row. If `aligned` is true, all n elements are within the row, and the compiler removes the bounds
+// checks.
 template <int n, bool aligned>
 struct Span {
   static constexpr int size = n;
@@ -123,14 +126,14 @@ __device__ bool on_boundary(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (sizeof(T) * n) == 0;
 }
 
-// True if all operands of a row begin and end on a boundary of n elements.
+// Returns true if all operands of a row begin and end at addresses aligned to n elements.
 template <int n, typename... T>
 __device__ bool aligned(int64_t width, const T*... rows) {
   return width % n == 0 && (on_boundary<n>(rows) && ...);
 }
 
-// The words that move a packet. If it moved element by element, the compiler would find the aligned and the unaligned
-// path equal, and merge them.
+// The word types with which a packet is loaded and stored. If packets were loaded and stored element by element, the
+// aligned and the unaligned path would be identical, and the compiler would merge them.
 template <size_t bytes>
 struct WideWord : Type<uint4> {};
 template <>
@@ -143,7 +146,8 @@ struct WideWord<8> : Type<uint2> {};
 template <typename T, int n>
 using WideWords = std::array<typename WideWord<sizeof(T) * n>::type, sizeof(T) * n <= 16 ? 1 : sizeof(T) * n / 16>;
 
-// Memory that a kernel only reads, through the read-only cache, and memory that it also writes.
+// How to load from memory. ReadOnly uses the read-only cache, for memory that the kernel only reads. Written is for
+// memory that the kernel also writes.
 struct ReadOnly {
   template <typename Word>
   static __device__ Word load(const Word* from) {
@@ -157,8 +161,8 @@ struct Written {
   }
 };
 
-// Loads the elements of `row` that the span holds, and zeros elsewhere. They are converted only after the branches
-// join, or each load would finish before the next is issued.
+// Loads the elements of `row` that the span holds, and zeros elsewhere. The conversion to compute_t comes after the
+// branches join. Inside the branches, it would make each load complete before the next load is issued.
 template <typename compute_t, typename Access = ReadOnly, int n, bool aligned, typename T>
 __device__ Packet<compute_t, n> load(Span<n, aligned> span, const T* row) {
   WideWords<T, n> words;
@@ -209,13 +213,14 @@ __device__ void store(Span<n, aligned> span, const Packet<compute_t, n>& values,
   }
 }
 
-// Returns how many elements after a boundary of n the row begins.
+// Returns the number of elements from the last address aligned to n elements to the start of the row.
 template <int n, typename T>
 __device__ int past_boundary(const T* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % n);
 }
 
-// Calls body(span) for the spans of a row that begins `past` elements after a boundary, divided among the team.
+// Calls body(span) for every span of a row. The threads of the team divide the spans. The row begins `past` elements
+// after an aligned address.
 template <int n, int threads, typename Body>
 __device__ void for_spans(Team<threads> team, int64_t width, int past, const Body& body) {
   for (int64_t column = int64_t(team.rank()) * n - past; column < width; column += threads * n) {
@@ -223,7 +228,7 @@ __device__ void for_spans(Team<threads> team, int64_t width, int past, const Bod
   }
 }
 
-// Like the above, without bounds checks if the row is aligned, so that several loads are in flight at once.
+// Like the above, but without bounds checks if `aligned` is true, so that several loads are in flight together.
 template <int n, int threads, typename Body>
 __device__ void for_spans(Team<threads> team, int64_t width, int past, bool aligned, const Body& body) {
   if (aligned) {
@@ -240,11 +245,12 @@ inline __device__ PhiloxKey read_key(const int64_t* key) {
   return {static_cast<uint64_t>(key[0]), static_cast<uint64_t>(key[1])};
 }
 
-// Elements of T that are drawn and moved at once: whole Philox blocks, and at least 16 bytes.
+// The number of elements of type T that are drawn and stored together: whole Philox blocks, and at least 16 bytes.
 template <typename T>
 constexpr int kDrawPacket = kPacket<T> > kPhiloxWords ? kPacket<T> : kPhiloxWords;
 
-// Returns the draws for the elements first .. first + n - 1. `first` must begin a Philox block unless `across` is true.
+// Returns the draws for the elements first .. first + n - 1. `first` must be the first element of a Philox block,
+// unless `across` is true.
 template <typename Distribution, typename T, int n, bool across = false>
 __device__ Packet<T, n> draw(PhiloxKey key, int64_t first) {
   static_assert(n % kPhiloxWords == 0);

@@ -1,9 +1,10 @@
-// Layers of small batches: the GEMM and what comes before and after it, in one launch.
+// Layers for small batches. One kernel computes the GEMM and the operations before and after it.
 //
-// A GEMM of tens of rows is too little work to fill a GPU: it takes as long as its launch, its loads and its sums.
-// cuBLAS cuts it into tiles made for many rows, or into parts that a second kernel adds up. It leaves the bias, the
-// activation and the sums over rows to separate kernels. Here a layer is one launch forward and one backward. Tiles are
-// small, so that there are many. Lanes or warps divide the sums of a tile, always in the same order.
+// A GEMM with tens of rows cannot fill a GPU, so the latency of its launch, loads and reductions dominates its time.
+// cuBLAS divides the GEMM into tiles designed for many rows, or into parts that a second kernel adds. It leaves the
+// bias, the activation and the sums over rows to separate kernels. Here, a layer needs one launch in the forward pass
+// and one in the backward pass. Tiles are small, so that there are many of them. Lanes or warps share the reductions of
+// a tile, always in the same order.
 #pragma once
 
 #include "../linear.h"
@@ -14,7 +15,7 @@ namespace wakesleep::cuda {
 // The limit of 256 rows was measured on an H200.
 inline int64_t small_batch_limit() { return wakesleep::small_batch_limit(256); }
 
-// Loads n consecutive elements from a boundary of n elements.
+// Loads n consecutive elements starting at an address aligned to n elements.
 template <typename compute_t, int n, typename T>
 __device__ Packet<compute_t, n> load_packet(const T* from) {
   return load<compute_t>(Span<n, true>{0, 0, n}, from);
@@ -25,7 +26,7 @@ __device__ void store_packet(const Packet<compute_t, n>& values, T* to) {
   store(Span<n, true>{0, 0, n}, values, to);
 }
 
-// Sums 32 values per lane over the warp; lane i returns the sum of value i. `half` is a template argument so that the
+// Sums 32 values over the lanes of a warp. Lane i returns the sum of value i. `half` is a template argument so that the
 // values stay in registers.
 template <int half = 16, typename T>
 __device__ T sum_by_lane(T (&values)[32]) {
@@ -51,12 +52,13 @@ struct LayerOperands {
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
-// A warp computes 8 rows by 4 columns of h weight^T, one for each lane in the end. Its lanes divide the features.
+// A warp computes 8 rows by 4 columns of h weight^T. The lanes divide the features. After the reduction, each lane has
+// one of the 32 elements.
 constexpr int kTileRows = 8, kTileColumns = 4, kTileThreads = 64;
 
 inline int64_t column_tiles(int64_t D) { return (D + kTileColumns - 1) / kTileColumns; }
 
-// Calls finish(row, column, element of the product) for every element. A lane reads n features at once.
+// Calls finish(row, column, element of the product) for every element of h weight^T. A lane loads n features at a time.
 template <int n, typename scalar_t, typename Finish>
 __global__ void __launch_bounds__(kTileThreads)
     layer_kernel(const LayerOperands<scalar_t> layer, const Finish finish, int64_t columns, int64_t tiles) {
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kTileThreads)
       weight[c] = layer.weight + min(column + c, layer.D - 1) * layer.H;
     }
     compute_t sums[kTileRows * kTileColumns] = {};
-    Packet<compute_t, n> w[2][kTileColumns], v[2][kTileRows];  // the current operands, and the next ones
+    Packet<compute_t, n> w[2][kTileColumns], v[2][kTileRows];  // two buffers: current and next operands
     const auto read = [&](int64_t k, int into) {
 #pragma unroll
       for (int c = 0; c < kTileColumns; ++c) {
@@ -126,9 +128,9 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
-constexpr int kColumnsAtOnce = 4;  // of the products' gradient
+constexpr int kColumnsAtOnce = 4;  // columns of the products' gradient that a load reads
 
-// Sums of each warp of a block. total(i, lane) adds up value i of a lane over the warps.
+// Partial sums of each warp of a block, in shared memory. total(i, lane) adds value i of a lane over the warps.
 template <typename T, int count>
 struct SumsOfWarps {
   T (&of)[kWarps][count][32];
@@ -145,27 +147,33 @@ struct SumsOfWarps {
   }
 };
 
-// The gradients of a layer, with g that of the products: g^T h for weight, and the sum of g over the rows for bias.
-// That for a, where h = f(a), is f'(h) g weight. The first blocks compute weight and bias: a lane handles 4 columns of
-// g by n features, and the warps divide the rows. The others compute a: a lane handles 4 rows of one feature, and the
-// warps divide the columns.
+// Computes the gradients of a layer. Its input is h = f(a), and g is the gradient of the products h weight^T:
+//
+//   weight: g^T h;
+//   bias: the sum of g over the rows;
+//   a: f'(a) g weight, where f'(a) is computed from h.
+//
+// The first blocks compute the gradients of weight and bias: a lane processes 4 columns of g and n features, and the
+// warps divide the rows. The other blocks compute the gradient of a: a lane processes 4 rows of one feature, and the
+// warps divide the columns of g.
 template <int n, typename scalar_t, typename F>
 struct LayerGradientsOf : LayerOperands<scalar_t> {
   using compute_t = at::opmath_type<scalar_t>;
   using Columns = Packet<compute_t, kColumnsAtOnce>;
   static constexpr int kRowsOfH = 4;
-  static constexpr int kAhead = kPacket<compute_t>;  // terms of a sum that are read at once
+  static constexpr int kAhead = kPacket<compute_t>;  // terms of a sum that are loaded together
   static constexpr int kSums = kColumnsAtOnce * (n + 1);
   static_assert(kSums >= kRowsOfH);
   using Sums = SumsOfWarps<compute_t, kSums>;
 
-  const scalar_t* __restrict__ grad;   // [N, D], of the products
+  const scalar_t* __restrict__ grad;   // [N, D], gradient of the products
   scalar_t* __restrict__ grad_weight;  // [D, H], or null
   scalar_t* __restrict__ grad_bias;    // [D]
   scalar_t* __restrict__ grad_h;       // [N, H], or null
   F activation;
 
-  // Packets in a row of h, at least one, so that a thread writes the bias gradient even if H is 0.
+  // Returns the number of packets in a row of h. It is at least one, so that a thread writes the bias gradient even if
+  // H is 0.
   __host__ __device__ int64_t packets() const { return this->H == 0 ? 1 : (this->H + n - 1) / n; }
   int64_t blocks_of_weight() const {
     const int64_t tiles = (this->D + kColumnsAtOnce - 1) / kColumnsAtOnce * packets();
@@ -233,7 +241,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
       sums.put(kColumnsAtOnce * n + c, bias.value[c]);
     }
     __syncthreads();
-    const int64_t d = column + warp;  // a warp writes one column
+    const int64_t d = column + warp;  // each warp writes one column
     if (warp >= kColumnsAtOnce || d >= this->D) {
       return;
     }
@@ -257,8 +265,8 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     const int64_t feature = inside ? k : 0;
     compute_t products[kRowsOfH] = {};
     constexpr int step = kWarps * kColumnsAtOnce;
-    // No branches among the loads, so all are in flight at once; loads out of range read other elements and are not
-    // used.
+    // There are no branches between the loads, so all of them are in flight together. A load that would be out of range
+    // reads another element, whose value is not used.
     for (int64_t start = warp * kColumnsAtOnce; start < this->D; start += kAhead * step) {
       Columns w[kAhead], g[kAhead][kRowsOfH];
 #pragma unroll
@@ -292,7 +300,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
       sums.put(r, products[r]);
     }
     __syncthreads();
-    const int64_t row = first + warp;  // a warp writes one row
+    const int64_t row = first + warp;  // each warp writes one row
     if (warp < kRowsOfH && row < this->N && inside) {
       const int64_t place = row * this->H + k;
       const auto y = static_cast<compute_t>(this->h[place]);
@@ -311,13 +319,13 @@ __global__ void __launch_bounds__(kBlockThreads)
     } else {
       gradients.write_h(block - blocks_of_weight, {shared});
     }
-    __syncthreads();  // before the next block's sums overwrite these
+    __syncthreads();  // before the next block's sums overwrite the ones in `shared`
   }
 }
 
 // ---- host code ----------------------------------------------------------------------------------------------------
 
-// A layer's operands as the kernels read them: contiguous, in one dtype.
+// The operands of a layer, made contiguous and converted to one dtype for the kernels.
 struct FewRows {
   at::Tensor h;       // [N, H]
   at::Tensor weight;  // [D, H]
@@ -331,12 +339,12 @@ struct FewRows {
   }
 };
 
-// Calls body(std::integral_constant<int, n>), where n elements are read at once: four, or 16 bytes at most, if all rows
-// are on such boundaries, otherwise one. More would not fit in the registers.
+// Calls body(std::integral_constant<int, n>), where n is the number of elements per load. If all rows are aligned, n is
+// four, or two for float64; otherwise, n is one. Larger loads would not fit in the registers.
 template <typename scalar_t, typename Body>
 void dispatch_packet(std::initializer_list<at::Tensor> tensors, const Body& body) {
   constexpr int n = kPacket<scalar_t> < kColumnsAtOnce ? kPacket<scalar_t> : kColumnsAtOnce;
-  constexpr int multiple = kColumnsAtOnce;  // columns of grad, too, are read so many at once
+  constexpr int multiple = kColumnsAtOnce;  // columns of grad are always loaded in packets of this size
   bool aligned = true;
   for (const at::Tensor& tensor : tensors) {
     aligned =

@@ -20,8 +20,8 @@ void Recording::stop() {
   own_.clear();
 }
 
-// Keeps the calls that have side effects, and those whose results a kept call uses. It visits calls from last to first,
-// so the first use of a value that it meets is the last.
+// Keeps the calls that have side effects, and the calls whose results are returned or used by another kept call. It
+// visits the calls from last to first. So the first use of a value that it finds is the last use in a replay.
 void Recording::keep_needed_calls() {
   std::unordered_set<size_t> needed(results_.begin(), results_.end());
   for (const auto& left : left_behind_) {
@@ -30,7 +30,7 @@ void Recording::keep_needed_calls() {
   std::vector<Call> kept;
   for (auto call = calls_.rbegin(); call != calls_.rend(); ++call) {
     const auto& schema = call->op.schema();
-    const bool does_something = schema.is_mutable() || schema.returns().empty() ||  // such as an assertion
+    const bool does_something = schema.is_mutable() || schema.returns().empty() ||  // for example, an assertion
                                 call->op.hasTag(at::Tag::nondeterministic_seeded);
     const auto is_needed = [&](const Link& result) { return needed.count(result.value) > 0; };
     if (!does_something && std::none_of(call->results.begin(), call->results.end(), is_needed)) {
@@ -48,7 +48,7 @@ void Recording::keep_needed_calls() {
   calls_.assign(std::make_move_iterator(kept.rbegin()), std::make_move_iterator(kept.rend()));
 }
 
-// Calls body(place, tensor) for every tensor on a stack.
+// Calls body(place, tensor) for every defined tensor on a stack.
 template <typename Body>
 void Recording::for_tensors(const torch::jit::Stack& stack, const Body& body) {
   const auto visit = [&](const Place& place, const c10::IValue& value) {
@@ -84,7 +84,7 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
     }
   });
   if (multiplies_by_one(made)) {
-    stack.clear();  // the op returns nothing
+    stack.clear();  // this operator returns nothing
     return;
   }
   const bool is_mutable = op.schema().is_mutable();
@@ -104,7 +104,8 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
   calls_.push_back(std::move(made));
 }
 
-// The gradient of a loss itself is 1. Multiplying by it in place changes nothing, so the call is left out.
+// The gradient of a loss with respect to itself is 1. Multiplying by this 1 in place changes nothing, so the call is
+// neither made nor recorded.
 bool Recording::multiplies_by_one(const Call& made) const {
   static const c10::OperatorName in_place("aten::_foreach_mul_", "Tensor");
   return made.op.operator_name() == in_place && !made.uses.empty() && made.uses.back().place.argument == 1 &&
@@ -126,7 +127,7 @@ void Recording::note_outside(const Call& made) {
   });
 }
 
-// Saves the tensors that a call writes to, except those in memory that this recording allocated.
+// Saves the tensors that a call modifies in place, except tensors in memory that the recorded calls allocated.
 void Recording::save_what_is_written(const Call& made) {
   const auto& schema = made.op.schema();
   for_tensors(made.arguments, [&](const Place& place, const at::Tensor& tensor) {
@@ -154,7 +155,7 @@ void Recording::undo() {
   }
 }
 
-// Notes the tensors that a call made, but not the arguments that it wrote to and returns as well.
+// Records the tensors that a call created, excluding arguments that it modified in place and returned.
 void Recording::note_results(Call& made, const torch::jit::Stack& results) {
   static const c10::OperatorName ones_like("aten::ones_like", "");
   for_tensors(results, [&](const Place& place, const at::Tensor& tensor) {

@@ -1,9 +1,9 @@
-// Records calls of operators and makes them again, as a CUDA graph does with kernels. A replay runs without Python or
-// autograd between the calls.
+// Records operator calls and replays them, as a CUDA graph does with kernels. A replay runs without Python or autograd
+// between the calls.
 //
-// A replay reads and writes tensors from outside in place. Numbers keep their recorded values. Arguments are copied
-// into those of the recorded calls. A tensor that the calls made and that is still referenced when recording ends, such
-// as a gradient, gets the value of every replay.
+// A replay reads and writes outside tensors, which the calls did not create, in place. Python numbers keep their
+// recorded values. The arguments of a replay are copied into the arguments of the recording. Tensors that the recorded
+// calls create and that outlive the recording, such as gradients, are overwritten by every replay.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -16,51 +16,53 @@
 
 namespace wakesleep {
 
-// Only one thread at a time may use it.
+// This class is not thread-safe: only one thread at a time may use a recording.
 class Recording {
  public:
   explicit Recording(std::vector<at::Tensor> arguments) : arguments_(std::move(arguments)) {}
 
-  // Calls an operator and records the call, below autograd. Its results replace its arguments on the stack.
+  // Calls an operator below autograd, and records the call. On the stack, the results replace the arguments.
   void call(const c10::OperatorHandle& op, torch::jit::Stack& stack);
 
-  // Makes a replay return these tensors, copying any that shares memory with others. It is the last call before stop().
+  // Makes every replay return these tensors. It records a copy of each tensor that may share memory with another
+  // tensor. It must be the last call before stop().
   void returns(const std::vector<at::Tensor>& results);
 
-  // Ends the recording. Tensors of it that the caller still holds are left behind.
+  // Ends the recording. left_behind() then returns the tensors that the calls created and that are still referenced.
   void stop();
 
-  // Makes the calls again, in their order, with other arguments like the first.
+  // Repeats the calls in the recorded order. The arguments must have the shapes and dtypes of the recording's
+  // arguments.
   std::vector<at::Tensor> replay(const std::vector<at::Tensor>& arguments);
 
-  // Restores the outside tensors that were written to, and frees the saved copies.
+  // Restores the previous values of the outside tensors that were modified, and frees the saved copies.
   void undo();
 
-  // The operator that cannot be replayed, or an empty string: it returns the content of a tensor to Python, or a shape
-  // that depends on it.
+  // The name of an operator that cannot be replayed, or an empty string. Such an operator returns the value of a tensor
+  // to Python, or a tensor whose shape depends on values.
   const std::string& unrepeatable() const { return unrepeatable_; }
 
-  // Tensors that the calls used and did not make, except the arguments and constants from Python numbers.
+  // Tensors that the calls used but did not create, except the arguments and constants from Python numbers.
   const std::vector<at::Tensor>& outside() const { return outside_; }
-  // Aliases of the outside tensors that were written to, arguments included.
+  // Aliases of the outside tensors that were modified, including arguments.
   const std::vector<at::Tensor>& written() const { return written_; }
-  // Tensors that the calls made and that are still referenced.
+  // Tensors that the calls created and that outlive the recording.
   std::vector<at::Tensor> left_behind() const;
 
  private:
-  // A tensor's place on a stack: an argument, or an element of a list argument.
+  // The place of a tensor on a stack: an argument, or an element of a list argument.
   struct Place {
     size_t argument;
     std::optional<size_t> element;
   };
-  // A value is a tensor that a call returned, by its number.
+  // Connects a place to a value. Values are the tensors that the calls returned, numbered in order.
   struct Link {
     Place place;
     size_t value;
   };
   struct Call {
     c10::OperatorHandle op;
-    torch::jit::Stack arguments;  // values are left undefined
+    torch::jit::Stack arguments;  // tensors returned by earlier calls are undefined here
     std::vector<Link> uses, results;
     std::vector<size_t> last_uses;  // values that no later call uses
   };
@@ -80,16 +82,17 @@ class Recording {
   std::vector<size_t> results_;
   std::string unrepeatable_;
   std::vector<at::Tensor> outside_;
-  std::vector<at::Tensor> written_, saved_;  // aliases, and copies from before the call, until undo()
+  std::vector<at::Tensor> written_, saved_;  // aliases of modified tensors; copies of their old contents, until undo()
   std::vector<std::pair<at::Tensor, size_t>> left_behind_;
 
-  // While recording: the values by their tensors. Weak references to these keep their addresses from being reused.
+  // These members are used only while recording. value_of_ maps a tensor to its value. The weak references in
+  // addresses_ prevent the addresses of these tensors from being reused.
   std::unordered_map<const c10::TensorImpl*, size_t> value_of_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> addresses_;
   std::unordered_set<const c10::TensorImpl*> seen_outside_;
   std::unordered_set<const c10::StorageImpl*> own_storages_;
   std::unordered_set<size_t> ones_;
-  std::unordered_set<size_t> own_;  // values that share no memory with a call's arguments
+  std::unordered_set<size_t> own_;  // values that share no memory with the arguments of their call
 };
 
 }  // namespace wakesleep

@@ -65,7 +65,8 @@ bool is_same(PyObject* before, PyObject* now) {
   return equal == 1;
 }
 
-// Returns a number that differs after every change of a dict (PEP 509), or 0 from Python 3.12 on, which has none.
+// Returns the version of a dict, a number that changes with every modification (PEP 509). Python 3.12 and later have no
+// such number, so the result is 0.
 uint64_t version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;

@@ -1,5 +1,5 @@
-// Checks at every replay whether anything that a recording depends on has changed, in a few microseconds.
-// wakesleep_ext/watch.py lists what is watched.
+// Checks before every replay whether anything that a recording depends on has changed. The check takes a few
+// microseconds. wakesleep_ext/watch.py lists what is watched.
 #pragma once
 
 #include <ATen/DimVector.h>
@@ -27,17 +27,17 @@ class Watch {
   };
   using Modes = std::array<int64_t, 9>;
 
-  // Notes the memory, layout and gradient state of these tensors, the modes of torch, and these places: a tuple of
-  // tuples that the caller keeps. The tuple of a place has
+  // Records the memory, layout and gradient state of the tensors, the modes of torch, and the contents of the places.
+  // `places` is a tuple with one tuple for each place, and the caller must keep it alive. The tuple of a place contains
   //
   //   for a dict: the dict, then its keys and values in turn;
   //   for a list: the list, then its elements;
   //   for a cell: the cell and its content;
-  //   for an instance: the instance, whose class and dict are noted;
-  //   for a global: its name, the dict that has it, and its value.
+  //   for an instance: the instance, whose class and dict are recorded;
+  //   for a global: its name, the dict that contains it, and its value.
   Watch(const std::vector<at::Tensor>& tensors, PyObject* places);
 
-  // True if all this is unchanged.
+  // Returns true if nothing that was recorded has changed.
   bool holds();
 
  private:
@@ -51,7 +51,8 @@ class Watch {
 
   using Check = bool (*)(PyObject* place);
 
-  // A dict is unchanged while its version is this one. After that, `check` compares it with its place.
+  // A dict is unchanged if its version is still `version`. Otherwise, `check` compares the contents of the dict with
+  // `place`.
   struct SeenDict {
     PyObject* dict;
     uint64_t version;
@@ -66,11 +67,11 @@ class Watch {
 
   std::vector<SeenTensor> tensors_;
   std::vector<SeenDict> dicts_;
-  std::vector<std::pair<const void* const*, const void*>> words_;  // addresses, and what they held
+  std::vector<std::pair<const void* const*, const void*>> words_;  // addresses of pointers, and their recorded values
   std::vector<std::pair<PyObject*, Check>> places_;                // lists and cells
   Modes modes_;
-  // The cache lines that holds() reads. The previous step displaced them. Prefetched together, they take half the time
-  // that they take one after another.
+  // The cache lines that holds() reads. The previous training step has evicted these lines. Prefetching all of them
+  // together takes half as long as loading one after another.
   std::vector<const char*> lines_;
 };
 

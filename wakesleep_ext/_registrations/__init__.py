@@ -1,6 +1,6 @@
-"""The Python side of the operators: fake kernels, vmap rules and functorch support.
+"""Python registrations of the operators: fake kernels, vmap rules and functorch support.
 
-Kernels and first-order gradients are registered in C++. Importing this package registers the rest.
+Importing this package performs these registrations. Kernels and first-order gradients are registered in C++.
 """
 
 from wakesleep_ext._registrations import fakes, functorch, vmap

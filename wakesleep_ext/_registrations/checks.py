@@ -1,4 +1,4 @@
-"""Check the arguments of operators as the real kernels do, in the same words."""
+"""Check the arguments of operators as the real kernels do, with the same error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HALF_OR_MORE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def _name(dtype: torch.dtype) -> str:
-    """Return the dtype's name as the real kernels print it in messages."""
+    """Return the name of a dtype as the real kernels print it in error messages."""
     return torch.empty((), dtype=dtype, device="cpu").type().rpartition(".")[-1].removesuffix("Tensor")
 
 
@@ -36,7 +36,7 @@ def _is_observed(dtype: torch.dtype) -> bool:
 
 
 def check_values(op: str, named: Mapping[str, Any]) -> None:
-    """Check each argument on its own, regardless of the others."""
+    """Check each argument separately, without comparing it with other arguments."""
     for name, value in named.items():
         if name in _FLOATING and isinstance(value, Tensor) and value.dtype not in _HALF_OR_MORE:
             raise TypeError(
@@ -65,7 +65,7 @@ def check_has_event(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_event(op: str, **tensors: Tensor) -> tuple[int, ...]:
-    """Return the broadcast leading dimensions; the last one, the event, must match."""
+    """Check that the last dimensions, the events, are equal. Return the broadcast leading dimensions."""
     (first, tensor), *others = tensors.items()
     for name, other in tensors.items():
         check_has_event(op, name, other)
@@ -106,7 +106,7 @@ def check_layer(op: str, h: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def check_head(op: str, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[int, ...]:
-    """Return the broadcast leading dimensions of h and x."""
+    """Check the arguments of a Bernoulli head. Return the broadcast leading dimensions of h and x."""
     check_layer(op, h, weight, bias)
     check_has_event(op, "x", x)
     if x.shape[-1] != weight.shape[0]:

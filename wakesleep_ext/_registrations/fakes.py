@@ -1,4 +1,4 @@
-"""Fake kernels: they tell torch.compile and meta tensors the shapes and dtypes of results."""
+"""Fake kernels, which compute only the shapes and dtypes of results, for torch.compile and meta tensors."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a fake kernel that makes the checks of the real kernels before it creates results.
+    """Register a fake kernel that checks its arguments as the real kernels do, before it creates the results.
 
-    A call is dispatched here if any of its tensors is on the meta device, so the fake kernel checks that all are.
+    torch dispatches a call to the fake kernel if any tensor is on the meta device. The fake kernel then checks that all
+    tensors are on the same device.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,20 +59,20 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _rows(op: str, **tensors: Tensor) -> Tensor:
-    """Return an empty result with one number per row of the broadcast batch, in the compute dtype."""
+    """Return an empty tensor in the compute dtype, with the broadcast leading dimensions of the arguments."""
     shape = check_event(op, **tensors)
     return next(iter(tensors.values())).new_empty(shape, dtype=_compute_dtype(_promoted(*tensors.values())))
 
 
 def _events(op: str, **tensors: Tensor) -> Tensor:
-    """Return an empty tensor of the arguments' broadcast shape and common dtype."""
+    """Return an empty tensor with the broadcast shape and the promoted dtype of the arguments."""
     first = next(iter(tensors.values()))
     shape = (*check_event(op, **tensors), first.shape[-1])
     return first.new_empty(shape, dtype=_promoted(*tensors.values()))
 
 
 def _packed(op: str, mu: Tensor, logvar: Tensor) -> Tensor:
-    """Return an empty [grad_mu | grad_logvar], before it is summed to the shapes of mu and logvar."""
+    """Return an empty [grad_mu | grad_logvar], in the broadcast shape of mu and logvar."""
     event = _events(op, mu=mu, logvar=logvar)
     return event.new_empty((*event.shape[:-1], 2 * event.shape[-1]))
 
@@ -175,7 +176,7 @@ def _(grad: Tensor, logits: Tensor, x: Tensor) -> Tensor:
 
 
 def _layer(op: str, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the empty result of a linear layer, in the dtype of its parameters."""
+    """Return an empty result of a linear layer, in the promoted dtype of the arguments."""
     check_layer(op, h, weight, bias)
     return h.new_empty((*h.shape[:-1], weight.shape[0]), dtype=_promoted(h, weight, bias))
 

@@ -1,6 +1,6 @@
-"""Autograd functions for functorch transforms.
+"""Python autograd functions of the operators, for functorch transforms.
 
-``torch.func.grad`` and similar transforms refuse C++ autograd functions, so each operator also has a Python one.
+``torch.func.grad`` and similar transforms reject C++ autograd functions. So each operator also has a Python one.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ _ops = torch.ops.wakesleep_ext
 
 
 def call(op: Any, *arguments: Any) -> Any:
-    """Call an operator, through its autograd.Function if a functorch transform is active."""
+    """Call an operator. If a functorch transform is active, call the operator's Python autograd function instead."""
     return _UNDER_FUNCTORCH.get(op, op)(*arguments) if _are_functorch_transforms_active() else op(*arguments)
 
 
 def _function(
     op: Any, gradients: Callable[[Sequence[Any], Sequence[Tensor]], tuple[Tensor | None, ...]]
 ) -> type[torch.autograd.Function]:
-    """Make an autograd.Function of an operator.
+    """Return an autograd.Function that calls an operator.
 
-    `gradients` maps the arguments and the gradients of the results to gradients, and may be differentiated.
+    Args:
+        op: the operator.
+        gradients: differentiable function that maps (arguments, gradients of the results) to the gradients of the first
+            arguments. The other arguments get no gradient.
     """
 
     class Function(torch.autograd.Function):
@@ -48,8 +51,8 @@ def _function(
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise NotImplementedError(
-                f"{op}: forward-mode differentiation is not supported, nor are transforms that use it, such as "
-                "torch.func.hessian and jacfwd; use reverse mode: torch.func.jacrev(jacrev(f)) for a Hessian"
+                f"{op}: forward-mode differentiation is not supported, so torch.func.jacfwd and hessian fail. Use "
+                "torch.func.jacrev instead, and torch.func.jacrev(jacrev(f)) for a Hessian"
             )
 
     return Function
@@ -94,7 +97,7 @@ def _mlp(
     activation: str | None,
     output_activation: str | None,
 ) -> Tensor:
-    """Apply layer by layer, since functorch does not look into lists."""
+    """Call the operator once per layer, because functorch does not differentiate tensors inside lists."""
     last = len(weights) - 1
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         h = _Layer.apply(h, weight, bias, output_activation if number == last else activation)
@@ -122,7 +125,7 @@ def _linear_bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]
     h, weight, bias, x, _ = arguments
     found = _ops.linear_bernoulli_log_prob_backward.default(grads[0], h, weight, bias, x, None, True, True)
     grad_x = None
-    if x.is_floating_point():  # the logits are linear in h, so sum h to the shape of x before multiplying
+    if x.is_floating_point():  # logits are linear in h: reduce h to the rows of x before the GEMM
         rows = (grads[0].unsqueeze(-1) * h).sum_to_size(*x.shape[:-1], h.shape[-1])
         grad_x = rows @ weight.mT + grads[0].sum_to_size(x.shape[:-1]).unsqueeze(-1) * bias
     return _sum_like(found[0], h), found[1], found[2], grad_x

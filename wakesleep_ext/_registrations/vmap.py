@@ -1,4 +1,4 @@
-"""Vmap rules: they say what an operator does with a batch of arguments."""
+"""The vmap rules of the operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ops = torch.ops.wakesleep_ext
 
 
 def _batch_leading(op: Any) -> Callable[..., tuple[Tensor, int]]:
-    """Return a vmap rule for densities: they broadcast over leading dimensions, so the batch becomes one more."""
+    """Return the vmap rule of a density: the batch becomes a leading dimension, over which the density broadcasts."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
         return op(*_aligned(tensors, in_dims)), 0
@@ -34,7 +34,10 @@ def _aligned(tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> list[T
 
 
 def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
-    """Return a vmap rule that loops over the batch. Each member is drawn from its own key, as it would be alone."""
+    """Return a vmap rule that calls the op once per batch member.
+
+    The result of each draw equals that of a separate call with the member's key.
+    """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         flat, structure = tree_flatten(arguments)
@@ -55,7 +58,7 @@ def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
 
 @torch.library.register_vmap("wakesleep_ext::linear_bernoulli_log_prob")
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-    """Treat the batch as more rows; loop over it only if each member has its own weight or bias."""
+    """Treat the batch as a leading dimension, or loop over it if its members have different weights or biases."""
     operator = _ops.linear_bernoulli_log_prob.default
     h, weight, bias, x, *others = arguments
     if in_dims[1] is not None or in_dims[2] is not None:
@@ -82,8 +85,8 @@ def _(
 ) -> tuple[Tensor, int | None]:
     if info.randomness == "error":
         raise RuntimeError(
-            "vmap: a key was drawn in the randomness='error' mode; pass randomness='different' or "
-            "'same' to vmap, or a key to the op"
+            "vmap: an op drew a key, but the randomness mode is 'error'. Pass randomness='different' or 'same' to "
+            "vmap, or pass a key to the op"
         )
     if info.randomness == "same":
         return _ops.draw_key.default(like, generator=generator), None

@@ -1,6 +1,7 @@
-"""The suites behind `wakesleep bench`: every op, and the whole training step, against what people would write instead.
+"""The command `wakesleep bench`: compare every op, and the whole training step, with other PyTorch implementations.
 
-`plan` says what to measure and `run` measures it. `op_suite` and `step_suite` hold the cases, and
-`baselines` what they are compared with; `measure` says how a figure is taken. `result` is the file of figures, `report`
-and `goals` show it. `suite` is what these need to know about a suite. `command` is the command.
+`plan` contains the options of a benchmark, and `run` runs it. `op_suite` and `step_suite` define the cases, and
+`baselines` contains the implementations to compare with. `measure` times the calls. `result` reads and writes result
+files, and `report` and `goals` print them. `suite` defines the common interface of the suites. `command` contains the
+command.
 """

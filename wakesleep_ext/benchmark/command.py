@@ -29,7 +29,7 @@ def bench(
     is 1 if a result is wrong or has become slower.
 
     Args:
-        plan: What to measure.
+        plan: The cases and implementations to measure, and the device.
         json: Write the results to this file.
         plot: Plot the results to this PNG file.
         compare: File of earlier results; report the cases that have become slower.

@@ -1,4 +1,4 @@
-"""Report which goals of a suite a result meets."""
+"""Report which goals of a suite are met by a result."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Time implementations interleaved in one process, and report median, spread and error of each.
+"""Time implementations alternately in one process, and report median, spread and error of each.
 
-A block is a series of calls that takes ten milliseconds, or what the case asks for. The implementations take turns
-block by block, so that other load on the computer affects all alike. Every call of a large case gets arrays that have
-left the last-level cache: several sets of inputs are used in turn. Results are kept until their set is used again, so
-that output memory is cold as well. A small case has one set, warm, as in practice; its time is mostly overhead.
+A block is a series of calls that takes at least `Case.block_seconds`. Blocks of different implementations alternate, so
+that other load on the computer affects all implementations alike. A large case cycles through several sets of inputs,
+so that the arrays of each call have been evicted from the last-level cache. The results of a call are kept until its
+inputs are used again, so that output memory is cold as well. A small case has one set of inputs, which stays in cache
+as in practice. The time of a small case is mostly overhead.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ Inputs = TypeVar("Inputs")
 Labels = TypedDict("Labels", {"op": str, "pass": str, "dtype": str, "shape": list[int]})
 
 _ROUNDS = (5, 200)  # minimum, maximum
-_CACHES_FULL = 2  # total size of all working sets, in last-level caches
+_CACHES_FULL = 2  # total size of all working sets, as a multiple of the last-level cache
 _BANDWIDTH_BOUND_FROM = {"cpu": 2**22, "cuda": 2**25}
-"""Total bytes of a call's arrays from which moving them takes most of its time."""
+"""A call is memory-bound if its arrays have at least this many bytes in total."""
 
 
 class Case(ABC, Generic[Inputs]):
-    """What to measure: the inputs, a call of each implementation, and how to find its error."""
+    """A benchmark case. It provides inputs, calls of each implementation, and the errors of their results."""
 
     candidates: ClassVar[tuple[str, ...]]
     """Names of the implementations; the first is ours."""
 
     arithmetic_bound: ClassVar[bool] = False
-    """True if arithmetic dominates however large the arrays are, so that nothing is compared with a copy."""
+    """True if arithmetic dominates at every array size, so that times are not compared with the time of a copy."""
 
     block_seconds: ClassVar[float] = 1e-2
     """Minimum duration of a block."""
@@ -60,16 +61,16 @@ class Case(ABC, Generic[Inputs]):
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """The least bytes that a call must move."""
+        """The minimum number of bytes that a call must move."""
 
     @property
     @abstractmethod
     def footprint(self) -> int:
-        """Bytes of all inputs and outputs of a call."""
+        """The total size of all inputs and outputs of a call, in bytes."""
 
     @abstractmethod
     def inputs(self, device: torch.device) -> Inputs:
-        """Return inputs of a call, in new memory, always with the same values."""
+        """Return the inputs of a call in new memory. Their values are always the same."""
 
     @abstractmethod
     def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
@@ -77,8 +78,10 @@ class Case(ABC, Generic[Inputs]):
 
     @abstractmethod
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        """Return the error against float64 of the result of an implementation's first call (:func:`relative_error`),
-        or None if it cannot be determined."""
+        """Return the :func:`relative_error` of a result against float64, or None if it cannot be determined.
+
+        The result is that of the implementation's first call.
+        """
 
     def __str__(self) -> str:
         return " ".join(map(str, self.labels.values()))
@@ -104,11 +107,11 @@ def take(
     """Measure the cases one after the other.
 
     Args:
-        cases: what to measure.
+        cases: the cases to measure.
         candidates: names of the implementations to measure.
-        device: where to run.
-        blocks: number of blocks that a case has time for, over all implementations; each gets at least five.
-        warn: called with a line about each implementation that is left out.
+        device: the device to run on.
+        blocks: the time limit of a case, as a number of blocks in total. Each implementation gets at least five blocks.
+        warn: called with a message for each implementation that is left out.
 
     Returns:
         The bandwidth of a copy during the run, in 10^9 bytes per second, and the records.
@@ -146,7 +149,7 @@ def measure(
     blocks: int,
     warn: Callable[[str], object],
 ) -> dict[str, Measurement]:
-    """Time the implementations of a case interleaved; arguments as for :func:`take`."""
+    """Time the implementations of a case alternately. The arguments are as for :func:`take`."""
     inputs = working_sets(case, device)
     calls: dict[str, list[Call]] = {}
     errors: dict[str, float | None] = {}
@@ -177,12 +180,12 @@ def measure(
 
 
 def bandwidth_bound(case: Case[Any], device: torch.device) -> bool:
-    """True if a case is larger than the cache, so that its time is compared with that of a copy."""
+    """Return True if a case is larger than the cache, so that its time is compared with the time of a copy."""
     return not case.arithmetic_bound and case.footprint >= _BANDWIDTH_BOUND_FROM[device.type]
 
 
 def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
-    """Return enough sets of inputs that each has left the cache when its turn comes again."""
+    """Return enough sets of inputs that each is evicted from the cache before it is used again."""
     if not bandwidth_bound(case, device):
         return [case.inputs(device)]
     count = math.ceil(_CACHES_FULL * last_level_cache(device) / case.footprint)
@@ -192,7 +195,7 @@ def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
 def interleave(
     calls: Mapping[str, Sequence[Call]], device: torch.device, blocks: int, block_seconds: float
 ) -> dict[str, list[float]]:
-    """Return seconds per call of each implementation, by block; an implementation's calls are used in turn."""
+    """Return the seconds per call in each block of each implementation. A block cycles through the calls."""
     turns = cycle(range(max(map(len, calls.values()), default=1)))
     kept: dict[int, object] = {}
 
@@ -219,12 +222,12 @@ def interleave(
                 break
             for candidate in order:
                 times[candidate].append(block(candidate, counts[candidate]))
-            order.reverse()  # so that no implementation always follows the slowest
+            order.reverse()  # so that no implementation always runs after the slowest one
     return times
 
 
 def duration(run: Call, device: torch.device) -> float:
-    """Return the seconds that a call takes; on a GPU, by the GPU's own clock."""
+    """Return the seconds that a call takes. On a GPU, CUDA events measure the time."""
     if device.type != "cuda":
         begin = perf_counter()
         run()
@@ -246,7 +249,7 @@ def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def relative_error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
-    """Return the largest deviation from the float64 tensors, relative to each tensor's largest value, or to 1."""
+    """Return the largest error relative to each float64 tensor's largest value, or to 1 if that is larger."""
     return max(
         ((a.double() - b).abs().max() / b.abs().max().clamp_min(1)).item() for a, b in zip(found, exact, strict=True)
     )
@@ -269,7 +272,10 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Return the kernels a call launches on a GPU, including those in graphs; None on a CPU or if none are seen."""
+    """Return the number of kernels that a call launches on a GPU, including kernels in CUDA graphs.
+
+    Return None on a CPU, or if the profiler records no kernels.
+    """
     if device.type != "cuda":
         return None
 
@@ -293,7 +299,7 @@ def trace(call: Call, activity: ProfilerActivity) -> list[dict[str, Any]]:
 
 
 class Copy:
-    """A copy larger than the cache, timed repeatedly during a run."""
+    """Copies an array larger than the cache, and times the copy repeatedly during a run."""
 
     def __init__(self, device: torch.device) -> None:
         size = max(_CACHES_FULL * last_level_cache(device), {"cpu": 2**26, "cuda": 2**28}[device.type])
@@ -307,12 +313,12 @@ class Copy:
 
     @property
     def bandwidth_gbs(self) -> float:
-        """Median of bytes read plus bytes written, in 10^9 bytes per second."""
+        """Median bandwidth, in 10^9 bytes per second. Bytes read and bytes written both count."""
         return 2 * self.source.nbytes / statistics.median(self.seconds) / 1e9
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Return the size in bytes; 32 MiB if a CPU does not report it."""
+    """Return the size of the last-level cache in bytes, or 32 MiB if a CPU does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [
@@ -323,10 +329,11 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for this process, as torch does on a GPU.
+    """Make the C library keep freed memory for this process, as torch's caching allocator does on a GPU.
 
-    Otherwise some calls get fresh pages for large results and others do not. Page faults make a call take up to three
-    times as long, which slows most the implementations that allocate most. Has no effect if the library is not glibc.
+    Otherwise some calls would get fresh pages for large results, and others would not. Page faults make a call take up
+    to three times as long, and penalise the implementations that allocate most. This function has no effect if the C
+    library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -347,7 +354,7 @@ def on_threads(count: int) -> Iterator[None]:
 
 
 def _calls_in_a_block(block: Callable[[int], float], sets: int, block_seconds: float) -> int:
-    """Return how many calls fill a block. Finding out is the warm-up, which begins with each set of inputs once."""
+    """Return how many calls fill a block. The trial calls also serve as warm-up, and use each set of inputs first."""
     block(sets)
     count = 1
     while (seconds := count * block(count)) < block_seconds:

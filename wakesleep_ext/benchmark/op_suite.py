@@ -1,6 +1,6 @@
 """Define the cases of the memory-bound ops as data: op, pass, dtype and shape, and their implementations.
 
-A shape is `[*S, B, D]`: a batch of B events of D variables. A third number in front is S, the samples per event.
+A shape is `[B, D]` or `[S, B, D]`: B events of D variables each, and optionally S samples per event.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Traffic:
     """The widths at which an op is measured, and its memory traffic beyond inputs and outputs."""
 
     widths: tuple[int, int]
-    """Variables per event, D: a common width, and one that no vector width divides."""
+    """Two values of D, the variables per event: a common one, and one that is not a multiple of the SIMD width."""
     gradients: tuple[str, ...] = ()
-    """The differentiated inputs; if there are none, there is no backward pass."""
+    """The inputs with gradients. If there are none, the op has no backward pass."""
     reread: tuple[str, ...] = ()
     """The inputs that the backward pass reads again, since gradients depend on them."""
 
@@ -48,10 +48,10 @@ TRAFFIC = {
     "standard_gaussian_log_prob": Traffic(_LATENT, gradients=("z",), reread=("z",)),
     "gaussian_kl": Traffic(_LATENT, _MOMENTS, reread=_MOMENTS),
 }
-"""By op; the table of ops has the rest."""
+"""Widths and memory traffic of each op. `OPS` defines its inputs and outputs."""
 
 _ROWS = {"cpu": (1000, 100, 20, 1), "cuda": (100,)}
-"""Batch sizes that fit in the cache. On a GPU they all take the time of a launch, so one is enough."""
+"""Batch sizes that fit in the cache. On a GPU, launch latency dominates for all of them, so one size is enough."""
 _MOST_ROWS = {
     # larger than the cache; a GPU reaches its full bandwidth at hundreds of megabytes
     ("cpu", 784): 10_000,
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class OpCase(Case[Inputs]):
-    """An op, with pass, dtype and shape."""
+    """A benchmark case: an op, and its pass, dtypes and shape."""
 
     candidates: ClassVar[tuple[str, ...]] = ("fused", "eager", "distributions", "compile")
 
@@ -80,7 +80,7 @@ class OpCase(Case[Inputs]):
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     x_dtype: torch.dtype | None = None
-    """The dtype of an observation, or of a draw of one, if not `dtype`."""
+    """The dtype of an observed or drawn x, if it differs from `dtype`."""
     backward: bool = False
 
     @property
@@ -111,8 +111,8 @@ class OpCase(Case[Inputs]):
 
     @property
     def bytes(self) -> int:
-        """Inputs read and outputs written. The backward pass reads the outputs' gradients and `reread`, and writes the
-        inputs' gradients."""
+        """Bytes of inputs read and outputs written. The backward pass reads the outputs' gradients and `reread`, and
+        writes the inputs' gradients."""
         op, traffic = self.op, self.traffic
         forward = self.bytes_of(*op.inputs, *op.outputs)
         return forward + self.backward * self.bytes_of(*op.outputs, *traffic.reread, *traffic.gradients)
@@ -126,7 +126,7 @@ class OpCase(Case[Inputs]):
     def inputs(self, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(1234)
 
-        wide = torch.promote_types(self.dtype, torch.float32)  # not every generator can draw half types
+        wide = torch.promote_types(self.dtype, torch.float32)  # not every random generator supports half types
 
         def values_of(array: str) -> Tensor:
             return values(array, self.shape_of(array), generator, wide).to(self.dtype_of(array))
@@ -144,10 +144,10 @@ class OpCase(Case[Inputs]):
         return [partial(function, *one.arguments) for one in inputs]
 
     def function(self, candidate: str) -> Callable[..., Any]:
-        """Return an implementation as a function of the input tensors alone.
+        """Return an implementation as a function of the input tensors only.
 
-        For half types, the baselines compute in float32, as under autocast and as in the ops: log-likelihoods rounded
-        to bfloat16 are off by as much as a nat.
+        For half types, the baselines compute in float32, as autocast and our ops do. Rounding a log-likelihood to
+        bfloat16 causes an error of up to a nat.
         """
         if candidate == "fused":
             return self._bind(ops)
@@ -165,9 +165,10 @@ class OpCase(Case[Inputs]):
         return torch.compile(formula, fullgraph=True, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
 
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        """Return the error of log-densities and gradients. Draws are random, but the rest follows from the drawn z.
+        """Return the error of log-densities and gradients. Draws are random, but they determine all other results.
 
-        None if there is nothing but draws, or if z is rounded to a half type and so does not determine the rest.
+        Return None if the op returns only draws. Also return None if z is rounded to a half type, since the rounded z
+        does not determine the other results.
         """
         results, gradients = result if self.backward else (_tuple(result), ())
         skipped = 1 if self.op.draws else 0
@@ -198,7 +199,7 @@ class OpCase(Case[Inputs]):
         return widened
 
     def _exact(self, inputs: Inputs, results: tuple[Tensor, ...]) -> list[Tensor]:
-        """Return results and gradients in float64; for a draw, with the noise that z implies."""
+        """Return results and gradients in float64. If the op draws z, its noise is computed from the drawn z."""
         parameters = {id(tensor) for tensor in inputs.parameters}
         wide = [t.detach().double().requires_grad_(id(t) in parameters) for t in inputs.arguments]
         if self.op.draws:
@@ -215,7 +216,7 @@ class OpCase(Case[Inputs]):
 
 
 def cases(device: str = "cpu", quick: bool = False) -> list[OpCase]:
-    """Return all cases for a device type, `"cpu"` or `"cuda"`; if quick, only the largest float32 ones."""
+    """Return all cases for a device type, `"cpu"` or `"cuda"`. If quick, return only the largest float32 cases."""
     return list(_cases(device, quick))
 
 
@@ -244,7 +245,7 @@ def _cases(device: str, quick: bool) -> Iterator[OpCase]:
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
-    """Return the cases larger than the cache, and those that fit in it."""
+    """Return a section with the cases larger than the cache, and a section with the cases that fit in the cache."""
     large: list[Row] = []
     small: list[Row] = []
     for row in rows(records):
@@ -254,7 +255,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
 
 
 def headline(records: Iterable[Record]) -> list[Record]:
-    """Return the float32 records at 100 events and at the most events measured."""
+    """Return the float32 records with 100 events, and those with the largest measured number of events."""
     widths = {op: traffic.widths[0] for op, traffic in TRAFFIC.items()}
     plain = [r for r in records if r["dtype"] == "float32" and r["shape"][1:] == [widths.get(r["op"])]]
     most = {r["op"]: max(other["shape"][0] for other in plain if other["op"] == r["op"]) for r in plain}
@@ -268,9 +269,9 @@ class Goal(NamedTuple):
     pass_name: str
     others: tuple[str, ...]
     at_least: float
-    """The least speedup over the baselines; without baselines, the least fraction of copy speed."""
+    """The minimum speedup over the baselines in `others`. If `others` is empty, the minimum fraction of copy speed."""
     with_avx2: float | None = None
-    """The same without AVX-512, if different."""
+    """The minimum on a CPU with AVX2 but without AVX-512, if different."""
     dtype: str = "float32"
 
 
@@ -316,7 +317,7 @@ GOALS = {
         Goal("gaussian_log_prob", _BACKWARD, ("compile",), 1),
     ),
 }
-"""By device type."""
+"""The goals by device type."""
 
 
 def outcomes(result: Result) -> list[Outcome]:
@@ -326,7 +327,7 @@ def outcomes(result: Result) -> list[Outcome]:
     for row in sorted(rows(result["records"]), key=lambda row: next(iter(row.values()))["bytes"]):
         fused = row.get("fused")
         if fused and fused["bandwidth_fraction"] is not None and fused["shape"][1:] == [widths.get(fused["op"])]:
-            large[fused["op"], fused["pass"], fused["dtype"]] = row  # the last is the largest
+            large[fused["op"], fused["pass"], fused["dtype"]] = row  # rows are sorted by bytes, so the largest stays
     found = []
     for goal in GOALS[result["machine"]["device"]]:
         wanted = goal.with_avx2 if goal.with_avx2 and result["machine"]["simd"] == "AVX2" else goal.at_least

@@ -21,10 +21,10 @@ _BARS = {
     "compile with graphs": ("torch.compile with graphs", "#56b4e9"),
     "products": ("its matrix products alone", "#009e73"),
 }
-"""Names and colours of the bars. The palette of Okabe and Ito suits colour-blind readers."""
+"""Names and colours of the bars. Colour-blind readers can distinguish the colours, a palette of Okabe and Ito."""
 
 DIGEST = "SHA-256 of the records"
-"""The key of a picture's metadata that holds its :func:`digest`."""
+"""The key in a picture's metadata under which its :func:`digest` is stored."""
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -40,13 +40,13 @@ _KIND = ("pass", "dtype")
 
 
 def text(result: Result, suite: Suite, *, narrow: bool = False) -> str:
-    """Format all records of a suite in Markdown, with notes and the hardware they were measured on.
+    """Format all records of a suite in Markdown, with notes and a description of the hardware.
 
     Args:
         result: The records, and the hardware.
-        suite: The suite that they belong to.
-        narrow: Limit lines to 100 characters. Paragraphs are wrapped, and each pass and dtype has its own table, of
-            medians and ratios only.
+        suite: The suite that the records belong to.
+        narrow: Limit lines to 100 characters. Paragraphs are wrapped. Each pass and dtype has its own table, which
+            contains only medians and ratios.
     """
     sections = suite.sections(result["records"])
     paragraphs = [*suite.notes(rows(result["records"])), caption(result)]
@@ -60,9 +60,10 @@ def text(result: Result, suite: Suite, *, narrow: bool = False) -> str:
 def table(cases: Sequence[Row], suite: Suite, *, narrow: bool = False) -> str:
     """Format cases as a Markdown table with one row per case.
 
-    The columns are our time as median ± half the interquartile range, the baselines' times as multiples of ours, and
-    the suite's yardstick. Then come peak memory, the largest error and the kernels launched on a GPU, each with eager's
-    in brackets. A narrow table omits the range, pass, dtype, and the columns with brackets.
+    The columns are our median time ± half its interquartile range, the baselines' times as multiples of ours, and the
+    suite's yardstick. The next columns are peak memory, the largest error and the number of kernels launched on a GPU,
+    each with the value for eager in brackets. A narrow table omits the range, pass, dtype, and the columns with
+    brackets.
     """
     columns = {title: _of_any(cell) for title, cell in suite.columns.items()}
     if narrow:
@@ -85,7 +86,7 @@ def table(cases: Sequence[Row], suite: Suite, *, narrow: bool = False) -> str:
 
 
 def _by_kind(heading: str, cases: Sequence[Row], suite: Suite) -> list[Section]:
-    """Split a section by pass and dtype, and name these in the headings."""
+    """Split a section by pass and dtype, and add the pass and dtype to the headings."""
     parts: dict[str, list[Row]] = {}
     for row in cases:
         kind = [suite.columns[title](_any(row)) for title in _KIND if title in suite.columns]
@@ -94,14 +95,14 @@ def _by_kind(heading: str, cases: Sequence[Row], suite: Suite) -> list[Section]:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table with aligned columns; the first line has the titles."""
+    """Format a Markdown table with aligned columns. The first line contains the titles."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     written = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     return "\n".join([written[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *written[1:]])
 
 
 def caption(result: Result) -> str:
-    """Describe where a result was measured, and the command that measured it."""
+    """Describe the hardware and software of a result, and the command that measured it."""
     about = result["machine"]
     commit = f", commit {about['commit'][:7]}" if about["commit"] else ""
     modified = " with changes" if about["modified"] else ""
@@ -110,7 +111,7 @@ def caption(result: Result) -> str:
 
 
 def _any(row: Row) -> Record:
-    """Return any record of a case; all of them have its labels."""
+    """Return any record of a case. All records of a case have the same labels."""
     return next(iter(row.values()))
 
 
@@ -162,7 +163,7 @@ def _launches(record: Record | None) -> str:
 
 
 _COMPARED = {"memory": _memory, "error": _error, "launches": _launches}
-"""Columns with a value for our op, and eager's in brackets, by title."""
+"""By title, the columns that show our value, and the value for eager in brackets."""
 
 
 # ---- picture ---------------------------------------------------------------------------------------------------------
@@ -173,8 +174,8 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
 
     Args:
         path: the PNG file to write. Its metadata contain the :func:`digest` of the records.
-        result: the result, of which the suite's headline records are drawn.
-        suite: the suite that it belongs to.
+        result: the result. Only the suite's headline records are drawn.
+        suite: the suite that the result belongs to.
 
     Raises:
         ResultError: no case has both eager and another implementation.
@@ -202,7 +203,7 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
             # bars start from 1, so that a slowdown points to the left
             name, colour = _BARS[candidate]
             axes.barh(heights, [s - 1 for s in speedups], 0.93 * width, 1, color=colour, label=name)
-            axes.plot(speedups, heights, "o", color=colour, markersize=3.5)  # a bar of exactly 1 is invisible
+            axes.plot(speedups, heights, "o", color=colour, markersize=3.5)  # a bar that ends at 1 has no length
             if candidate == "fused":
                 for at, speedup in zip(heights, speedups, strict=True):
                     beyond = f" {_times(speedup, suite.decimals)}"

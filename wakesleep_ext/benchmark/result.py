@@ -39,17 +39,17 @@ class Record(_Record, total=False):
     """A measurement of one implementation on one case.
 
     `median_us` and `iqr_us` are the median time of a call and its interquartile range, in microseconds. `max_error` is
-    the largest relative error against float64, null if only a draw could be compared. `bytes` is the memory traffic
-    that a call needs. `bandwidth_fraction` is the fraction of copy bandwidth reached, null if moving data does not
-    dominate. `peak_bytes` is the peak of allocated memory.
+    the largest relative error against float64, or null if it cannot be determined. `bytes` is the minimum memory
+    traffic of a call. `bandwidth_fraction` is the bandwidth of the call divided by that of a copy, or null if the call
+    is not memory-bound. `peak_bytes` is the peak of the memory that a call allocates.
     """
 
     launches: int | None
-    """Kernels that a call launches on a GPU, null on a CPU; absent in older files."""
+    """Number of kernels that a call launches on a GPU; null on a CPU, and absent in older files."""
 
 
 class Machine(TypedDict):
-    """The computer and software of a run."""
+    """The hardware and software of a benchmark run."""
 
     device: str
     processor: str
@@ -62,9 +62,9 @@ class Machine(TypedDict):
     cuda: str | None
     wakesleep_ext: str | None
     commit: str | None
-    """Null if the package is not in the checkout where it was built."""
+    """The Git commit of the package; null if the package was not imported from its Git checkout."""
     modified: bool | None
-    """True if tracked files differed from that commit."""
+    """True if tracked files differed from `commit`."""
     command: str
 
 
@@ -78,11 +78,11 @@ class Result(_Result, total=False):
     """The result of running a suite."""
 
     suite: str
-    """Name of the suite; absent in files older than the second suite."""
+    """Name of the suite; absent in files from the time when there was only one suite."""
 
 
 class ResultError(ValueError):
-    """A file does not contain a result, or not what was asked for."""
+    """A file does not contain a valid result, or its result does not suit the request."""
 
 
 Row = dict[str, Record]
@@ -139,7 +139,7 @@ def _check(where: str, value: Any, hint: Any) -> None:
 
 
 def machine(device: torch.device, threads: int, command: str) -> Machine:
-    """Return the computer, the versions and the commit of this run."""
+    """Describe the hardware, the software versions and the commit of this run."""
     commit, modified = _commit(Path(__file__).resolve().parents[2])
     return {
         "device": device.type,
@@ -175,7 +175,7 @@ def _version() -> str | None:
 
 
 def _commit(checkout: Path) -> tuple[str | None, bool | None]:
-    """Return the package's commit, and whether tracked files differ from it; None for an installed copy."""
+    """Return the package's commit, and True if tracked files differ from it. Both are None for an installed copy."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
@@ -190,7 +190,7 @@ def _commit(checkout: Path) -> tuple[str | None, bool | None]:
 
 
 def place(result: Result) -> str:
-    """Return the GPU, or the CPU with its instruction set and threads."""
+    """Return the name of the GPU, or the name of the CPU with its instruction set and the number of threads."""
     about = result["machine"]
     plural = "s" * (about["threads"] != 1)
     return about["gpu"] or f"{about['processor']}, {about['simd']}, {about['threads']} thread{plural}"
@@ -219,7 +219,10 @@ def title(record: Record) -> str:
 
 
 def inaccurate(records: Iterable[Record]) -> list[str]:
-    """Return the cases where the fused op's error exceeds twice eager's plus a rounding of the inputs."""
+    """Describe the cases where the fused op is inaccurate.
+
+    Its error then exceeds twice the error of eager plus the rounding error of the input dtype.
+    """
     found = []
     for row in rows(records):
         if "fused" not in row or "eager" not in row:
@@ -236,9 +239,10 @@ def inaccurate(records: Iterable[Record]) -> list[str]:
 def regressions(old: Result, new: Result) -> list[str]:
     """Describe the cases where the fused op has become slower.
 
-    Times are compared in units of eager's, or absolutely if either run lacks eager. The implementations take turns, so
-    the load of the computer cancels. A case counts if the time has grown by more than 5% plus the noise. The noise is
-    the root of the sum of squares of the relative interquartile ranges of all medians involved.
+    Times are compared as multiples of eager's time, or in microseconds if either run lacks eager. Implementations are
+    timed alternately, so other load on the computer affects both times equally. A case is reported if its time has
+    grown by more than 5% plus the noise. The noise is the root of the sum of squares of the relative interquartile
+    ranges of all times compared.
 
     Raises:
         ResultError: the two results have no fused case in common.

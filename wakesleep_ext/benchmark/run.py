@@ -17,7 +17,7 @@ from wakesleep_ext.usage import UsageError, find_device
 
 _SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
 
-_BLOCKS_PER_CASE = {"cpu": 100, "cuda": 40}  # other processes disturb a CPU more
+_BLOCKS_PER_CASE = {"cpu": 100, "cuda": 40}  # other processes disturb CPU timings more
 _QUICK_BLOCKS_PER_CASE = {"cpu": 50, "cuda": 20}
 
 
@@ -29,7 +29,7 @@ def run(
     """Run a benchmark and return its result.
 
     Args:
-        plan: what to measure.
+        plan: the cases and implementations to measure, and the device.
         progress: wraps the sequence of cases, to show progress.
         warn: called with a message for each implementation that cannot be measured here.
 

@@ -1,7 +1,8 @@
 """Define the cases of a whole wake-sleep step: networks, batch sizes, numbers of samples, and implementations.
 
 A step binarises a batch of grey images and trains the generative network on latents inferred from them. It then trains
-the recognition network on as many dreams. A shape is `[L, B, D]`: L samples of z for each of B images of D pixels.
+the recognition network on the same number of dreams. A shape is `[L, B, D]`: L samples of z for each of B images of D
+pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _INK = 0.2
 
 
 class Inputs(NamedTuple):
-    """The inputs of a step, apart from the networks, of which every implementation has its own."""
+    """The inputs of a step, except the networks. Every implementation creates its own networks."""
 
     images: Images
     batch: Tensor
@@ -46,7 +47,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class StepCase(Case[Inputs]):
-    """A step in float32; each call takes another step on the same batch."""
+    """A training step in float32. Each call runs the next step on the same batch."""
 
     candidates: ClassVar[tuple[str, ...]] = ("fused", "eager", "distributions", "compile", "products")
     arithmetic_bound: ClassVar[bool] = True
@@ -82,7 +83,7 @@ class StepCase(Case[Inputs]):
 
     @property
     def bytes(self) -> int:
-        """Parameters and both Adam moments read and written, gradients written and read, and the batch read."""
+        """Bytes moved: parameters, both Adam moments and gradients are read and written, and the batch is read."""
         return 8 * torch.float32.itemsize * self._parameters + self.batch * self.net[0]
 
     @property
@@ -98,7 +99,7 @@ class StepCase(Case[Inputs]):
         return Inputs(images, torch.randperm(_IMAGES, generator=generator)[: self.batch].to(device))
 
     def machine(self, images: Images) -> HelmholtzMachine:
-        """Return new networks, always with the same weights."""
+        """Return new networks. Their initial weights are always the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1234)
             machine = HelmholtzMachine.from_config(self._model, images.mean().cpu())
@@ -116,7 +117,7 @@ class StepCase(Case[Inputs]):
         return self._by_hand(machine, inputs, *_losses(candidate))
 
     def _by_hand(self, machine: HelmholtzMachine, inputs: Inputs, wake_loss: _Loss, sleep_loss: _Loss) -> Call:
-        """Write the step around two losses, as one would by hand."""
+        """Return a training step with these two losses, written in plain PyTorch."""
         recognition, generative = (nn.Sequential(*network) for network in _networks(machine))
         wake, sleep = (_adam(network, self.training) for network in (generative, recognition))
         (images, batch), latent = inputs, self.net[-1]
@@ -134,7 +135,7 @@ class StepCase(Case[Inputs]):
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
         """Return the error of the fused losses against the same step in float64, with the same keys.
 
-        None for the others: their draws cannot be repeated, and the GEMMs alone have no losses.
+        Return None for other implementations. The baselines cannot repeat their draws, and the GEMMs compute no loss.
         """
         if candidate != "fused":
             return None
@@ -144,13 +145,13 @@ class StepCase(Case[Inputs]):
 
 @dataclass(frozen=True)
 class CudaStepCase(StepCase):
-    """On a GPU there is also `compile` with CUDA graphs."""
+    """A training step on a GPU, where `compile` is also measured with CUDA graphs."""
 
     candidates: ClassVar[tuple[str, ...]] = (*StepCase.candidates[:-1], "compile with graphs", "products")
 
 
 def cases(device: str = "cpu", quick: bool = False) -> list[StepCase]:
-    """Return all cases for a device type, `"cpu"` or `"cuda"`; if quick, two small ones of the narrow network."""
+    """Return all cases for a device type, `"cpu"` or `"cuda"`. If quick, return two cases of the narrow network."""
     return list(_cases(CudaStepCase if device == "cuda" else StepCase, quick))
 
 
@@ -183,7 +184,7 @@ def _losses(candidate: str) -> tuple[_Loss, _Loss]:
 
 
 def _copied(loss: _Loss) -> _Loss:
-    """Copy the loss, since the next replay of the graph overwrites it."""
+    """Return a function that copies the loss, since the next replay of the CUDA graph overwrites it."""
     return lambda *arguments: loss(*arguments).clone()
 
 
@@ -226,7 +227,7 @@ def _products(machine: HelmholtzMachine, batch: int, num_samples: int) -> Call:
 
 
 class _Products:
-    """The GEMMs of one network on a number of rows, into preallocated memory."""
+    """Runs the GEMMs of one network on a number of rows, and writes the results to preallocated memory."""
 
     def __init__(self, network: nn.Sequential, rows: int, backward: bool) -> None:
         self.weights = [layer.weight.detach() for layer in network if isinstance(layer, nn.Linear)]
@@ -241,7 +242,7 @@ class _Products:
             torch.mm(below, weight.t(), out=above)
 
     def backward(self) -> None:
-        """Skip the gradient of the first layer's input, which is data or was drawn without gradient."""
+        """Run the GEMMs of the backward pass, without the gradient of the network's input, which is never needed."""
         for number in reversed(range(len(self.weight_gradients))):
             above = self.gradients[number + 1]
             torch.mm(above.t(), self.layers[number], out=self.weight_gradients[number])
@@ -254,11 +255,12 @@ class _Products:
 _Narrow: TypeAlias = "dict[tuple[int, int], Row]"
 
 BURDA_STEPS = 9_840_000
-"""Steps of batch 20 with L = 1 in the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders",
-ICLR 2016): 3,280 passes over 60,000 images."""
+"""Number of steps in the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders", ICLR 2016).
+The batch size is 20, L = 1, and training makes 3,280 passes over 60,000 images."""
 
 _AT_MOST = {
-    # on a CPU, for (batch, L) of the narrow network: the most times as long as its GEMMs, and a further goal
+    # on a CPU, by (batch, L) of the narrow network: the maximum step time divided by the time of the GEMMs alone, and
+    # a stricter goal
     (20, 1): (1.6, None),
     (100, 5): (1.35, 1.25),
     (100, 50): (1.35, 1.25),
@@ -266,9 +268,9 @@ _AT_MOST = {
 
 
 _AT_LEAST = {"eager": 5, "compile": 2, "compile with graphs": 1}
-"""On a GPU, the least speedup over each baseline at every batch size up to 256."""
+"""On a GPU, the minimum speedup over each baseline at every batch size up to 256."""
 _MOST_KERNELS = 39
-"""Kernels of a step of batch 20 with L = 1, of which the optimizers launch four."""
+"""Maximum number of kernels in a step with batch size 20 and L = 1. The optimizers launch four of them."""
 _PROTOCOL_MINUTES = 20
 
 
@@ -281,7 +283,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
 
 
 def outcomes(result: Result) -> list[Outcome]:
-    """Check the goals for the device, all of which concern the narrow network."""
+    """Check the goals for the device. All of them are for the narrow network."""
     narrow = _narrow(rows(result["records"]))
     return _on_a_gpu(narrow) if result["machine"]["device"] == "cuda" else _on_a_cpu(narrow)
 
@@ -323,7 +325,7 @@ def _on_a_gpu(narrow: _Narrow) -> list[Outcome]:
 
 
 def notes(cases: Sequence[Row]) -> list[str]:
-    """Return how long Burda's whole protocol would take."""
+    """Say how long each implementation would take for the whole protocol of Burda et al."""
     row = _narrow(cases).get((20, 1))
     if row is None:
         return []
@@ -333,14 +335,14 @@ def notes(cases: Sequence[Row]) -> list[str]:
 
 
 def _narrow(cases: Iterable[Row]) -> _Narrow:
-    """Return the narrow network's cases by batch and L."""
+    """Return the cases of the narrow network, by batch size and L."""
     labels = StepCase(NET, 1, 1).labels
     of_net = [(record["shape"], row) for row in cases if (record := _some(row))["op"] == labels["op"]]
     return {(batch, num_samples): row for (num_samples, batch, _), row in of_net}
 
 
 def _over_products(row: Row) -> float | None:
-    """Return our time in units of the GEMMs' time."""
+    """Return our step time divided by the time of the GEMMs alone."""
     found = ratio(row, "products")
     return None if found is None else 1 / found
 

@@ -19,9 +19,9 @@ class Outcome(NamedTuple):
     """A goal, and whether it was met."""
 
     cells: Mapping[str, str]
-    """The cells of its table row, by column title."""
+    """The cells of the goal's table row, by column title."""
     met: bool | None
-    """None if it was not measured."""
+    """None if the goal was not measured."""
 
 
 @dataclass(frozen=True)
@@ -29,31 +29,31 @@ class Suite:
     """The cases to measure, and everything the reports need."""
 
     noun: str
-    """What a case is called, such as "op"."""
+    """The noun for a case, such as "op"."""
     cases: Callable[[str, bool], Sequence[Case[Any]]]
-    """Returns the cases for a device type, `"cpu"` or `"cuda"`; only a few if the second argument is true."""
+    """Returns the cases for a device type, `"cpu"` or `"cuda"`. If the second argument is true, returns only a few."""
     rivals: tuple[str, ...]
-    """The implementations whose time is given as a multiple of ours."""
+    """The baselines, whose times are reported as multiples of ours."""
     faster_than: tuple[str, ...]
     """The baselines that every case should beat."""
     sections: Callable[[Iterable[Record]], list[Section]]
-    """Groups the cases; no group is empty."""
+    """Groups the cases into sections, none of which is empty."""
     headline: Callable[[Iterable[Record]], list[Record]]
-    """Selects the records that a reader wants to see first."""
+    """Selects the most important records, for the picture."""
     columns: Mapping[str, Callable[[Record], str]]
-    """Columns that tell the cases of a section apart, by title."""
+    """By title, the columns that distinguish the cases of a section."""
     label: Callable[[Record], str]
     """Labels a case in a picture."""
     yardstick: tuple[str, Callable[[Row], float | None], str]
-    """The reference for our time: its title, the figure, and the format of the figure."""
+    """A column that compares our time with a reference: its title, its value, and the format of the value."""
     goals: Callable[[Result], list[Outcome]]
     """Checks the goals of the suite against a result."""
     goals_are_for: Mapping[str, str]
     """The hardware that the goals are set for, by device type."""
     decimals: int = 1
-    """Decimals of the baselines' times as multiples of ours."""
+    """Number of decimals in a baseline's time as a multiple of ours."""
     notes: Callable[[Sequence[Row]], list[str]] = lambda cases: []
-    """Derives paragraphs below the tables from the figures."""
+    """Returns the paragraphs that are printed below the tables."""
 
 
 def shape(record: Record) -> str:

@@ -1,5 +1,5 @@
-"""`wakesleep check`: problems whose answers are known, trained and evaluated through the real ops and objectives.
+"""The command `wakesleep check` trains and evaluates problems with known answers, using the real ops and objectives.
 
-`problems` has the problems and their answers, `calibration` the test that posteriors are calibrated, `training` what
-they are trained with, `command` the command.
+`problems` contains the problems and their answers, and `calibration` tests whether posteriors are calibrated.
+`training` contains the networks and training loops, and `command` the command.
 """

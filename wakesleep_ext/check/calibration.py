@@ -12,12 +12,15 @@ from torch import Tensor
 from wakesleep_ext.check.training import Keys, Networks
 
 NUM_SAMPLES = 19
-"""Draws from q per dream, which give 20 ranks."""
+"""Draws from q per dream. The rank of z among 19 draws has 20 possible values."""
 
 
 @torch.no_grad()
 def ranks(networks: Networks, num_dreams: int, seed: int = 1) -> Tensor:
-    """Return how many of the draws lie below the dream's own z_1: int64 `[num_dreams, K]`, 0 to `NUM_SAMPLES`."""
+    """Return the rank of the z_1 that generated each dream among draws from q(z_1|x).
+
+    A rank is the number of draws below z_1, from 0 to `NUM_SAMPLES`: int64 `[num_dreams, K]`.
+    """
     keys, (recognition, generative) = Keys(seed), networks
     latents, x = generative.dream(num_dreams, keys=keys(len(generative)))
     draws = recognition.rsample(x, NUM_SAMPLES, keys=keys(len(recognition)))

@@ -18,7 +18,7 @@ def check(quick: bool = False, json: bool = False, plot: Path | None = None) -> 
     answer is wrong.
 
     Args:
-        quick: Train for a quarter of the time, half a minute in all, with the same tolerances.
+        quick: Train for a quarter of the steps, with the same tolerances. This takes half a minute.
         json: Print one JSON object instead of a table.
         plot: Plot the histograms of simulation-based calibration to this file: .png, .pdf or .svg.
     """

@@ -1,6 +1,6 @@
-"""Check training on problems with exact answers, which test densities, gradients and objectives together.
+"""Check training on problems with exact answers. The problems test densities, gradients and objectives together.
 
-The expected numbers were computed by quadrature, and checked with an independent integrator.
+The expected values were computed by quadrature, and checked with an independent integrator.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from wakesleep_ext.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Answer:
-    """An expected number, and the computed one."""
+    """An expected value, and the computed value."""
 
     problem: str
     quantity: str
@@ -58,20 +58,20 @@ class Answer:
 
 @dataclass
 class Check:
-    """The options of a check, and the ranks of calibration by name of the problem."""
+    """The options of a check, and its calibration ranks by problem name."""
 
     quick: bool
     ranks: dict[str, Tensor]
 
     def effort(self, steps: int, draws: int) -> Effort:
-        """Return the effort for the quick form, with four times as many steps for the full one."""
+        """Return the amount of training: `steps` in a quick check, and four times as many in a full check."""
         return Effort(steps if self.quick else 4 * steps, draws)
 
 
 def near(
     problem: str, quantities: str | list[str], expected: float | Tensor | list[float], got: Tensor, tolerance: float
 ) -> Iterator[Answer]:
-    """Yield an answer for each element."""
+    """Yield an answer for each element of `got`, with the same tolerance above and below `expected`."""
     wanted, found = torch.as_tensor(expected, dtype=torch.float64).flatten(), got.detach().double().flatten()
     names = [quantities] * len(found) if isinstance(quantities, str) else quantities
     for name, one, other in zip(names, wanted.expand_as(found).tolist(), found.tolist(), strict=True):
@@ -82,7 +82,7 @@ def near(
 
 
 def constant_decoder(check: Check) -> Iterator[Answer]:
-    """Pixels do not depend on z: the posterior is the prior, and importance weights are constant."""
+    """Pixels do not depend on z, so the posterior is the prior. If q is the prior, importance weights are constant."""
     problem = "1 decoder constant in z"
     bias = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
     recognition = Pixelwise(3)
@@ -108,7 +108,7 @@ def constant_decoder(check: Check) -> Iterator[Answer]:
 
 
 def one_pixel(check: Check) -> Iterator[Answer]:
-    """One pixel has logit c z, for several c at once; x = 1 if z > 0 for the last one."""
+    """Test models of one pixel with logit c z, for five slopes c. With the largest c, x = 1 if z > 0, otherwise 0."""
     problems = [*(f"3 one pixel, logit {c} z" for c in (1, 2, 4, 8)), "2 x = 1[z > 0]"]
     slopes = torch.tensor([1.0, 2.0, 4.0, 8.0, 1e6], dtype=torch.float64)
     mean = torch.tensor([0.413242, 0.605706, 0.729478, 0.778403, 0.797885], dtype=torch.float64)
@@ -122,7 +122,7 @@ def one_pixel(check: Check) -> Iterator[Answer]:
 
 
 def two_modes(check: Check) -> Iterator[Answer]:
-    """The posterior has two modes: sleep covers both, the ELBO takes one. Swapped objectives fail."""
+    """The posterior has two modes: the sleep phase covers both, the ELBO selects one. Swapped objectives would fail."""
     problem = "4 which KL: logit 6 z1 z2"
     recognition = Pixelwise(2)
     networks = machine(recognition, Fixed(lambda z: 6 * z.prod(-1, keepdim=True)), 2)
@@ -155,7 +155,7 @@ ONE_PROBLEM = "5 four pixels, logits a z + b"
 
 
 def joint_fixed_points(check: Check) -> Iterator[Answer]:
-    """Four pixels depend on one latent variable; data come from this model. Test where each algorithm converges."""
+    """Test where each algorithm converges on data from a known model: four pixels depend on one latent variable."""
     data_log_prob = _log_marginal(_linear(SLOPES, OFFSETS)).detach()
     data = data_log_prob.exp()
     yield from near(ONE_PROBLEM, "entropy", 2.6138498, -(data * data_log_prob).sum(), 1e-6)
@@ -163,9 +163,9 @@ def joint_fixed_points(check: Check) -> Iterator[Answer]:
     generative = machine(Table(4, 2), _linear(SLOPES, OFFSETS), 1)[1]
     annealed = annealed_log_likelihood(generative, EVERY_IMAGE, 100, 100)
     deviation = (annealed.log_likelihood - data_log_prob) / annealed.standard_error
-    yield from near(ONE_PROBLEM, "AIS: largest error, in its own", 0.0, deviation.abs().max(), 4.0)
+    yield from near(ONE_PROBLEM, "AIS: largest error / standard error", 0.0, deviation.abs().max(), 4.0)
 
-    # copies of each image in proportion to its probability, so that the batch has no noise
+    # the batch repeats each image in proportion to its probability, so it has no sampling noise
     effort = check.effort(1500, 4000)
     images = EVERY_IMAGE.repeat_interleave((effort.draws * data).round().long(), 0)
     for name, expected, losses in (
@@ -184,7 +184,7 @@ def joint_fixed_points(check: Check) -> Iterator[Answer]:
 
 
 def _sleep_optimum(check: Check, data: Tensor) -> Iterator[Answer]:
-    """Test the optimum of the sleep phase alone, on dreams of the generative network that made the data."""
+    """Test the optimum of the sleep phase alone, on dreams of the generative network that defines the data."""
     recognition = Table(4, 2)
     networks = machine(recognition, _linear(SLOPES, OFFSETS), 1)
     sleep(networks, check.effort(500, 10_000))
@@ -195,7 +195,7 @@ def _sleep_optimum(check: Check, data: Tensor) -> Iterator[Answer]:
     z, log_weight = _quadrature()
     with torch.no_grad():
         log_joint = log_weight + ops.bernoulli_log_prob(_network(networks)(z), EVERY_IMAGE)
-        # the density of z, in place of the weight of its node
+        # replace the weight of each quadrature node by the density of z
         log_posterior = log_joint - log_weight + ops.standard_gaussian_log_prob(z) - data.log()
         log_q = networks[0].log_prob([z.expand(-1, len(EVERY_IMAGE), -1)], EVERY_IMAGE)
         loss, kl = -(log_joint.exp() * log_q).sum(), (log_joint.exp() * (log_posterior - log_q)).sum()
@@ -236,7 +236,7 @@ def _network(networks: Networks) -> nn.Linear:
 
 @cache
 def _quadrature(nodes: int = 80) -> tuple[Tensor, Tensor]:
-    """Return nodes `[A, 1, 1]` and their log weights `[A, 1]` for expectations under N(0, 1)."""
+    """Return quadrature nodes `[A, 1, 1]` and their log weights `[A, 1]` for expectations under N(0, 1)."""
     import numpy as np
 
     z, weights = np.polynomial.hermite_e.hermegauss(nodes)
@@ -253,7 +253,7 @@ def _log_marginal(network: nn.Module) -> Tensor:
 
 
 def stationarity(check: Check) -> Iterator[Answer]:
-    """Test moments that hold at any optimum of networks with output biases, whatever else they can express."""
+    """Test moments that hold at any optimum, whatever the capacity of the networks, if they have output biases."""
     problem = "6 moments at an optimum"
     torch.manual_seed(0)
     whole = HelmholtzMachine.from_config(ModelConfig(16, (2,), (32,), (16,))).double()
@@ -310,7 +310,10 @@ def _calibrated(check: Check, problem: str, networks: Networks) -> Iterator[Answ
 
 
 def bars(check: Check) -> Iterator[Answer]:
-    """Vertical or horizontal bars, two to one, each on with probability 0.2: all 1,875 images of the distribution."""
+    """Train on images of bars: vertical with probability 2/3, and horizontal otherwise.
+
+    Each bar is on with probability 0.2. The 1,875 training images represent this distribution exactly.
+    """
     problem = "7 bars 4x4"
     images = bar_images()
     _, counts = images.grey.unique(dim=0, return_counts=True)
@@ -340,7 +343,7 @@ def bars(check: Check) -> Iterator[Answer]:
 
 
 def bar_images() -> Images:
-    """Return copies of each image in proportion to its probability, `[1875, 16]`."""
+    """Return images in which each distinct image occurs in proportion to its probability, `[1875, 16]`."""
     pictures = []
     for on in product([0, 1], repeat=4):
         copies = 4 ** (4 - sum(on))

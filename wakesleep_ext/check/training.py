@@ -19,7 +19,7 @@ Networks = tuple[RecognitionNetwork, GenerativeNetwork]
 
 @dataclass(frozen=True)
 class Effort:
-    """The training effort of a problem."""
+    """The amount of training for a problem."""
 
     steps: int
     draws: int
@@ -27,7 +27,7 @@ class Effort:
 
 
 class Keys:
-    """Returns successive keys of one seed."""
+    """Returns successive random keys of one seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed, self._offsets = seed, count()
@@ -37,8 +37,8 @@ class Keys:
 
 
 class Pixelwise(nn.Module):
-    """Packed parameters of q(z|x), x `[*, D]` to `[*, 2K]`. Each latent variable depends on one pixel: its own if
-    D = K, the only one if D = 1."""
+    """Maps x, `[*, D]`, to packed parameters of q(z|x), `[*, 2K]`. If D = K, latent variable k depends on pixel k only.
+    If D = 1, all latent variables depend on the single pixel."""
 
     def __init__(self, latent: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Pixelwise(nn.Module):
 
 
 class Table(nn.Module):
-    """Separate parameters for each of the 2^D binary images: x `[*, D]` to `[*, size]`."""
+    """Maps each of the 2^D binary images x, `[*, D]`, to its own parameters, `[*, size]`."""
 
     def __init__(self, pixels: int, size: int) -> None:
         super().__init__()
@@ -73,7 +73,10 @@ class Fixed(nn.Module):
 
 
 def machine(recognition: nn.Module, generative: nn.Module, latent: int) -> Networks:
-    """Build float64 networks with one Gaussian layer and binary pixels: packed parameters of x, logits of z."""
+    """Build float64 networks with one Gaussian layer and binary pixels.
+
+    `recognition` maps x to the packed parameters of q(z|x), and `generative` maps z to the logits of x.
+    """
     return (
         RecognitionNetwork([GaussianConditional(recognition)]).double(),
         GenerativeNetwork([BernoulliConditional(generative), StandardGaussianPrior(latent)]).double(),
@@ -83,7 +86,7 @@ def machine(recognition: nn.Module, generative: nn.Module, latent: int) -> Netwo
 def minimise(
     losses: Iterator[Tensor], parameters: Iterable[nn.Parameter], steps: int, learning_rate: float = 0.1
 ) -> None:
-    """Run Adam with a learning rate that falls to a thousandth of its start, to average out the noise."""
+    """Run Adam. The learning rate decays to a thousandth of its initial value, so that gradient noise averages out."""
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.001 ** (1 / steps))
     for _, loss in zip(range(steps), losses, strict=False):

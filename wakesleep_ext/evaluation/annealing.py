@@ -1,10 +1,10 @@
-r"""Estimate log p(x) and its standard error by annealed importance sampling (Neal 2001), without recognition network.
+r"""Estimate log p(x) by annealed importance sampling (Neal 2001), with a standard error.
 
-Chains move from the prior to the posterior of an image through :math:`f_\beta(z) = p(z)\, p(x \mid z)^\beta`. This
-follows Wu, Burda, Salakhutdinov & Grosse, "On the quantitative analysis of decoder-based generative models" (ICLR
-2017): the sigmoidal schedule of section 4, with Hamiltonian Monte Carlo. Chains start from the prior, not from q. So
-the estimate does not depend on the network that the importance-weighted bound relies on, and finds modes that q misses.
-It therefore tells how far to trust that bound.
+Chains move from the prior to the posterior of an image through :math:`f_\beta(z) = p(z)\, p(x \mid z)^\beta`. This is
+the method of Wu, Burda, Salakhutdinov & Grosse, "On the quantitative analysis of decoder-based generative models" (ICLR
+2017), with the sigmoidal schedule of section 4 and Hamiltonian Monte Carlo. Chains start from the prior, not from q. So
+the estimate does not depend on the recognition network, and finds modes that q misses. Comparing both estimates shows
+how accurate the importance-weighted bound is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from wakesleep_ext.helmholtz.models import GenerativeNetwork
 
 _PILOT_CHAINS = 4
 _TARGET_ACCEPTANCE = 0.65
-_ADAPTATION = 0.2  # change of the log step size per unit of excess or missing acceptance
+_ADAPTATION = 0.2  # change of the log step size, relative to the deviation of the acceptance rate from its target
 _SCHEDULE_SLOPE = 4.0
-_JITTER = 0.2  # spread of the log step size over chains, which keeps trajectories from closing on themselves
+_JITTER = 0.2  # standard deviation of the log step size over chains; random step sizes avoid periodic trajectories
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class AnnealedLogLikelihood:
     """Estimates of log p(x) in nats, one per image: float64 `[N]`, on the CPU."""
 
     log_likelihood: Tensor
-    """Log of the mean weight of the chains. The mean is unbiased, so in expectation its log lies below log p(x), by
-    half the squared standard error if that is small."""
+    """Log of the mean weight of the chains. The mean weight is unbiased, so the expectation of its log is below
+    log p(x). If the standard error is small, the difference is half its square."""
     standard_error: Tensor
     """Standard error of `log_likelihood`, from the spread of the weights; NaN for a single chain."""
     acceptance: Tensor
-    """Mean acceptance probability of a transition."""
+    """Mean acceptance probability of the transitions."""
 
     @property
     def mean(self) -> float:
@@ -51,7 +51,7 @@ class AnnealedLogLikelihood:
 
     @property
     def standard_error_of_mean(self) -> float:
-        """Standard error of :attr:`mean` due to the chains, which are independent between images."""
+        """Standard error of :attr:`mean` due to the random chains. The chains of different images are independent."""
         return self.standard_error.square().sum().sqrt().item() / len(self.standard_error)
 
 
@@ -72,24 +72,25 @@ def annealed_log_likelihood(
         \log w_c = \sum_{t=1}^{T} (\beta_t - \beta_{t-1}) \log p_\theta(x \mid z_{c,t-1}),
         \quad z_{c,0} \sim p(z),\; z_{c,t} \sim \mathcal T_{\beta_t}(\cdot \mid z_{c,t-1})
 
-    where each transition leaves :math:`p(z)\, p(x|z)^{\beta_t}` invariant. Gaussian latent variables move by
-    Hamiltonian Monte Carlo on the standard normal noise that determines them. So the prior of the noise is N(0, I) for
-    any number of layers. Bernoulli latent variables move by flips with Metropolis acceptance. Step sizes are adapted to
-    each image and temperature on four extra pilot chains. These are not counted, so the other chains stay exact.
+    where each transition leaves :math:`p(z)\, p(x|z)^{\beta_t}` invariant. For Gaussian latent variables, Hamiltonian
+    Monte Carlo moves the standard normal noise that determines z. So the prior of the state is N(0, I) for any number
+    of layers. For Bernoulli latent variables, a Metropolis transition flips random variables. Step sizes are adapted to
+    each image and temperature on four extra pilot chains. The pilot chains do not enter the estimate, so adaptation
+    does not bias the estimate.
 
     Args:
         generative: the network to evaluate; its latent variables must be all Gaussian or all Bernoulli.
         x: binary pixels `[N, D]`, bool, uint8 or floating point, on the device of the network.
         num_chains: C, per image.
         num_temperatures: T.
-        moves: leapfrog steps, or proposed flips, per transition. Each of the (C + 4) N chains computes T times as many
-            gradients, or values.
+        moves: leapfrog steps (Gaussian) or Metropolis proposals (Bernoulli) per transition. Each of the (C + 4) N
+            chains computes `moves` x T gradients or log-probabilities.
         seed: the same seed and chunk size give the same chains.
-        chunk_rows: number of chains that run at once; memory depends on this alone.
-        on_images: called with the number of images just finished.
+        chunk_rows: number of chains that run together. Memory use depends only on this number.
+        on_images: called with the number of images just completed.
 
     Raises:
-        ValueError: a count is below 1, or the latent variables are of another kind.
+        ValueError: a count is below 1, or the latent variables are neither all Gaussian nor all Bernoulli.
     """
     counts = {"num_chains": num_chains, "num_temperatures": num_temperatures, "moves": moves, "chunk_rows": chunk_rows}
     for name, value in counts.items():
@@ -123,11 +124,11 @@ class _Chains(ABC):
     """Markov chains `[C, N]`, C per image, that start from the prior."""
 
     family: ClassVar[Family]
-    """The family of distributions whose values it moves."""
+    """The family of latent variables that this class can move."""
     first_step_size: ClassVar[float]
 
     state: Tensor
-    """`[C, N, K]`, all layers concatenated."""
+    """The current state of the chains, `[C, N, K]`, with all layers concatenated."""
     log_likelihood: Tensor
     """log p(x|z) at the state, `[C, N]`."""
 
@@ -141,11 +142,11 @@ class _Chains(ABC):
 
     @abstractmethod
     def move(self, beta: float, step_size: Tensor) -> Tensor:
-        """Make a transition at temperature beta with step sizes `[N]`; return its mean acceptance, `[N]`."""
+        """Run one transition at temperature beta with step sizes `[N]`. Return mean acceptance probabilities, `[N]`."""
 
 
 class _Hamiltonian(_Chains):
-    """Moves noise e ~ N(0, I), of which z_T, ..., z_1 are a function, as in a draw from the prior."""
+    """Moves the noise e ~ N(0, I) that determines z_T, ..., z_1, as in sampling from the prior."""
 
     family = "gaussian"
     first_step_size = 0.3
@@ -226,7 +227,7 @@ class _Flips(_Chains):
 
 
 def _metropolis(log_ratio: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which proposals are accepted, and their acceptance probability; a NaN ratio is rejected."""
+    """Return a mask of the accepted proposals, and all acceptance probabilities. NaN ratios are rejected."""
     log_probability = log_ratio.nan_to_num(nan=-torch.inf).clamp_max(0.0)
     log_odds = log_probability - torch.log(-torch.expm1(log_probability))
     accepted = ops.bernoulli_sample(log_odds.unsqueeze(-1), dtype=torch.bool, key=key).squeeze(-1)
@@ -234,8 +235,10 @@ def _metropolis(log_ratio: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _adapted_step_sizes(chains: _Chains, betas: Sequence[float]) -> list[Tensor]:
-    """Return step sizes `[N]` for each temperature, adapted on these chains to the acceptance rate that is best for
-    Hamiltonian Monte Carlo (Neal, "MCMC using Hamiltonian dynamics", 2011)."""
+    """Return step sizes `[N]` for each temperature, adapted by running these chains.
+
+    The target is the best acceptance rate of Hamiltonian Monte Carlo (Neal, "MCMC using Hamiltonian dynamics", 2011).
+    """
     step_size = torch.full_like(chains.log_likelihood[0], chains.first_step_size)
     step_sizes = []
     for beta in betas[1:]:
@@ -245,7 +248,7 @@ def _adapted_step_sizes(chains: _Chains, betas: Sequence[float]) -> list[Tensor]
 
 
 def _kind(generative: GenerativeNetwork, x: Tensor) -> type[_Chains]:
-    """Return the class of chains that moves these latent variables."""
+    """Return the chain class that can move the latent variables of this network."""
     latents = generative.sample_latents((1,), keys=[random.make_key(0, device=x.device)] * (len(generative) - 1))
     _, *factors = generative.factors(latents, x[:1])
     found = [factor.distribution for factor in factors]
@@ -259,7 +262,7 @@ def _kind(generative: GenerativeNetwork, x: Tensor) -> type[_Chains]:
 
 
 def _sigmoidal(num_temperatures: int) -> list[float]:
-    """Return temperatures from 0 to 1; the steps are smallest at both ends."""
+    """Return temperatures from 0 to 1, most closely spaced at both ends."""
     ends = torch.linspace(-_SCHEDULE_SLOPE, _SCHEDULE_SLOPE, num_temperatures + 1, dtype=torch.float64).sigmoid()
     betas: list[float] = ((ends - ends[0]) / (ends[-1] - ends[0])).tolist()
     return betas

@@ -1,8 +1,8 @@
 r"""Measure how good a trained model is, and where it fails.
 
-One pass over samples of q, with weights :math:`w = p_\theta(x, z)/q_\phi(z|x)`, gives bounds on log p(x), the parts of
-the ELBO and the effective sample size. It also gives the divergence between q and the posterior in both directions. For
-dreams this is estimated better, since the z that generated x is known.
+One pass over samples from q, with weights :math:`w = p_\theta(x, z)/q_\phi(z|x)`, gives bounds on log p(x), the terms
+of the ELBO and the effective sample size. The same pass estimates the KL divergence between q and the posterior in both
+directions. For dreams, the z that generated x is known, which gives a better estimate of KL(p(z|x) || q(z|x)).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from wakesleep_ext.evaluation.importance import ImportanceWeights
 from wakesleep_ext.helmholtz.models import PIXEL_MEAN_CLIP, GenerativeNetwork, HelmholtzMachine, RecognitionNetwork
 
 ACTIVE = 0.01
-"""A latent variable is active if its activity is above this."""
+"""Threshold of activity: a latent variable is active if its activity exceeds this value."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lower bounds on log p(x) and their parts, in nats, one per image: float64 `[N]`, on the CPU."""
+    """Lower bounds on log p(x) and their terms, in nats, with one value per image: float64 `[N]`, on the CPU."""
 
     log_likelihood: Tensor
-    """The K-sample bound, the log of the mean of w. In expectation it lies between the ELBO and log p(x)."""
+    """The K-sample bound: the log of the mean of w. Its expectation lies between the ELBO and log p(x)."""
     reconstruction: Tensor
     """Mean of log p(x|z_1) over the samples."""
     kl: Tensor
-    """`[N, T]`, for each stochastic layer the mean of log q(z_t|z_{t-1}) - log p(z_t|z_{t+1}). For the topmost layer
-    this is a KL divergence from its prior. For the others it is one only in expectation over z_{t+1}, which depends on
-    z_t, so it may be negative."""
+    """KL term of each stochastic layer, `[N, T]`: the mean of log q(z_t|z_{t-1}) - log p(z_t|z_{t+1}). For the topmost
+    layer, this term is a KL divergence from the prior. For the other layers, it is a KL divergence only in expectation
+    over z_{t+1}. Since z_{t+1} depends on z_t, the term may be negative."""
     forward_kl: Tensor
-    """KL(p(z|x) || q(z|x)), with weighted samples in place of the posterior. It is at most log K, so large divergences
-    are underestimated."""
+    """KL(p(z|x) || q(z|x)), estimated from importance-weighted samples. The estimate is at most log K, so large
+    divergences are underestimated."""
     effective_sample_size: Tensor
-    """Number of posterior samples that the K samples are worth."""
+    """Number of independent posterior samples that would be as informative as the K weighted samples."""
 
     @property
     def elbo(self) -> Tensor:
@@ -69,12 +69,13 @@ def log_likelihood_bounds(
     .. math:: \log \frac1K\sum_k w_k, \qquad
         w_k = \frac{p_\theta(x \mid z_k)\, p(z_k)}{q_\phi(z_k \mid x)}, \quad z_k \sim q_\phi
 
-    and, from the same samples with normalised weights :math:`\tilde w_k`,
+    The same samples, with normalised weights :math:`\tilde w_k`, give
+
 
     .. math:: \mathrm{ESS} = \frac{1}{\sum_k \tilde w_k^2}, \qquad
         \mathrm{KL}(p(z|x) \,\|\, q) \approx \sum_k \tilde w_k \log w_k - \log \frac1K\sum_k w_k
 
-    Images and samples are processed in chunks, with sums in float64, so memory depends on `chunk_rows` alone.
+    Images and samples are processed in chunks, and summed in float64. Memory use depends only on `chunk_rows`.
 
     Args:
         recognition: the network that the samples are drawn from.
@@ -82,8 +83,9 @@ def log_likelihood_bounds(
         x: binary pixels `[N, D]`, bool, uint8 or floating point, on the device of the networks.
         num_samples: K, samples per image.
         seed: the same seed and chunk size give the same samples on every device.
-        chunk_rows: samples in a chunk: all K of several images, or some of one.
-        on_images: called with the number of images just finished.
+        chunk_rows: maximum number of samples in a chunk. A chunk has all K samples of several images, or some samples
+            of one image.
+        on_images: called after each chunk with the number of images that it completed.
 
     Raises:
         ValueError: `num_samples` or `chunk_rows` is below 1.
@@ -122,19 +124,20 @@ def activities(
 
     .. math:: A_u = \mathrm{Var}_x\big(\mathbb E_{q_\phi(u \mid x)}[u]\big)
 
-    A variable is active if this exceeds 0.01 (:data:`ACTIVE`). For a Bernoulli variable this means that its probability
-    varies by 0.1 between images. Above the first layer the expectation is over draws of the layers below. The variance
-    due to their noise is subtracted, so the estimate is unbiased, and may be negative for an inactive variable.
+    A variable u is active if :math:`A_u` exceeds 0.01 (:data:`ACTIVE`). For a Bernoulli variable, this means that the
+    standard deviation of its probability over images exceeds 0.1. Above the first layer, the expectation is over draws
+    of the layers below. The variance due to sampling noise is subtracted, so the estimate is unbiased. The estimate may
+    be negative for an inactive variable.
 
     Args:
         recognition: the network to evaluate.
         x: binary pixels `[N, D]`, N >= 2.
         num_samples: draws per image, at least 2.
         seed: seed of the draws.
-        chunk_rows: samples held in memory at once.
+        chunk_rows: maximum number of samples in memory.
 
     Returns:
-        `[K]` for each layer from x up, float64, on the CPU.
+        The activities of each layer, starting with the layer next to x: float64 `[K]`, on the CPU.
 
     Raises:
         ValueError: there are fewer than two images or samples.
@@ -159,8 +162,8 @@ def independent_bernoulli_nll(pixel_mean: Tensor, x: Tensor) -> float:
     """Return the mean negative log-likelihood of images under independent pixels, in nats.
 
     Args:
-        pixel_mean: `[D]`, the training set's mean of each pixel; clipped to [0.001, 0.999], so that no test pixel is
-            impossible.
+        pixel_mean: `[D]`, the mean of each pixel over the training set. It is clipped to [0.001, 0.999], so that no
+            test pixel has probability zero.
         x: binary test images `[N, D]`.
     """
     logits = torch.logit(pixel_mean.double(), eps=PIXEL_MEAN_CLIP)
@@ -172,20 +175,20 @@ class Evaluation:
     """The results of :func:`evaluate`."""
 
     num_samples: int
-    """K, samples per image of the bounds."""
+    """K, the number of samples per image for the bounds."""
     wake: Bounds
-    """Bounds on images, the input of the wake phase."""
+    """Bounds for images, which are the input of the wake phase."""
     sleep: Bounds
-    """Bounds on dreams, the input of the sleep phase."""
+    """Bounds for dreams, which are the input of the sleep phase."""
     sleep_forward_kl: Tensor
     r"""log p(x, z) - log q(z|x) - log p(x) for each dream and the z that generated it: float64 `[N]`. Its mean over
-    dreams is that of KL(p(z|x) || q(z|x)), the divergence that the sleep phase minimises."""
+    dreams estimates the mean of KL(p(z|x) || q(z|x)), which the sleep phase minimises."""
     activities: list[Tensor]
     """Activities of the latent variables of each layer; see :func:`activities`."""
     discrepancy: Discrepancy
     """Discrepancy between dreams and images."""
     annealed: AnnealedLogLikelihood | None
-    """Estimates for the first `annealed_images` images; None if there are none."""
+    """Estimates by annealed importance sampling for the first `annealed_images` images; None if that number is 0."""
 
     @property
     def active_units(self) -> list[int]:
@@ -193,7 +196,7 @@ class Evaluation:
         return [int((activity > ACTIVE).sum()) for activity in self.activities]
 
     def summary(self) -> dict[str, Any]:
-        """Return means over images in nats, and counts, in types that JSON supports."""
+        """Return a summary that can be saved as JSON: means over images, in nats, and counts."""
         summary: dict[str, Any] = {
             "nll": -self.wake.log_likelihood.mean().item(),
             "elbo": self.wake.elbo.mean().item(),
@@ -247,17 +250,17 @@ def evaluate(
 
     Args:
         machine: the model to evaluate.
-        x: binary pixels `[N, D]`, N >= 2, on its device.
-        num_samples: K, samples per image of the bounds.
+        x: binary pixels `[N, D]`, N >= 2, on the device of the machine.
+        num_samples: K, the number of samples per image for the bounds.
         num_dreams: number of dreams to draw, at least 2.
-        annealed_images: number of images, from the first on, to evaluate by annealed importance sampling.
+        annealed_images: the first `annealed_images` images are also evaluated by annealed importance sampling.
         chains, temperatures: as for :func:`wakesleep_ext.evaluation.annealing.annealed_log_likelihood`.
         seed: seed of all draws. The bounds on images equal those of :func:`log_likelihood_bounds` with this seed.
-        progress: called with the name of a part and its number of images. It returns a function that is called with
-            the number of images just finished.
+        progress: called before each part of the evaluation, with the name of the part and its number of images. It must
+            return a function, which is then called with the number of images just completed.
     """
     recognition, generative = machine.recognition, machine.generative
-    # with one key for all, draws would depend on the draws that they are compared with
+    # separate seeds make the draws of each part independent of the draws that they are compared with
     seeds = random.philox_words(random.make_key(seed), 5).tolist()
     of_dreams, of_sleep, of_chains, of_activities, of_permutations = seeds
     keys = [random.make_key(of_dreams, draw, x.device) for draw in range(len(generative))]
@@ -271,7 +274,7 @@ def evaluate(
         dreams,
         num_samples,
         seed=of_sleep,
-        on_images=progress("The same of dreams", num_dreams),
+        on_images=progress("NLL bound of dreams", num_dreams),
     )
     log_w = generative.log_prob(latents, dreams).double() - recognition.log_prob(latents, dreams).double()
     annealed = None

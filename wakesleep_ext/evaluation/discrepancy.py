@@ -1,4 +1,4 @@
-"""Test whether dreams differ from data: a two-sample test without a trained classifier or a bandwidth."""
+"""Test whether dreams differ from data. The two-sample test needs no trained classifier and no kernel bandwidth."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Discrepancy:
     """The difference between two sets of images."""
 
     energy_distance: float
-    """Zero in expectation if both sets have the same distribution, and then as often negative as positive; positive in
-    expectation otherwise."""
+    """Unbiased estimate of the energy distance. Its expectation is zero if both sets have the same distribution, and
+    positive otherwise. The estimate may be negative."""
     p_value: float
-    """Fraction of random divisions of the images that are at least as far apart."""
+    """Fraction of random splits of the pooled images with at least the observed energy distance."""
 
 
 @torch.no_grad()
@@ -29,18 +29,19 @@ def energy_distance(
 
     .. math:: 2\,\mathbb E\|x - y\| - \mathbb E\|x - x'\| - \mathbb E\|y - y'\|
 
-    It is the squared maximum mean discrepancy of the kernel :math:`-\|x - y\|`, and zero only for equal distributions
-    (Székely & Rizzo, "Energy statistics", 2013). Means are over pairs of different images, so the estimate is unbiased.
-    The distance of two binary images is the square root of the number of pixels in which they differ. The p-value is
-    that of a permutation test, (1 + as far apart)/(1 + permutations), exact for any number of images.
+    The energy distance is the squared maximum mean discrepancy with kernel :math:`-\|x - y\|`. It is zero only for
+    equal distributions (Székely & Rizzo, "Energy statistics", 2013). Means are over pairs of distinct images, so the
+    estimate is unbiased. The distance between two binary images is the square root of the number of pixels in which the
+    images differ. The p-value is that of a permutation test: (1 + n) / (1 + `num_permutations`), where n permutations
+    have at least the observed energy distance. It is exact for any number of images.
 
     Args:
         x: binary images `[N, D]`, N >= 2.
         y: other binary images `[M, D]`, M >= 2.
-        num_permutations: number of random divisions of the images to compare with.
+        num_permutations: number of random splits of the pooled images to compare with.
         seed: seed of the permutations.
-        chunk_rows: number of images whose distances to all others are in memory at once. Memory is `chunk_rows` plus
-            `num_permutations` numbers per image.
+        chunk_rows: number of images whose distances to all others are in memory together. Each image takes
+            `chunk_rows + num_permutations` numbers of memory.
 
     Raises:
         ValueError: a set has fewer than two images, or the images differ in size.
@@ -56,7 +57,7 @@ def energy_distance(
     zeros = torch.zeros(total, device=pooled.device)
     ranks = ops.gaussian_rsample(zeros, zeros, (num_permutations,), key=random.make_key(seed, device=pooled.device))
     order = torch.cat((torch.arange(total, device=pooled.device)[None], ranks.argsort(dim=-1)))
-    # membership of the first set: column 0 is the actual division, the others are permuted
+    # first[i, j] is 1 if split j puts image i in the first set; split 0 is the observed one, the others are random
     first = torch.zeros(total, num_permutations + 1, device=pooled.device)
     first.scatter_(0, order[:, : len(x)].t(), 1.0)
 
@@ -74,5 +75,5 @@ def energy_distance(
     within_second = everything - within_first - 2 * across
     statistic = 2 * across / (len(x) * len(y))
     statistic -= within_first / (len(x) * (len(x) - 1)) + within_second / (len(y) * (len(y) - 1))
-    as_far = (statistic >= statistic[0]).double()  # includes the actual division itself
+    as_far = (statistic >= statistic[0]).double()  # the observed split counts as one of the permutations
     return Discrepancy(statistic[0].item(), as_far.mean().item())

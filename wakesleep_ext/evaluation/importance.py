@@ -9,8 +9,8 @@ from torch import Tensor
 class ImportanceWeights:
     r"""Statistics of weights :math:`w_1, \dots, w_K` for each of N images, where K grows as weights are added.
 
-    Only the sums of w, w log w and w² are stored, in float64 and relative to the largest weight so far. So no weight
-    overflows, and not all of them underflow.
+    Only the sums of w, w log w and w² are stored, in float64. Weights are divided by the largest weight so far, so that
+    no weight overflows and the largest does not underflow.
 
     Args:
         images: N.
@@ -21,14 +21,14 @@ class ImportanceWeights:
         self.count = 0
         zero = torch.zeros(images, dtype=torch.float64, device=device)
         self._log_scale = torch.full_like(zero, torch.finfo(torch.float64).min)
-        # of v = w / exp(log_scale)
+        # sums over the scaled weights v = w / exp(log_scale)
         self._sum, self._sum_v_log_v, self._sum_squares = zero, zero, zero
 
     def add(self, log_w: Tensor) -> None:
         """Add log weights `[K, N]`, float64."""
         log_scale = torch.maximum(self._log_scale, log_w.amax(0))
         shift = self._log_scale - log_scale
-        log_v = (log_w - log_scale).clamp_min(torch.finfo(torch.float64).min)  # 0 log 0 is 0
+        log_v = (log_w - log_scale).clamp_min(torch.finfo(torch.float64).min)  # so that 0 log 0 gives 0
         v, rescale = log_v.exp(), shift.exp()
         self._sum_v_log_v = rescale * (self._sum_v_log_v + shift * self._sum) + (v * log_v).sum(0)
         self._sum = rescale * self._sum + v.sum(0)
@@ -51,13 +51,15 @@ class ImportanceWeights:
     def divergence(self) -> Tensor:
         r"""Estimate of KL(target || proposal), from 0 to log K: `[N]`.
 
-        It is :math:`\sum_k \tilde w_k \log w_k - \log \frac1K \sum_k w_k`, log K minus the entropy of the normalised
-        weights."""
+        The estimate is :math:`\sum_k \tilde w_k \log w_k - \log \frac1K \sum_k w_k`. This equals log K minus the
+        entropy of the normalised weights."""
         return self._sum_v_log_v / self._sum - (self._sum / self.count).log()
 
     @property
     def standard_error(self) -> Tensor:
-        r"""Standard error of :attr:`log_mean`, to first order the relative one of the mean of w: `[N]`, NaN if K = 1.
+        r"""Standard error of :attr:`log_mean`: `[N]`, NaN if K = 1.
+
+        To first order, it equals the relative standard error of the mean of w:
 
         .. math:: \sqrt{\frac{K / \mathrm{ESS} - 1}{K - 1}}
         """

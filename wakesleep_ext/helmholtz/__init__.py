@@ -1,1 +1,1 @@
-"""Helmholtz machines: networks, distributions given their output, chains of these, and losses."""
+"""Helmholtz machines: networks, the conditional distributions that they parameterise, chains of these, and losses."""

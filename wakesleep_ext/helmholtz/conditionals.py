@@ -1,7 +1,8 @@
 """Conditional distributions p(value | given): a network, and the distribution that its output parameterises.
 
-A conditional is a module. Called with what is given, it returns a distribution of :mod:`wakesleep_ext.densities`, which
-draws and scores values. The layers of a Helmholtz machine are conditionals, and use only this interface of each other.
+A conditional is a module. It maps the conditioning value `given` to a distribution of :mod:`wakesleep_ext.densities`,
+which draws samples and computes log-probabilities. The layers of a Helmholtz machine are conditionals, and call each
+other only through this interface.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from wakesleep_ext.helmholtz.networks import MultilayerPerceptron
 
 
 class Conditional(nn.Module):
-    """Returns p(value | given), a distribution for each row, when called with what is given, `[*B, J]`."""
+    """Maps the conditioning value `given`, `[*B, J]`, to p(value | given), one distribution per row."""
 
     has_rsample: ClassVar[bool] = False
     """True if draws are differentiable, as in `torch.distributions`."""
@@ -57,8 +58,9 @@ class BernoulliConditional(Conditional):
 class LinearBernoulliConditional(BernoulliConditional):
     """Independent Bernoulli variables whose logits come from an MLP and are recomputed instead of stored.
 
-    This suits the many pixels of an image. Latent variables keep their logits, since several samples are drawn per
-    row: use a :class:`BernoulliConditional`. An MLP whose last layer is not plain falls back to that, too.
+    Use this class for images, which have many pixels. For latent variables, use :class:`BernoulliConditional`, which
+    stores the logits, since several samples are drawn per row. If a fused op cannot compute the last layer of the MLP,
+    this class stores the logits, too.
 
     Args:
         network: maps `given`, `[*B, J]`, to logits `[*B, D]`.
@@ -77,7 +79,7 @@ class LinearBernoulliConditional(BernoulliConditional):
 
 
 class StandardGaussianPrior(Conditional):
-    """N(0, I), independent of what is given.
+    """The prior N(0, I), which ignores `given`.
 
     Args:
         size: K, the number of latent variables.

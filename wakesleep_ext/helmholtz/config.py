@@ -11,7 +11,7 @@ Latents = Literal["gaussian", "bernoulli"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes, latent variables and activation of both networks.
+    """Specifies the layer sizes, the kind of latent variables and the activation of both networks.
 
     Raises:
         ValueError: a size is not a positive integer, or a name is unknown.
@@ -20,16 +20,16 @@ class ModelConfig:
     observed: int
     """Pixels per image, D."""
     latent: tuple[int, ...] = (50,)
-    """Latent variables of each stochastic layer, from x up; one number per layer."""
+    """Number of latent variables in each stochastic layer, starting with the layer next to x."""
     recognition_hidden: tuple[int, ...] = (200, 200)
-    """Hidden widths of q(z_1|x), from x to z_1."""
+    """Widths of the hidden layers of q(z_1|x), ordered from x to z_1."""
     generative_hidden: tuple[int, ...] = (200, 200)
-    """Hidden widths of p(x|z_1), from z_1 to x."""
+    """Widths of the hidden layers of p(x|z_1), ordered from z_1 to x."""
     latent_hidden: tuple[int, ...] = (100, 100)
-    """Hidden widths between consecutive stochastic layers, in both directions."""
+    """Widths of the hidden layers between consecutive stochastic layers, the same in both networks."""
     latents: Latents = "gaussian"
-    """Latent variables: Gaussian with prior N(0, I), or Bernoulli with a learnt prior (a sigmoid belief network, as in
-    the first Helmholtz machines)."""
+    """Kind of latent variables: Gaussian with prior N(0, I), or Bernoulli with a learnt prior. The Bernoulli model is a
+    sigmoid belief network, as in the first Helmholtz machines."""
     activation: Activation = "tanh"
     """Activation after each hidden layer."""
 

@@ -57,7 +57,7 @@ class _Chain(nn.ModuleList):
         """Return the factors in the order of the conditionals.
 
         Args:
-            latents: z_1, ..., z_T from x up, `[*S, *B, K]` each.
+            latents: z_1, ..., z_T, starting with the layer next to x, `[*S, *B, K]` each.
             x: binary pixels `[*B, D]`: bool, uint8 or floating.
         """
         raise NotImplementedError
@@ -82,7 +82,7 @@ class RecognitionNetwork(_Chain):
     """The recognition network q(z|x) = q(z_1|x) q(z_2|z_1) ... q(z_T|z_{T-1}).
 
     Args:
-        conditionals: the factors in this order.
+        conditionals: the factors, in the order of this formula.
     """
 
     def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
@@ -94,10 +94,10 @@ class RecognitionNetwork(_Chain):
         Args:
             x: binary pixels `[*B, D]`.
             num_samples: L.
-            keys: one key for each stochastic layer (`wakesleep_ext.random.draw_key`), drawn if not given.
+            keys: one key for each stochastic layer (see `wakesleep_ext.random.draw_key`). The default draws new keys.
 
         Returns:
-            z_1, ..., z_T, `[L, *B, K]` each; differentiable where the conditionals' draws are.
+            z_1, ..., z_T, `[L, *B, K]` each. They are differentiable if the conditionals support it (`has_rsample`).
         """
         given, latents = x, []
         sample_shape: tuple[int, ...] = (num_samples,)
@@ -114,8 +114,8 @@ class RecognitionNetwork(_Chain):
 
         Args:
             x, num_samples, keys: as in :meth:`rsample`.
-            detach: treat the draws as data: z has no gradient, and the gradient of log q is taken at fixed z. Otherwise
-                it is the total derivative, which includes the path through z.
+            detach: treat the draws as constants, so that z has no gradient and log q is differentiated at fixed z.
+                Otherwise the gradient of log q is the total derivative, which includes the path through z.
         """
         given, draws = x, []
         sample_shape: tuple[int, ...] = (num_samples,)
@@ -145,7 +145,8 @@ class GenerativeNetwork(_Chain):
     """The generative network p(x, z) = p(x|z_1) p(z_1|z_2) ... p(z_T).
 
     Args:
-        conditionals: the factors in this order. The last one is the prior of z_T, which is called with None.
+        conditionals: the factors, in the order of this formula. The last factor is the prior of z_T, and is called with
+            None.
     """
 
     def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
@@ -156,7 +157,7 @@ class GenerativeNetwork(_Chain):
 
         Args:
             sample_shape: S.
-            keys: one key for each stochastic layer from z_T down, drawn if not given.
+            keys: one key for each stochastic layer from z_T down. The default draws new keys.
 
         Returns:
             z_1, ..., z_T, `[*S, K]` each.
@@ -170,11 +171,11 @@ class GenerativeNetwork(_Chain):
         return tuple(reversed(latents))
 
     def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
-        """Draw by ancestral sampling, without gradients.
+        """Draw latent variables and images by ancestral sampling, without gradients.
 
         Args:
             num_dreams: N.
-            keys: one key for each stochastic layer from z_T down, and one for x; drawn if not given.
+            keys: one key for each stochastic layer from z_T down, then one for x. The default draws new keys.
         """
         *of_latents, of_x = _keys(keys, self)
         latents = self.sample_latents((num_dreams,), keys=of_latents)
@@ -193,11 +194,11 @@ def _keys(keys: Keys, conditionals: Iterable[nn.Module]) -> Sequence[Tensor | No
 
 
 class HelmholtzMachine(nn.Module):
-    """A recognition and a generative network facing each other (Dayan, Hinton, Neal & Zemel 1995).
+    """A recognition and a generative network with the same latent variables (Dayan, Hinton, Neal & Zemel 1995).
 
     Args:
         recognition: q(z|x).
-        generative: p(x, z), of the same latent variables.
+        generative: p(x, z).
     """
 
     def __init__(self, recognition: RecognitionNetwork, generative: GenerativeNetwork) -> None:
@@ -207,15 +208,15 @@ class HelmholtzMachine(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig, pixel_mean: Tensor | None = None) -> HelmholtzMachine:
-        """Build the machine that a config describes, with initial weights from torch's generator.
+        """Build the machine that a config describes. Initial weights are drawn from torch's default generator.
 
         Args:
-            config: sizes, latent variables and activation.
+            config: layer sizes, kind of latent variables and activation.
             pixel_mean: `[D]`, the mean of each pixel over the training set, in [0, 1]. The output bias of p(x|z_1)
-                starts at the logit of this mean, clipped to [0.001, 0.999]. Without it, the bias starts at zero.
+                starts at the logit of this mean, clipped to [0.001, 0.999]. By default, the bias starts at zero.
 
         Raises:
-            ValueError: `pixel_mean` has another shape.
+            ValueError: `pixel_mean` does not have shape `[D]`.
         """
         if pixel_mean is not None and pixel_mean.shape != (config.observed,):
             raise ValueError(

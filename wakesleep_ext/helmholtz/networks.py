@@ -1,4 +1,4 @@
-"""Networks for the conditionals of a Helmholtz machine. Any other module can replace them."""
+"""Networks for the conditionals of a Helmholtz machine. You can use any other module in their place."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 
 
 class MultilayerPerceptron(Sequential):
-    """Linear layers of the given sizes with an activation between them, `[*, first] -> [*, last]`.
+    """Linear layers of the given sizes with an activation between consecutive layers, `[*, first] -> [*, last]`.
 
-    Weights are initialised as in Glorot & Bengio (2010), biases at zero, and the last bias at `output_bias` if given.
+    Weights are initialised as in Glorot & Bengio (2010), and biases to zero. If `output_bias` is given, the bias of the
+    last layer is initialised to it.
     The input is cast to the dtype of the weights, so it may have any dtype, such as bool or uint8 pixels.
     """
 
@@ -52,12 +53,15 @@ class MultilayerPerceptron(Sequential):
 
     @property
     def may_be_fused(self) -> bool:
-        """True if an op may compute the last layer: it has no activation, and calling it or this MLP runs no hooks."""
+        """True if a fused op may replace the last layer.
+
+        This requires that no activation follows the last layer, and that `forward` is not overridden and has no hooks.
+        """
         is_own = type(self).forward is MultilayerPerceptron.forward and runs_forward_only(self)
         return is_own and is_linear(self.head) and activation_of(self.head) is None
 
     def features(self, input: Tensor) -> Tensor:
-        """Return the input of the last layer, `[*, first] -> [*, next to last]`."""
+        """Return the activations that enter the last layer, `[*, first] -> [*, next to last]`."""
         *hidden, _ = self
         return through(hidden, input.to(self.head.weight.dtype))
 
@@ -66,7 +70,7 @@ class MultilayerPerceptron(Sequential):
 
 
 class Constant(nn.Module):
-    """A trained vector `[size]`, zero at first and independent of the input, as the network of a prior."""
+    """A trainable vector `[size]`, initially zero. It ignores the input, and can thus parameterise a prior."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -1,20 +1,20 @@
-r"""Compute the objectives: pure functions from the networks and a batch to a loss.
+r"""Compute the training objectives. Each is a pure function from the networks and a batch to a loss.
 
 With L samples :math:`z_l \sim q_\phi(z|x)` for each image, :math:`w_l = p_\theta(x, z_l)/q_\phi(z_l|x)` and
 :math:`\tilde w_l = w_l / \sum_k w_k`:
 
 - wake-sleep (Hinton, Dayan, Frey & Neal, "The wake-sleep algorithm for unsupervised neural networks", Science 268,
-  1995): :func:`wake_theta_loss` and :func:`sleep_phi_loss`. Each phase trains one network on draws of the other, made
-  without gradients, so a loss reaches the parameters of one network only.
+  1995): :func:`wake_theta_loss` and :func:`sleep_phi_loss`. Each phase trains one network on samples from the other.
+  The samples carry no gradient, so each loss trains one network only.
 - reweighted wake-sleep (Bornschein & Bengio, "Reweighted wake-sleep", ICLR 2015): :func:`reweighted_wake_losses`. Its
-  loss for phi may be mixed with that of the sleep phase.
+  loss for phi may be combined with the sleep-phase loss.
 - the baselines, which differentiate through the draws: :func:`elbo_loss` (Kingma & Welling, "Auto-encoding variational
   Bayes", 2014), :func:`iwae_loss` (Burda, Grosse & Salakhutdinov, "Importance weighted autoencoders", ICLR 2016) and
   :func:`dreg_loss` (Tucker, Lawson, Gu & Maddison, "Doubly reparameterized gradient estimators for Monte Carlo
   objectives", ICLR 2019).
 
-Every loss is the mean over images, or dreams, in nats, 0-dimensional. The networks may have several stochastic layers;
-log q(z|x) and log p(x, z) are then sums over the layers.
+Every loss is a 0-dimensional tensor: the mean over images (or dreams), in nats. The networks may have several
+stochastic layers; log q(z|x) and log p(x, z) are then sums over the layers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class WakeLosses(NamedTuple):
     """The losses of a wake phase."""
 
     theta: Tensor
-    """Loss of the generative network; of both networks if `phi` is None and the objective differentiates the draws."""
+    """Loss of the generative network. If `phi` is None and the objective differentiates through the draws, this loss
+    trains both networks."""
     phi: Tensor | None = None
     """Loss of the recognition network."""
 
@@ -50,20 +51,20 @@ def wake_theta_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Return the wake-phase loss: minus the expected log-probability of images and the latents inferred from them.
+    r"""Return the wake-phase loss: minus the expected joint log-probability of the images and their inferred latents.
 
     .. math:: -\frac1B\sum_b \frac1L\sum_l \log p_\theta(x_b, z_{bl}),
         \qquad z_{bl} \sim q_\phi(z \mid x_b)
 
-    A prior N(0, I) has no parameters and is left out: with a single layer, :math:`\log p_\theta(x|z)` remains.
-    L = 1 is the wake phase of Hinton et al. (1995); more samples reduce the noise.
+    A prior N(0, I) has no parameters, so its log-density is omitted. With a single layer, only
+    :math:`\log p_\theta(x|z)` remains. L = 1 is the wake phase of Hinton et al. (1995); more samples reduce the noise.
 
     Args:
-        recognition: gets no gradient.
+        recognition: the network that infers the latents; it receives no gradient.
         generative: the network to train.
         x: binary pixels `[B, D]`: bool, uint8 or floating point.
         num_samples: L.
-        keys: keys of the draws, one per stochastic layer (`wakesleep_ext.random.draw_key`); drawn if not given.
+        keys: random keys, one per stochastic layer (see `wakesleep_ext.random.draw_key`). The default draws new keys.
     """
     with torch.no_grad():
         latents = recognition.rsample(x, num_samples, keys=keys)
@@ -82,14 +83,14 @@ def sleep_phi_loss(
     .. math:: -\frac1N\sum_n \log q_\phi(z_n \mid x_n),
         \qquad z_n \sim p(z),\; x_n \sim p_\theta(x \mid z_n)
 
-    Minimising it over phi minimises the mean of KL(p(z|x) || q(z|x)) over dreams, the reverse of the ELBO's direction
-    (Hinton et al. 1995).
+    Minimising this loss over phi minimises the mean of KL(p(z|x) || q(z|x)) over dreams (Hinton et al. 1995). The ELBO
+    uses the KL divergence in the opposite direction.
 
     Args:
         recognition: the network to train.
-        generative: gets no gradient.
+        generative: the network that generates the dreams; it receives no gradient.
         num_dreams: N.
-        keys: keys of the draws, one per stochastic layer from z_T down and one for x; drawn if not given.
+        keys: random keys, one per stochastic layer from z_T down, then one for x. The default draws new keys.
     """
     latents, x = generative.dream(num_dreams, keys=keys)
     return _minus_mean_log_prob(recognition.factors(latents, x), latents[-1])
@@ -104,23 +105,25 @@ def reweighted_wake_losses(
     defensive_fraction: float = 0.0,
     keys: Keys = None,
 ) -> WakeLosses:
-    r"""Return the reweighted wake-phase losses of both networks. Importance weights are per image.
+    r"""Return the reweighted wake-phase losses of both networks. Importance weights are normalised per image.
 
     .. math:: \mathcal L_\theta = -\frac1B\sum_b \log\frac1L\sum_l w_{bl}, \qquad
         \mathcal L_\phi = -\frac1B\sum_b\sum_l \tilde w_{bl} \log q_\phi(z_{bl} \mid x_b)
 
-    The gradient of the first is :math:`-\sum_l \tilde w_l \nabla_\theta \log p_\theta(x, z_l)`. The draws are constants
-    in both losses, q is a constant in the first, and the weights are constants in the second. Otherwise, at fixed z,
-    the gradients of the two losses for phi would cancel exactly, and recognition would learn nothing. So you can
-    differentiate the sum of both: each loss reaches only its own network.
+    The gradient of :math:`\mathcal L_\theta` for one image is
+    :math:`-\sum_l \tilde w_l \nabla_\theta \log p_\theta(x, z_l)`. Both losses treat the samples z as constants. In
+    addition, :math:`\mathcal L_\theta` treats q as a constant, and :math:`\mathcal L_\phi` treats the weights as
+    constants. If q were not constant in :math:`\mathcal L_\theta`, the gradients of the two losses for phi would cancel
+    exactly. The recognition network would then not learn. Since each loss trains only its own network, you can
+    differentiate the sum of both losses.
 
     Args:
         recognition, generative, x, num_samples: as for :func:`wake_theta_loss`.
-        defensive_fraction: probability that a sample is drawn from p(z) instead, 0 to 1 exclusive. Weights are then
-            those of the mixture, and bounded wherever the likelihood is (Hesterberg, "Weighted average importance
-            sampling and defensive mixture distributions", 1995).
-        keys: one per stochastic layer. A defensive mixture takes one more to choose by, then one per stochastic layer
-            from z_T down.
+        defensive_fraction: probability, in [0, 1), that a sample is drawn from p(z) instead of q(z|x). Weights are then
+            computed for the mixture of both. They are bounded wherever the likelihood is bounded (Hesterberg, "Weighted
+            average importance sampling and defensive mixture distributions", 1995).
+        keys: random keys, one per stochastic layer. A defensive mixture needs more keys: one to choose between q and p,
+            then one per stochastic layer of p from z_T down.
     """
     if defensive_fraction:
         latents, log_q, log_proposal = _draw_defensively(
@@ -142,15 +145,15 @@ def elbo_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Return minus the ELBO, for both networks, differentiated through the draws.
+    r"""Return the negative ELBO. Its gradient trains both networks, and passes through the draws.
 
     .. math:: -\frac1B\sum_b \frac1L\sum_l \log w_{bl}
 
-    The KL divergence of the topmost layer from a prior N(0, I) is exact; that of other layers is estimated from the
-    draws.
+    The KL divergence of the topmost layer from a prior N(0, I) is computed exactly. The KL terms of other layers are
+    estimated from the draws.
 
     Args:
-        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`, with Gaussian latent variables.
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`. The latents must be Gaussian.
     """
     require_rsample(recognition)
     draws = recognition.rsample_log_prob(x, num_samples, keys=keys)
@@ -170,12 +173,12 @@ def iwae_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Return minus the L-sample bound, for both networks, differentiated through the draws.
+    r"""Return the negative L-sample bound. Its gradient trains both networks, and passes through the draws.
 
     .. math:: -\frac1B\sum_b \log\frac1L\sum_l w_{bl}
 
     Args:
-        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`, with Gaussian latent variables.
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`. The latents must be Gaussian.
     """
     require_rsample(recognition)
     draws = recognition.rsample_log_prob(x, num_samples, keys=keys)
@@ -190,19 +193,22 @@ def dreg_loss(
     *,
     keys: Keys = None,
 ) -> Tensor:
-    r"""Return minus the L-sample bound with its doubly reparameterised gradient: for theta as in :func:`iwae_loss`, and
+    r"""Return the negative L-sample bound with a doubly reparameterised gradient.
+
+    The gradient for theta is that of :func:`iwae_loss`. The gradient for phi is
 
     .. math:: -\frac1B\sum_b \sum_l \tilde w_{bl}^2 \frac{\partial \log w_{bl}}{\partial z_{bl}}
         \frac{\partial z_{bl}}{\partial \phi}
 
-    for phi. Both gradients for phi have the same expectation, but the signal-to-noise ratio of this one does not
+    It has the same expectation as the gradient for phi of :func:`iwae_loss`, but its signal-to-noise ratio does not
     fall as L grows.
 
     Args:
-        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`, with Gaussian latent variables.
+        recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`. The latents must be Gaussian.
     """
     require_rsample(recognition)
-    # views, so that the hooks below see only the gradient through the densities, not through later layers' draws
+    # The hooks below are registered on views of z. There they receive the gradient through the densities only, not the
+    # gradient through the draws of later layers.
     latents = [z.view_as(z) for z in recognition.rsample(x, num_samples, keys=keys)]
     fixed_q = [_detached(factor) for factor in recognition.factors(latents, x)]
     log_q = _sum([q.log_prob(z) for q, z in zip(fixed_q, latents, strict=True)])
@@ -222,7 +228,7 @@ def _draw_defensively(
     share: float,
     keys: Keys,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Draw from (1 - share) q(z|x) + share p(z); return the draws, log q, and log-probabilities under the mixture."""
+    """Sample from (1 - share) q(z|x) + share p(z); return the samples, log q, and the log-density of the mixture."""
     layers = len(recognition)
     keys = [None] * (2 * layers + 1) if keys is None else keys
     with torch.no_grad():
@@ -239,26 +245,29 @@ def _draw_defensively(
 
 
 def _minus_mean_log_prob(factors: Iterable[Factor], like: Tensor) -> Tensor:
-    """Return minus the mean over draws `like`, `[*S, *B, K]`, of the summed log-probability of trainable factors."""
+    """Return minus the sum of the trainable factors' log-probabilities, averaged over draws.
+
+    The number of draws is the product of the leading sizes of `like`, `[*S, *B, K]`.
+    """
     rows, wide = math.prod(like.shape[:-1]), torch.promote_types(like.dtype, torch.float32)
-    # a weight per row instead of a factor on the sum: gradients are scaled as they are formed
+    # the ops apply a weight to each row, so the backward pass scales gradients as it computes them
     weight = torch.full((), -1 / rows if rows else math.nan, dtype=wide, device=like.device)
     scored = ((factor.distribution, factor.value) for factor in factors)
     return _sum([p.log_prob_sum(value, weight) for p, value in scored if not p.is_fixed])
 
 
 def _detached(factor: Factor) -> Distribution:
-    """Return the factor's distribution as a function of what is given, with constant parameters."""
+    """Return the factor's distribution with detached parameters, so that gradients reach only `factor.given`."""
     parameters = {name: parameter.detach() for name, parameter in factor.conditional.named_parameters()}
     distribution: Distribution = functional_call(factor.conditional, parameters, (factor.given,))
     return distribution
 
 
 def require_rsample(recognition: RecognitionNetwork) -> None:
-    """Check that draws are differentiable.
+    """Check that the draws of the recognition network are differentiable.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the draws of a layer are not differentiable.
     """
     for conditional in recognition:
         if not conditional.has_rsample:
@@ -278,5 +287,5 @@ def _minus_bound(log_w: Tensor) -> Tensor:
 
 
 def _normalised(log_w: Tensor) -> Tensor:
-    """Return importance weights `[L, B]` that sum to 1 over the samples of an image, without gradient."""
+    """Return detached importance weights `[L, B]`, normalised to sum to 1 over the samples of each image."""
     return log_w.detach().softmax(0)

@@ -17,7 +17,7 @@ _DREAMS, _RECONSTRUCTIONS = 100, 40
 
 
 def draw_dreams(path: Path, machine: HelmholtzMachine, shape: tuple[int, int], count: int, seed: int = 0) -> None:
-    """Draw latent variables, and write a picture of the images they generate, each pixel shown as its mean."""
+    """Sample latent variables from the prior, and write a picture of the pixel means that they generate."""
     with torch.no_grad():
         latents, _ = machine.dream(count, keys=_keys(machine.generative, seed))
         means = machine.generative.pixel_means(latents[0])
@@ -36,10 +36,10 @@ def draw_run(
     """Draw dreams, reconstructions of test images, the learning curves and the evaluation.
 
     Args:
-        path_of: returns the path for the picture of a given name.
-        test: binary pixels `[N, D]`.
-        epochs: the record of each epoch.
-        baseline_nll: test NLL of independent pixels.
+        path_of: maps the name of a picture to the path of its file.
+        test: test images, binary pixels `[N, D]`.
+        epochs: the metrics of each epoch.
+        baseline_nll: test NLL of independent Bernoulli pixels.
     """
     draw_dreams(path_of("samples"), machine, shape, _DREAMS)
     shown = test[:_RECONSTRUCTIONS]
@@ -50,6 +50,6 @@ def draw_run(
 
 
 def _keys(network: RecognitionNetwork | GenerativeNetwork, seed: int) -> list[Tensor]:
-    """Return keys for a draw from each factor of the network."""
+    """Return a random key for each factor of the network."""
     where = next(network.parameters()).device
     return [random.make_key(seed, draw, where) for draw in range(len(network))]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _DPI = 150
-_LEAST_ACTIVITY = 1e-5  # lower limit of the plot; smaller or negative estimates are drawn here
+_LEAST_ACTIVITY = 1e-5  # lower limit of the plot; smaller and negative estimates are drawn at this value
 _WAKE, _SLEEP, _TEST, _BASELINE = "#c2571a", "#35478c", "#1b7f5c", "#8a8a8a"
 _NO_DATE: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 _LOSSES = (
@@ -44,7 +44,7 @@ def samples(path: Path, pixels: Tensor, shape: tuple[int, int]) -> None:
 
 
 def reconstructions(path: Path, x: Tensor, pixels: Tensor, shape: tuple[int, int]) -> None:
-    """Draw pairs of rows: images, and below each its reconstruction by the model.
+    """Draw pairs of rows: images above, and the model's reconstructions below.
 
     Args:
         path: the file to write.
@@ -68,7 +68,7 @@ def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: floa
 
     Args:
         path: the file to write.
-        epochs: records with `epoch`, `test_elbo` and the losses that the objective has, in nats.
+        epochs: one record per epoch, with `epoch`, `test_elbo` and the losses of the objective, in nats.
         baseline_nll: test NLL of independent Bernoulli pixels, for comparison.
     """
     from matplotlib.figure import Figure
@@ -91,12 +91,12 @@ def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: floa
 def comparison(
     path: Path, curves: Mapping[str, Sequence[float]], bounds: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> None:
-    """Draw the test losses of several runs over the epochs, and next to them the bounds that the runs reach.
+    """Draw the test losses of several runs over the epochs, and next to them the final bounds of the runs.
 
     Args:
         path: the file to write.
-        curves: -ELBO after each epoch, in nats per image, by the name of the objective.
-        bounds: by the label of a bound, its value in each run, in nats per image, by the name of the objective.
+        curves: maps the name of an objective to the -ELBO after each epoch, in nats per image.
+        bounds: maps the label of a bound, then the name of an objective, to the bound of each run, in nats per image.
     """
     from matplotlib.figure import Figure
 
@@ -124,7 +124,7 @@ def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> 
 
     Args:
         path: the file to write.
-        ranks: integers from 0, `[N]`, by the name of the calibrated variable.
+        ranks: maps the name of a calibrated variable to its ranks, integers `[N]` starting at 0.
         num_ranks: the number of possible ranks.
     """
     from matplotlib.figure import Figure
@@ -191,7 +191,7 @@ def _label(axes: Axes, title: str, unit: str, horizontal: str = "epoch") -> None
 
 
 def _mosaic(images: Tensor, columns: int) -> Tensor:
-    """Arrange images `[N, H, W]` in rows of `columns` on a white background, as `[height, width]`."""
+    """Arrange images `[N, H, W]` in rows of `columns` images on a white background. Return `[height, width]`."""
     count, height, width = images.shape
     gap = max(1, width // 8)
     rows = -(-count // columns)
@@ -216,13 +216,13 @@ def _save_mosaic(path: Path, mosaic: Tensor) -> None:
 
 
 def _save(path: Path, figure: Figure) -> None:
-    """Write the figure in the format that the suffix of the file names."""
+    """Write the figure to a file. The suffix of the file name determines the format."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     kind = picture_format(path)
     picture = io.BytesIO()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": path.name}):  # the same figure is the same file
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):  # equal figures give equal files
         FigureCanvasAgg(figure).print_figure(picture, format=kind, dpi=_DPI, metadata=_NO_DATE.get(kind))
     write_atomically(path, picture.getvalue())

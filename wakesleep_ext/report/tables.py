@@ -6,7 +6,12 @@ from typing import Any
 
 
 def table(result: dict[str, Any]) -> str:
-    """Format :meth:`wakesleep_ext.evaluation.bounds.Evaluation.summary`, to which `baseline_nll` has been added."""
+    """Format the summary of an evaluation as a table.
+
+    Args:
+        result: the return value of :meth:`wakesleep_ext.evaluation.bounds.Evaluation.summary`, with an additional entry
+            `baseline_nll`.
+    """
     samples, images, dreams = result["bound_samples"], result["images"], result["dreams"]
     rows = {
         "independent Bernoulli pixels": result["baseline_nll"],

@@ -1,7 +1,7 @@
 """Save checkpoints: tensors and their JSON description in one safetensors file.
 
-A single file is replaced by one rename, so readers find the old checkpoint or the new one, never a part of either. The
-file contains no code, so loading executes nothing.
+A new checkpoint replaces the old one by a single rename, so readers find the old file or the new one, never a partial
+file. The file contains no code, so loading it executes none.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     """Tensors by name, on the CPU."""
     description: dict[str, Any]
-    """The JSON object that was saved with them."""
+    """The JSON object that was saved with the tensors."""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Save tensors and a JSON object atomically, with a SHA-256 over both."""
+    """Save tensors and a JSON object atomically, with a SHA-256 digest of both."""
     import safetensors.torch
 
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -52,7 +52,7 @@ def load(path: Path) -> Checkpoint:
     import safetensors.torch
 
     try:
-        content = path.read_bytes()  # one read: tensors and description must come from the same file
+        content = path.read_bytes()  # read once: tensors and description must be from the same file
         tensors = safetensors.torch.load(content)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(path, f"cannot be read: {error}") from error
@@ -61,7 +61,7 @@ def load(path: Path) -> Checkpoint:
     if text is None or "sha256" not in metadata:
         raise CheckpointError(path, "is a safetensors file, but not a wakesleep checkpoint")
     if _digest(tensors, text) != metadata["sha256"]:
-        raise CheckpointError(path, "is damaged: its content does not have the SHA-256 it states")
+        raise CheckpointError(path, "is damaged: the SHA-256 of its content differs from the stored digest")
     return Checkpoint(tensors, json.loads(text))
 
 
@@ -81,7 +81,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
-    """Load the Helmholtz machine of a training run, on the CPU, and the run's description.
+    """Load the Helmholtz machine of a training run on the CPU, and return it with the run's description.
 
     Raises:
         CheckpointError: as for :func:`load`, or the weights do not fit the described model.
@@ -91,7 +91,7 @@ def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
 
 
 def machine_of(path: Path, held: Checkpoint) -> HelmholtzMachine:
-    """Build the Helmholtz machine that a checkpoint holds, on the CPU.
+    """Build the Helmholtz machine that a checkpoint contains, on the CPU.
 
     Raises:
         CheckpointError: the weights do not fit the described model.
@@ -100,7 +100,7 @@ def machine_of(path: Path, held: Checkpoint) -> HelmholtzMachine:
     prefix = "machine."
     try:
         config = restore(ModelConfig, description["model"])
-        with torch.device("meta"):  # the file supplies the weights: none are drawn or allocated
+        with torch.device("meta"):  # the file supplies the weights, so do not allocate or draw any
             machine = HelmholtzMachine.from_config(config)
         weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         machine.load_state_dict(weights, assign=True)
@@ -110,7 +110,7 @@ def machine_of(path: Path, held: Checkpoint) -> HelmholtzMachine:
 
 
 def restore(config: type[Config], description: Any) -> Config:
-    """Build a dataclass from the JSON object that describes it, which has lists in place of tuples.
+    """Build a dataclass from the JSON object that describes it. Lists are converted to tuples.
 
     Raises:
         TypeError, ValueError: the object does not describe this dataclass.
@@ -121,7 +121,7 @@ def restore(config: type[Config], description: Any) -> Config:
     try:
         made = config(**values)
     except TypeError:
-        _check_types(config, values)  # which names the value that could not be compared
+        _check_types(config, values)  # raises an error that names the value of the wrong type
         raise
     _check_types(config, vars(made))
     return made

@@ -17,7 +17,7 @@ SLEEP_WEIGHTS: dict[Objective, float] = {
     "iwae": 0.0,
     "dreg": 0.0,
 }
-"""The default weight of the sleep phase."""
+"""The default weight of the sleep phase, by objective."""
 
 
 DIGITS = "digits"
@@ -26,28 +26,29 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The data of a run, and its final evaluation."""
+    """Options for the data of a run and for its final evaluation."""
 
     data: str = DIGITS
     """"digits", a folder of IDX files such as MNIST's, or an .npz file with uint8 or bool arrays x_train and x_test."""
     bound_samples: int = 1000
-    """Samples per test image for the bound reported at the end."""
+    """Samples per test image for the log-likelihood bound that is reported at the end."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """Training options.
 
     Raises:
         ValueError: a value is out of range, or conflicts with another.
     """
 
     objective: Objective = "wake-sleep"
-    """Plain or reweighted wake-sleep; or the ELBO, the L-sample bound (iwae), or that bound with doubly
+    """Plain or reweighted wake-sleep, the ELBO, the L-sample bound (iwae), or the L-sample bound with doubly
     reparameterised gradients (dreg). See `wakesleep_ext.helmholtz.objectives`."""
     sleep_weight: float | None = None
-    """Weight of the sleep phase in the recognition network's gradient, from 0 (wake-wake) to 1; the reweighted wake
-    phase has the rest. Reweighted wake-sleep defaults to 0.5. It is always 1 for wake-sleep and 0 for the baselines."""
+    """Weight w of the sleep phase in the recognition network's gradient, from 0 (wake-wake) to 1. The reweighted wake
+    phase has weight 1 - w. The default is 0.5 for reweighted wake-sleep. The weight is always 1 for wake-sleep, and 0
+    for elbo, iwae and dreg."""
     defensive_fraction: float = 0.0
     """Probability of drawing z from the prior instead of q in the reweighted wake phase."""
     seed: int = 0
@@ -55,7 +56,7 @@ class TrainConfig:
     epochs: int = 500
     """Passes over the training images."""
     sleep_warm_up: int = 0
-    """Number of epochs at the start of training with sleep phases only."""
+    """Number of initial epochs that run only the sleep phase."""
     batch_size: int = 100
     """Images per wake phase."""
     num_samples: int = 1
@@ -67,17 +68,19 @@ class TrainConfig:
     recognition_learning_rate: float = 1e-3
     """Initial learning rate of the recognition network, which the sleep phase trains."""
     learning_rate_decay: float = 1.0
-    """Final learning rates as a fraction of the initial ones; 1 keeps them constant."""
+    """Ratio of the final to the initial learning rates; 1 keeps the learning rates constant."""
     schedule: Schedule = "exponential"
-    """Learning rates fall at every step, or after each stage i = 0, 1, ... of 3^i epochs, always by the same factor."""
+    """When learning rates fall: at every step (exponential), or after each stage (staged). Stage i = 0, 1, ... has 3^i
+    epochs. The learning rates fall by the same factor each time."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates for the running means of the gradient and its square."""
     adam_epsilon: float = 1e-4
     """Adam's epsilon."""
     replay: bool = True
-    """Record a step and replay it, with the same numbers: as a CUDA graph on a GPU, as a list of operator calls on a
-    CPU. No Python runs in a replay, so networks must keep whatever changes from step to step in tensors. After another
-    change the step is recorded again. Steps of networks that have hooks or look at values are not recorded."""
+    """Record a step and replay it: as a CUDA graph on a GPU, or as a list of operator calls on a CPU. The results are
+    the same as without replay. A replay runs no Python, so networks must store every value that changes between steps
+    in a tensor. After any other change, the step is recorded again. A step is not recorded if a network has hooks or
+    if its Python code reads tensor values."""
 
     def __post_init__(self) -> None:
         within = {
@@ -131,6 +134,6 @@ RECIPES: dict[Recipe, TrainConfig] = {
     "mnist": TrainConfig(epochs=100, learning_rate_decay=0.1),
     "burda": TrainConfig(epochs=3280, batch_size=20, learning_rate_decay=0.1, schedule="staged"),
 }
-"""Training options by name, for any objective. "digits" is the default and "mnist" a short protocol for MNIST. "burda"
-is the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders", ICLR 2016): eight stages, 9.84
-million steps on MNIST."""
+"""Named sets of training options, for any objective. "digits" is the default, and "mnist" a short protocol for MNIST.
+"burda" is the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders", ICLR 2016). It has eight
+stages, which are 9.84 million steps on MNIST."""

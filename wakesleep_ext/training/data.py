@@ -1,8 +1,8 @@
 """Load grey images and binarise them: handwritten digits, IDX files such as MNIST's, and `.npz` files.
 
 Pixels are stored as uint8 grey levels. Training images are binarised again each time they are used, x ~ Bernoulli(grey
-/ white); the test set is binarised once. Sizes in a file's header are checked before anything is allocated: a file is
-rejected if it declares more than it can hold, or more than the limit.
+/ white); the test set is binarised once. The sizes in a file's header are checked before memory is allocated. A file is
+rejected if its header declares more pixels than the file can contain, or more than the limit.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from wakesleep_ext import ops, random
 from wakesleep_ext._files import FileError
-from wakesleep_ext.training.config import DIGITS as DIGITS  # which its users find here
+from wakesleep_ext.training.config import DIGITS as DIGITS  # re-exported
 
 MAX_BYTES = 4 * 2**30
-"""Largest set of images that is read, in bytes of grey levels."""
+"""Maximum size of an image set in memory, in bytes. A pixel takes one byte."""
 
 TEST_BINARIZATION_SEED = 0
 """Seed for the binarisation of the test set."""
@@ -48,7 +48,7 @@ class Images:
     grey: Tensor
     """Grey levels, uint8 `[N, D]`, from 0 to `white`."""
     white: int
-    """The level of a pixel that is always on."""
+    """The grey level at which a pixel is on with probability 1."""
     shape: tuple[int, int]
     """Height and width of an image; their product is D."""
 
@@ -66,8 +66,8 @@ class Images:
         """Draw binary pixels x ~ Bernoulli(grey / white), `[N, D]`.
 
         Args:
-            key: key of the draw, on the device of the images.
-            index: int64 `[N]`, the images to draw; all by default.
+            key: random key of the draw, on the device of the images.
+            index: int64 `[N]`, the indices of the images to binarise; all images by default.
             dtype: dtype of the pixels.
         """
         return ops.binarize(self.grey, self.white, index, dtype=dtype, key=key)
@@ -82,7 +82,7 @@ class Dataset:
     test: Images
 
     def sha256(self) -> str:
-        """Return a digest of all images, their shape and their levels."""
+        """Return the SHA-256 digest of all images, including their shape and white level."""
         digest = hashlib.sha256()
         for images in (self.train, self.test):
             digest.update(repr((len(images), images.shape, images.white)).encode())
@@ -90,7 +90,7 @@ class Dataset:
         return digest.hexdigest()
 
     def binary_test(self) -> Tensor:
-        """Return the test set binarised with `TEST_BINARIZATION_SEED`, uint8 `[N, D]`; always the same."""
+        """Return the test set binarised with the fixed seed `TEST_BINARIZATION_SEED`, uint8 `[N, D]`."""
         device = self.test.grey.device
         return self.test.binarize(random.make_key(TEST_BINARIZATION_SEED, device=device))
 
@@ -102,12 +102,12 @@ def load(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Datas
         source: one of
 
             - ``"digits"``, the 1,797 handwritten digits (8 x 8, 17 grey levels) in scikit-learn, shuffled with a fixed
-              seed and split 1,437 to 360;
+              seed and split into 1,437 training and 360 test images;
             - a folder of IDX files named like MNIST's, ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte`` (or
-              ``test-images…``), gzipped or not, with or without a prefix as in EMNIST;
+              ``test-images…``), which may be gzipped, and whose names may have a prefix, as in EMNIST;
             - a ``.npz`` file with arrays ``x_train`` and ``x_test``, `[N, H, W]` or `[N, D]`, of uint8 (grey levels 0
               to 255) or bool (binary pixels).
-        max_bytes: refuse sets of images that take more memory than this.
+        max_bytes: maximum memory of an image set, in bytes; larger sets are rejected.
 
     Raises:
         DataError: the file or folder is missing, malformed or too large.
@@ -141,7 +141,7 @@ def _load_digits() -> Dataset:
 
 
 def _check_shape(path: Path, name: str, shape: tuple[int, ...], max_bytes: int) -> None:
-    """Refuse empty or too large sizes, and sizes that the file could not hold at any compression."""
+    """Reject sizes that are not positive, exceed the limit, or do not fit in the file even if it is compressed."""
     declared = f"{name} declares sizes {list(shape)}"
     if not all(size > 0 for size in shape):
         raise DataError(path, f"{declared}, expected each to be positive")
@@ -156,7 +156,8 @@ def _grey_images(path: Path, name: str, pixels: Tensor) -> Images:
     if pixels.max() <= 1:
         raise DataError(
             path,
-            f"{name} has no grey level above 1 of 255; store binary pixels as a bool array in a .npz file",
+            f"every grey level in {name} is 0 or 1, but 0 to 255 was expected; if the images are binary, store them as "
+            "a bool array in a .npz file",
         )
     return Images(pixels.flatten(1), white=255, shape=(pixels.shape[1], pixels.shape[2]))
 
@@ -206,7 +207,8 @@ def _read_idx(path: Path, max_bytes: int) -> Images:
     return _grey_images(path, "the file", torch.frombuffer(pixels, dtype=torch.uint8).view(*shape))
 
 
-# Errors of gzip, zipfile and NumPy; NumPy parses the header of an array with Python's tokenizer and parser.
+# Errors that gzip, zipfile and NumPy raise for malformed files. NumPy parses the header of an array with Python's
+# tokenizer and parser.
 _UNREADABLE = (
     *(EOFError, MemoryError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error),
     *(RecursionError, SyntaxError, tokenize.TokenError),
@@ -228,9 +230,9 @@ def _read_npz(path: Path, name: str, max_bytes: int) -> Images:
                 names = ", ".join(archive.namelist()) or "nothing"
                 raise DataError(path, f"expected arrays x_train and x_test, got {names}")
             if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise DataError(path, f"{member} is compressed by another method than deflate")
+                raise DataError(path, f"{member} uses a compression method other than deflate")
             with archive.open(member) as file:
-                # arrays of pixels are saved as version 1; later versions allow headers of any length
+                # NumPy saves arrays of pixels in version 1.0; later versions allow headers of any length
                 if npy.read_magic(file) != (1, 0):
                     raise DataError(path, f"{name} is not in version 1.0 of the .npy format")
                 shape, _, dtype = npy.read_array_header_1_0(file)

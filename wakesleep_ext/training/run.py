@@ -1,7 +1,7 @@
-"""Read and write the folder of a run. Only this module knows its files, their formats and the lock.
+"""Read and write the folder of a run. Only this module knows the files in the folder, their formats and the lock.
 
-`config.json` describes the run. `checkpoint.safetensors` holds weights and optimizers, the same description, and the
-number of the step. `metrics.jsonl` has one object per epoch, and a last one for the result.
+`config.json` describes the run. `checkpoint.safetensors` contains weights, optimizer state, the same description, and
+the step number. `metrics.jsonl` contains one JSON object per epoch, and a last object with the final evaluation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RunError(FileError):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A description of a run: everything that determines it.
+    """Contains all options that determine a run.
 
     Raises:
         ValueError: a value is out of range.
@@ -57,7 +57,7 @@ class RunConfig:
     model: ModelConfig
     training: TrainConfig
     bound_samples: int
-    """Samples per test image for the bound at the end."""
+    """Samples per test image for the log-likelihood bound at the end."""
 
     def __post_init__(self) -> None:
         if self.bound_samples < 1:
@@ -65,21 +65,24 @@ class RunConfig:
 
     @classmethod
     def of(cls, description: Mapping[str, Any], dataset: Dataset) -> RunConfig:
-        """Make a config from a description and the data set.
+        """Create a config from a description and the data set.
 
         Args:
-            description: any part of a config in the form of :func:`dataclasses.asdict`; the rest takes the defaults.
+            description: a complete or partial config in the form of :func:`dataclasses.asdict`. Missing options have
+                their default values.
             dataset: the data set that `data` in the description names.
 
         Raises:
-            TypeError, ValueError: a value is invalid, the description belongs to other images, or there are fewer test
-                images than an evaluation needs.
+            TypeError, ValueError: a value is invalid, `data_sha256` does not match the data set, or there are fewer
+                than two test images.
         """
         if len(dataset.test) < 2:
             raise ValueError(f"expected two test images at least, got {len(dataset.test)}")
         facts = {"data_sha256": dataset.sha256(), "image_shape": dataset.train.shape}
         if description.get("data_sha256", facts["data_sha256"]) != facts["data_sha256"]:
-            raise ValueError(f"expected the images that data_sha256 identifies, {description['data']} has others")
+            raise ValueError(
+                f"expected the images that data_sha256 identifies, but {description['data']} contains other images"
+            )
         model = {**description.get("model", {}), "observed": dataset.train.grey.shape[1]}
         parts = {"model": model, "training": description.get("training", {})}
         return cls.restore(asdict(RunOptions()) | dict(description) | facts | parts)
@@ -138,7 +141,7 @@ class Run:
     @classmethod
     @contextmanager
     def resume(cls, folder: Path, device: torch.device) -> Iterator[tuple[Run, Trainer, Dataset]]:
-        """Resume an interrupted run: yield it, its trainer in the state of the last checkpoint, and its data.
+        """Resume an interrupted run. Yield the run, its trainer in the state of the last checkpoint, and its data.
 
         Raises:
             FileError: the checkpoint or the data cannot be read, the data have changed, or another process is writing
@@ -146,7 +149,7 @@ class Run:
         """
         path = folder / _CHECKPOINT
         with locked(folder):
-            held = checkpoint.load(path)  # one read, under the lock: the run cannot be replaced meanwhile
+            held = checkpoint.load(path)  # read once, under the lock, so that the run cannot be replaced
             run, machine, step = cls._restore(folder, held)
             dataset = load(run.config.data)
             if dataset.sha256() != run.config.data_sha256:
@@ -161,7 +164,7 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> tuple[Run, HelmholtzMachine]:
-        """Load a run and its machine, as of the last checkpoint, on the CPU.
+        """Load a run and its machine from the last checkpoint, on the CPU.
 
         Raises:
             CheckpointError: there is no checkpoint, or it is damaged.
@@ -171,7 +174,7 @@ class Run:
 
     @classmethod
     def _restore(cls, folder: Path, held: checkpoint.Checkpoint) -> tuple[Run, HelmholtzMachine, int]:
-        """Restore a run, its machine on the CPU, and the number of steps that it has made."""
+        """Restore a run and its machine on the CPU. Return both, and the number of completed steps."""
         path = folder / _CHECKPOINT
         machine, description = checkpoint.machine_of(path, held), dict(held.description)
         try:
@@ -187,7 +190,7 @@ class Run:
         """Load the training data of the run, or other data of the same shape.
 
         Raises:
-            FileError: the data cannot be read, or have another shape.
+            FileError: the data cannot be read, or their images have a different shape.
         """
         dataset = load(source or self.config.data)
         if dataset.test.shape != self.config.image_shape:
@@ -204,14 +207,14 @@ class Run:
         return self.folder / f"{name}.png"
 
     def train(self, trainer: Trainer, test: Tensor, on_step: Callable[[], object]) -> Iterator[dict[str, float]]:
-        """Train to the last epoch, and keep the folder up to date.
+        """Train until the last epoch, and write metrics and checkpoints to the folder.
 
         Args:
             test: binary pixels `[N, D]`, uint8, on the trainer's device.
             on_step: called after each step.
 
         Yields:
-            The metrics of each epoch, starting with those before the last checkpoint.
+            The metrics of each epoch. A resumed run first yields the metrics of the epochs before its checkpoint.
 
         Raises:
             DivergedError: as in :meth:`Trainer.epochs`; the message names the last good checkpoint.
@@ -239,7 +242,7 @@ class Run:
         self._save(trainer)
 
     def note(self, record: dict[str, Any]) -> None:
-        """Append a line to the metrics."""
+        """Append a record to the metrics file."""
         with (self.folder / _METRICS).open("a") as metrics:
             metrics.write(json.dumps(record) + "\n")
 
@@ -249,7 +252,7 @@ class Run:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a description of a run, such as the `config.json` of a run folder, or part of one.
+    """Read a complete or partial description of a run, such as the `config.json` of a run folder.
 
     Raises:
         RunError: the file cannot be read, is not a JSON object, or has an unknown key.
@@ -268,25 +271,26 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def overlaid(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the defaults, a base and the chosen values into one description; later ones override earlier ones."""
+    """Return a description with the chosen values. Missing values come from the base, or else from the defaults."""
     parts = {part: {**base.get(part, {}), **chosen.get(part, {})} for part in ("model", "training")}
     described = asdict(RunOptions()) | dict(base) | dict(chosen) | parts
     if "data" in chosen:
-        described.pop("data_sha256", None)  # it belongs to the data of the base
+        described.pop("data_sha256", None)  # this digest is of the data in the base
     if described["data"] != DIGITS:
         described["data"] = os.path.abspath(described["data"])
     return described
 
 
 def has_begun(folder: Path) -> bool:
-    """Return true if a folder holds a run that can be resumed."""
+    """Return True if a folder contains a run that can be resumed."""
     return (folder / _CHECKPOINT).exists()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run: one record per epoch, and the result if there is one.
+    """Return the metrics of a run: one record per epoch, and the final evaluation if it exists.
 
-    Skips an incomplete last line, which remains if a process ends while it writes, for example if the disk is full.
+    An incomplete last line is skipped. A process leaves such a line if it ends while writing, for example because the
+    disk is full.
 
     Raises:
         RunError: any other line is invalid.

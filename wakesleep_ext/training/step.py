@@ -1,7 +1,8 @@
-"""Run one training step: losses, their gradients, and an update of the weights.
+"""Run one training step: compute the losses and their gradients, and update the weights.
 
-A step reads nothing from the host: keys and learning rates are on the device. So it can be recorded and replayed, as a
-CUDA graph on a GPU and without Python on a CPU. Python would double the time of a CPU step with a small batch.
+Random keys and learning rates are stored on the device, so a step reads nothing from the host. It can therefore be
+recorded and replayed: as a CUDA graph on a GPU, or without the Python interpreter on a CPU. With a small batch, Python
+overhead would double the time of a CPU step.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from wakesleep_ext.training.data import Images
 
 
 class Descent:
-    """Applies Adam to the parameters of a network. The optimizer's state is on their device from the start.
+    """Applies Adam to the parameters of a network. The constructor allocates the optimizer state on their device.
 
     You may freeze or replace parameters between steps.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, config: TrainConfig) -> None:
         device = next(network.parameters()).device
-        dtype = torch.float32 if device.type == "cuda" else torch.float64  # what torch's kernel for the device reads
+        dtype = torch.float32 if device.type == "cuda" else torch.float64  # as torch's fused Adam needs it
         self.network = network
         self.optimizer = torch.optim.Adam(
             network.parameters(),
@@ -42,7 +43,7 @@ class Descent:
         (group,) = self.optimizer.param_groups
         self._start = learning_rate
         self._steps = torch.zeros(len(group["params"]), device=device)
-        self._one = torch.ones((), device=device)  # adding the number 1 would create a tensor at every step
+        self._one = torch.ones((), device=device)  # adding a Python 1 would create a tensor at every step
         for parameter, step in zip(group["params"], self._steps, strict=True):
             self.optimizer.state[parameter] = {
                 "step": step,
@@ -53,7 +54,8 @@ class Descent:
     def trained(self) -> list[Tensor]:
         """Return the parameters that are not frozen.
 
-        Replaced parameters, such as those of `load_state_dict(assign=True)`, take over the old ones' optimizer state.
+        If a parameter was replaced, for example by `load_state_dict(assign=True)`, the new parameter inherits the
+        optimizer state of the old one.
         """
         parameters = list(self.network.parameters())
         (group,) = self.optimizer.param_groups
@@ -88,22 +90,22 @@ class Descent:
         ops.adam_(trained, gradients, exp_avgs, exp_avg_sqs, step, group["lr"], beta1, beta2, group["eps"])
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the optimizer's tensors, named by parameter and kind; they are not copies."""
+        """Yield the name and tensor of each optimizer state, such as `weight.exp_avg`. The tensors are not copies."""
         for name, parameter in self.network.named_parameters():
             for slot, value in self.optimizer.state[parameter].items():
                 yield f"{name}.{slot}", value
 
 
 class Step:
-    """Runs one wake phase on a batch, then one sleep phase, if the objective has both.
+    """Runs one training step: a wake phase on a batch, then a sleep phase. Some objectives have only one of them.
 
-    Every random draw depends only on the seed and the number of the step.
+    Every random draw depends only on the seed and the step number.
 
     Args:
-        machine: the wake phase trains its `generative` network, the sleep phase `recognition`. Depending on the
-            objective, the wake phase trains `recognition` too.
+        machine: the wake phase trains its `generative` network, and the sleep phase its `recognition` network. With
+            some objectives, the wake phase also trains `recognition`.
         images: training images, on the device of the machine.
-        config: how to train.
+        config: training options.
 
     Raises:
         ValueError: the objective differentiates through draws, but the latent variables are discrete.
@@ -125,12 +127,12 @@ class Step:
         self._keys = torch.empty(sum(map(len, self._draws.values())), 2, dtype=torch.int64, device=device)
         self._key = self._keys.unbind()
         self._offsets = self._keys[:, 1]
-        self._number = torch.zeros((), dtype=torch.int64)  # a tensor, so that a change of it does not end a replay
+        self._number = torch.zeros((), dtype=torch.int64)  # a tensor: a changed int would invalidate the recording
         self.number = 0
         self.replays = {awake: Replay(partial(self._train, awake=awake)) for awake in (False, True)}
 
     def __call__(self, index: Tensor) -> Tensor:
-        """Take the step, and return its losses in the order of :attr:`names`.
+        """Run one step, and return its losses in the order of :attr:`names`.
 
         Args:
             index: int64 `[batch_size]`, the indices of the images in the batch.
@@ -143,7 +145,7 @@ class Step:
 
     @property
     def number(self) -> int:
-        """Steps completed. Setting it also sets the keys of the draws."""
+        """Number of completed steps. Setting it also sets the random keys of the next step."""
         return int(self._number)
 
     @number.setter
@@ -155,7 +157,7 @@ class Step:
 
     @property
     def is_awake(self) -> bool:
-        """True if the next step has a wake phase; the first epochs may have none."""
+        """True if the next step has a wake phase. The first `sleep_warm_up` epochs have none."""
         return self.number >= self.config.sleep_warm_up * self.per_epoch
 
     @property
@@ -171,15 +173,15 @@ class Step:
         return {"generative": self._generative, "recognition": self._recognition}
 
     def batches(self) -> tuple[Tensor, ...]:
-        """Return the image indices of each batch of an epoch that begins now, in random order."""
-        # sorting keyed draws gives the same order on every device, unlike randperm
+        """Shuffle the images for an epoch that starts at the current step, and return the image indices per batch."""
+        # sorting random draws of a key gives the same order on every device, unlike randperm
         zeros = torch.zeros(len(self.images), dtype=torch.float64, device=self.images.grey.device)
         (key,) = self._keys_of("order")
         order = ops.gaussian_rsample(zeros, zeros, key=key).argsort()
         return tuple(order.split(self.batch_size)[: self.per_epoch])
 
     def _objective(self) -> Callable[[Tensor, Sequence[Tensor]], WakeLosses]:
-        """Return the function from images and keys to the losses of the wake phase."""
+        """Return a function that maps images and keys to the losses of the wake phase."""
         recognition, generative = self.machine.recognition, self.machine.generative
         config = self.config
         if config.objective == "reweighted-wake-sleep":
@@ -205,7 +207,7 @@ class Step:
         """Assign each draw of a step its own range of keys."""
         layers = len(self.machine.recognition)
         counts = {
-            "order": 1,  # of the images; only the first step of an epoch uses it
+            "order": 1,  # order of the images; only the first step of an epoch uses this key
             "binarize": 1,
             "wake": 2 * layers + 1 if self.config.defensive_fraction else layers,
             "dream": layers + 1,
@@ -221,7 +223,7 @@ class Step:
         return self._key[numbers.start : numbers.stop]
 
     def _train(self, index: Tensor, *, awake: bool) -> Tensor:
-        """Take the step. It may be recorded, so whatever varies from step to step is in tensors."""
+        """Run the step. Since it may be recorded, it reads every value that can change from a tensor."""
         losses: list[Tensor] = []
         of_wake: Sequence[Tensor] | None = None
         self._set_learning_rates()
@@ -236,7 +238,7 @@ class Step:
         return torch.stack([loss.detach() for loss in losses])
 
     def _wake(self, index: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
-        """Train the generative network; return the losses, and any gradient for the recognition network."""
+        """Train the generative network. Return the losses, and the recognition network's gradient if there is one."""
         (key,) = self._keys_of("binarize")
         x = self.images.binarize(key, index, self._dtype)
         theta, phi = self._wake_losses(x, self._keys_of("wake"))
@@ -251,7 +253,7 @@ class Step:
         return [theta] if phi is None else [theta, phi], gradients[len(of_theta) :]
 
     def _sleep(self, of_wake: Sequence[Tensor] | None) -> Tensor:
-        """Train the recognition network on dreams, adding the gradient of the wake phase if there is one."""
+        """Train the recognition network on dreams. The gradient of the wake phase is added if there is one."""
         loss = objectives.sleep_phi_loss(
             self.machine.recognition,
             self.machine.generative,

@@ -1,6 +1,6 @@
 """Run the wake-sleep loop until the last epoch, or until a loss is not finite.
 
-The seed determines a run. Weights, optimizer state and step number suffice to resume it.
+The seed determines every random draw of a run. The weights, optimizer state and step number suffice to resume a run.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ class Epoch:
     """Steps completed."""
     losses: dict[str, float]
     """Mean losses over the steps, in nats. "wake" and "wake_phi" are per image, "sleep" is per dream. "wake_phi" is the
-    recognition network's loss in the reweighted wake phase. Only losses of the objective are present."""
+    recognition network's loss in the reweighted wake phase. Losses that the objective does not have are absent."""
     seconds: float
-    """Duration of the epoch."""
+    """Duration of the epoch in seconds."""
 
 
 class Trainer:
-    """Trains a Helmholtz machine on images, both on the same device.
+    """Trains a Helmholtz machine on images. Both must be on the same device.
 
     Args:
-        machine: the wake phase trains its `generative` network, the sleep phase `recognition`. Depending on the
-            objective, the wake phase trains `recognition` too.
-        images: training images, binarised again each time they are used. An incomplete last batch is dropped; its
-            images differ from epoch to epoch.
-        config: how to train.
+        machine: the wake phase trains its `generative` network, and the sleep phase its `recognition` network. With
+            some objectives, the wake phase also trains `recognition`.
+        images: training images, binarised again each time they are used. An incomplete last batch is dropped. Images
+            are shuffled, so each epoch drops different ones.
+        config: training options.
 
     Attributes:
         take_step: runs one step, given the indices of a batch, int64 `[batch_size]`.
 
     Raises:
         ValueError: the objective differentiates through draws, but the latent variables are discrete.
-        TypeError: a parameter is in half precision, in which Adam's updates and moments would be lost.
+        TypeError: a parameter is not float32 or float64. Half precision would round Adam's updates and moments away.
     """
 
     def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
@@ -60,7 +60,8 @@ class Trainer:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"Trainer: expected the machine's parameters to be float32 or float64, got {parameter.dtype} for "
-                    f"{name}; Adam's small steps are lost in it. Keep them in float32, and run take_step or epochs "
+                    f"{name}; Adam's small updates would be rounded away. Keep the parameters in float32, and run "
+                    "take_step or epochs "
                     f"under torch.autocast to compute in {parameter.dtype}"
                 )
         self.take_step = Step(machine, images, config)
@@ -72,7 +73,7 @@ class Trainer:
 
     @property
     def config(self) -> TrainConfig:
-        """How it is trained."""
+        """The training options."""
         return self.take_step.config
 
     @property
@@ -91,7 +92,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps completed. Setting it also sets the keys of the draws."""
+        """Number of completed steps. Setting it also sets the random keys of the next step."""
         return self.take_step.number
 
     @step.setter
@@ -99,13 +100,13 @@ class Trainer:
         self.take_step.number = step
 
     def epochs(self, on_step: Callable[[], object] = lambda: None) -> Iterator[Epoch]:
-        """Train to the end of `config.epochs`, pausing after each epoch.
+        """Train until `config.epochs` epochs are complete, and yield the results of each epoch.
 
         Args:
             on_step: called after each step.
 
         Raises:
-            DivergedError: a loss or weight became infinite or NaN in the epoch that would have been yielded next.
+            DivergedError: a loss or weight became infinite or NaN. The epoch in which this happened is not yielded.
         """
         while self.step < self.config.epochs * self.steps_per_epoch:
             start, names = time.perf_counter(), self.take_step.names
@@ -123,7 +124,10 @@ class Trainer:
             )
 
     def _check_finite(self, names: Sequence[str], losses: Tensor) -> None:
-        """Check the losses `[steps, names]` of an epoch, only once since each check synchronises the GPU."""
+        """Check that the losses of an epoch, `[steps, names]`, and all weights are finite.
+
+        The trainer checks once per epoch, since each check synchronises the GPU.
+        """
         for row, column in (~losses.isfinite()).nonzero().tolist():
             step = self.step - len(losses) + row + 1
             raise DivergedError(
@@ -135,9 +139,9 @@ class Trainer:
                 raise DivergedError(f"a weight of the {name} network became infinite at step {self.step}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return weights and optimizer state by name, `machine.…`, `optimizer.generative.…`, not as copies.
+        """Return weights and optimizer state by name: `machine.…`, `optimizer.generative.…`.
 
-        Together with `step`, they are all that is needed to resume a run.
+        The tensors are not copies. These tensors and `step` suffice to resume a run.
         """
         tensors = {f"machine.{name}": value for name, value in self.machine.state_dict().items()}
         for of, descent in self.take_step.descents.items():
@@ -146,10 +150,10 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load, in place, what :meth:`state_dict` returned. Set `step` as well.
+        """Load the tensors that :meth:`state_dict` returned, in place. To resume a run, set `step` as well.
 
         Raises:
-            KeyError: a tensor is missing. Nothing has been changed then.
+            KeyError: a tensor is missing. In this case, no tensor is modified.
         """
         own = self.state_dict()
         found = {name: tensors[name] for name in own}

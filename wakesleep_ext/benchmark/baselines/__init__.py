@@ -1,1 +1,1 @@
-"""The implementations that the benchmark compares the package with; one module each."""
+"""The baselines of the benchmark. Each module contains one implementation."""

@@ -1,4 +1,4 @@
-"""Implement the ops and the wake-sleep losses by hand in torch, in the fastest of the usual forms.
+"""Implement the ops and the wake-sleep losses in plain PyTorch, in the fastest form in common use.
 
 `torch.compile` compiles these functions, too.
 """
