@@ -181,7 +181,7 @@ struct Adam {
       }
     }
     std::sort(order.begin(), order.end(), [](const Range* a, const Range* b) { return a->first < b->first; });
-    const Range *furthest = nullptr, *furthest_written = nullptr;  // of the ranges visited so far
+    const Range *furthest = nullptr, *furthest_written = nullptr;  // among the ranges visited so far
     const auto extend = [](const Range*& furthest, const Range* range) {
       furthest = furthest == nullptr || range->end > furthest->end ? range : furthest;
     };

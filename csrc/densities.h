@@ -60,8 +60,8 @@ struct BernoulliTerm {
 // The product of this many factors cannot overflow in float32.
 constexpr int kFactorsPerLog = 96;
 
-// d/da log p(x; a) = x - s(a), where s is the sigmoid. The result is one quotient, which has no cancellation if x is
-// binary.
+// d/da log p(x; a) = x - s(a), where s is the sigmoid. It is computed as one quotient, so there is no cancellation if x
+// is binary.
 template <typename T>
 WAKESLEEP_FUNCTION T bernoulli_grad_logits(T a, T x) {
   const T e = exp_of_nonpositive(-std::abs(a));

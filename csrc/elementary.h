@@ -1,9 +1,9 @@
 // Implements exp, log, tanh, sine and cosine as straight-line arithmetic. CPU and GPU share the source.
 //
-// On the CPU these are polynomials without branches, tables or calls, so a loop around them vectorises at any width.
-// The compiler is not allowed to fuse multiply-adds, so a loop returns the same bits at every vector width. On a GPU,
-// exp and tanh are CUDA's own functions. The GPU compiler may fuse multiply-adds, which changes a result by an ulp or
-// two.
+// On the CPU, the functions are polynomials without branches, tables or calls, so a loop around them vectorises at any
+// width. The compiler is not allowed to fuse multiply-adds, so a loop returns the same bits at every vector width. On a
+// GPU, exp and tanh are CUDA's own functions. The GPU compiler may fuse multiply-adds, which changes a result by an ulp
+// or two.
 //
 // The coefficients are minimax fits (Remez exchange, 50 digits). tests/test_elementary.py compares the functions with
 // extended precision. The largest allowed error is 1.6 ulp for exp and log, 2 ulp for cosine and sine, and 2.5 ulp for

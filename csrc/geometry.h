@@ -162,8 +162,8 @@ struct InnerPiece {
   int64_t first, last;          // inner rows first .. last - 1
 };
 
-// An index, split into the number of complete passes over all rows and a row. Nearly always the index is in the first
-// pass, which needs no division.
+// An index, split into the number of complete passes over all rows and a row. The index is almost always within the
+// first pass, where no division is needed.
 struct RowOfPass {
   int64_t pass, row;
 };

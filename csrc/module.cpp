@@ -1,5 +1,5 @@
-// The Python module `_C`. Importing it registers the operators of schemas.cpp. It also reports how it was built,
-// records operator calls, and watches the state that a recording depends on.
+// The Python module `_C`. Importing it registers the operators of schemas.cpp. The module also reports how it was
+// built, records operator calls, and watches the state that a recording depends on.
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>

@@ -12,8 +12,8 @@
 // So the same key gives the same draw at either precision, up to rounding.
 //
 // On CUDA, torch uses the same cipher with the same seed. Where our counter has the offset and the stream, torch's
-// counter has the index of a thread. A thread index never reaches the top 4 bits, and our stream is never 0. So no
-// block is used by both.
+// counter has the index of a thread. A thread index never reaches the top 4 bits, and our stream is never 0. So torch
+// and this library never use the same block.
 #pragma once
 
 #include "elementary.h"

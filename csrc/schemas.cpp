@@ -3,8 +3,8 @@
 // Distribution parameters come before the value. The last dimension is the event. Its size is K for latent variables
 // and D for observed variables. B stands for batch dimensions and S for sample dimensions, any number of each. An
 // operator X is implemented in cpu/X.cpp and cuda/X.cu, and its gradient in autograd/X.cpp. X_backward is in the same
-// files as X. It returns the gradients of mu and logvar packed in one tensor. wakesleep_ext/ops.py documents the public
-// functions.
+// files as X. If X has the parameters mu and logvar, X_backward returns their gradients packed in one tensor.
+// wakesleep_ext/ops.py documents the public functions.
 #include "registration.h"
 
 #include <torch/library.h>
@@ -28,7 +28,7 @@ constexpr Operator kOperators[] = {
     // splits [mu | logvar] into two views; the gradient is one packed tensor
     {"gaussian_parameters(Tensor(a) packed) -> (Tensor(a), Tensor(a))", Kind::composite},
 
-    // draws, which are deterministic functions of their key
+    // draws, which are deterministic functions of the parameters and the key
     {"gaussian_rsample(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> Tensor"},
     {"gaussian_rsample_log_prob(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> (Tensor, Tensor)"},
     {"gaussian_rsample_backward(Tensor? grad_z, Tensor? grad_log_prob, Tensor mu, Tensor logvar, Tensor key, "

@@ -332,7 +332,7 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
     [
         ("--op gaussian", "expected --op to match one of bernoulli_log_prob, bernoulli_sample, gaussian_rsample,"),
         ("--threads 0", "expected --threads of at least 1, got 0"),
-        ("--candidates fused jax", "expected --candidates of fused, eager, distributions, compile, got jax"),
+        ("--candidates fused jax", "expected --candidates to be among fused, eager, distributions, compile, got jax"),
         ("--compare nowhere.json", "nowhere.json: cannot be read"),
         ("--show nowhere.json", "nowhere.json: cannot be read"),
         ("--plot speed.jpg", "expected --plot to name a .png file, got speed.jpg"),
@@ -517,7 +517,7 @@ def test_a_result_of_an_unknown_suite_is_refused(tmp_path: Path, capsys: pytest.
     path = tmp_path / "r.json"
     results.write(path, {**RESULT, "suite": "epochs"})
     assert cli.main(["bench", "--show", str(path)]) == 1
-    assert capsys.readouterr().err == "wakesleep: expected a result of ops or step, got one of epochs\n"
+    assert capsys.readouterr().err == "wakesleep: expected the suite of the result to be ops or step, got epochs\n"
 
 
 def shows(path: Path, result: results.Result) -> bool:

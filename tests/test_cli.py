@@ -345,7 +345,8 @@ def test_a_gpu_that_is_not_there_is_missed(run, capsys):
 
 def test_other_data_of_another_shape_are_refused(run, capsys):
     assert cli.main(["evaluate", str(run), "--data", "digits"]) == 1
-    assert "was trained on images of shape [6, 5], those of digits have [8, 8]" in capsys.readouterr().err
+    message = "was trained on images of shape [6, 5], but the images of digits have shape [8, 8]"
+    assert message in capsys.readouterr().err
 
 
 def test_a_diverging_run_names_its_last_good_checkpoint(tmp_path, data, capsys):

@@ -227,12 +227,12 @@ class TestBadFiles:
     def test_a_folder_with_several_data_sets(self, tmp_path):
         write_idx(tmp_path)
         (tmp_path / "emnist-train-images-idx3-ubyte").write_bytes(idx(TRAIN))
-        with pytest.raises(DataError, match="expected one file of train-images, found emnist-"):
+        with pytest.raises(DataError, match="expected exactly one train-images file, found emnist-"):
             load(tmp_path)
 
     def test_sizes_that_differ(self, tmp_path):
         write_idx(tmp_path, test=idx(TEST[:, :2]))
-        with pytest.raises(DataError, match=r"training images are \(3, 4\), test images \(2, 4\)"):
+        with pytest.raises(DataError, match=r"training images have shape \(3, 4\), but test images \(2, 4\)"):
             load(tmp_path)
 
     @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_a_variable_that_nothing_depends_on_is_not_active():
 
 
 def test_activities_want_a_variance():
-    with pytest.raises(ValueError, match="expected two images and samples at least, got 1 and 20"):
+    with pytest.raises(ValueError, match="expected at least two images and two samples, got 1 and 20"):
         activities(random_machine((2,)).recognition, EVERY_IMAGE[:1])
 
 

@@ -80,7 +80,7 @@ def test_a_pixel_mean_of_another_size_is_refused():
         ({"recognition_hidden": (3, 0)}, r"recognition_hidden > 0, got \(3, 0\)"),
         ({"generative_hidden": (0,)}, r"generative_hidden > 0, got \(0,\)"),
         ({"latent_hidden": (0,)}, r"latent_hidden > 0, got \(0,\)"),
-        ({"latent": ()}, r"latent to name one layer at least, got \(\)"),
+        ({"latent": ()}, r"latent to name at least one layer, got \(\)"),
         ({"latent": 2}, "latent to be a tuple of sizes, got 2"),
         ({"latents": "poisson"}, "latents to be one of gaussian, bernoulli, got 'poisson'"),
         ({"activation": "swish"}, "activation to be one of tanh, .*, got 'swish'"),

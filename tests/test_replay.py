@@ -141,7 +141,7 @@ def test_other_arguments_than_those_recorded_are_refused(recorded: list[Any]) ->
     add = running.replay()
     add(torch.ones(3))
     for wrong, got in ((torch.ones(1), r"torch\.float32 \[1\]"), (torch.ones(3).long(), r"torch\.int64 \[3\]")):
-        with pytest.raises(ValueError, match=rf"as they were recorded, torch\.float32 \[3\] on cpu, got {got}"):
+        with pytest.raises(ValueError, match=rf"as in the first call, torch\.float32 \[3\] on cpu, got {got}"):
             add(wrong)
     assert torch.equal(running.total, torch.ones(3))
 
@@ -255,13 +255,13 @@ def is_not_to_be_watched(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (looks_at_values, "it looks at values, by aten::"),
-        (has_as_many_as_it_finds, "it looks at values, by aten::"),
+        (looks_at_values, "it reads tensor values, by aten::"),
+        (has_as_many_as_it_finds, "it reads tensor values, by aten::"),
         (counts, "a call changes an object that the function refers to: __defaults__[0][4] changed from nothing to 1"),
         (counts_unseen, "replaying it does not reproduce its results"),
-        (as_numpy, "it looks at values, by Tensor.numpy"),
-        (as_list, "it looks at values, by Tensor.tolist"),
-        (by_dlpack, "it looks at values, by Tensor.__dlpack__"),
+        (as_numpy, "it reads tensor values, by Tensor.numpy"),
+        (as_list, "it reads tensor values, by Tensor.tolist"),
+        (by_dlpack, "it reads tensor values, by Tensor.__dlpack__"),
         (of_another_file, "it uses a tensor torch.float32 [] that it does not refer to"),
         (is_not_to_be_watched, "it fails while its calls are recorded"),
     ],

@@ -176,7 +176,7 @@ def test_a_learning_rate_that_is_a_tensor(optimizer: str, context: Callable[[], 
     if replay.is_replayed:
         assert replay.reason is None
     else:
-        assert "looks at values" in str(replay.reason)
+        assert "reads tensor values" in str(replay.reason)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop"])

@@ -1,7 +1,7 @@
 """Compute the FLOPs of the ops' GEMMs, for `torch.utils.flop_counter`.
 
-A GEMM [m, k] x [k, n] counts as 2 m k n FLOPs, as in torch. Element-wise work is not counted. The FLOPs of a composite
-op are those of the ops that it calls. A formula gets the shape of each tensor argument in place of the tensor.
+A GEMM [m, k] x [k, n] takes 2 m k n FLOPs, as in torch. Element-wise work is not counted. The FLOPs of a composite op
+are the sum over the ops that it calls. A formula receives the shape of each tensor argument instead of the tensor.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Registering(MetaPathFinder):
-    """Finds torch's FLOP counter through the other finders, and registers the formulas after its import."""
+    """Finds torch's FLOP counter through the other import finders, and registers the formulas after its import."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _COUNTER:

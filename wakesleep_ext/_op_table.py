@@ -22,7 +22,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Sizes(NamedTuple):
-    """The size of each dimension; samples may be several dimensions."""
+    """The size of each dimension; S may stand for several dimensions."""
 
     samples: tuple[int, ...]
     batch: int
@@ -51,7 +51,7 @@ class Op:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments for calling the op in tests and benchmarks, except `key` and `sample_shape`."""
     call: Callable[..., Any] | None = None
-    """Calls the function with the input tensors and returns its results. None if the function accepts them directly."""
+    """Calls the function with the input tensors and returns its results. None if the function itself accepts them."""
     dtypes: tuple[torch.dtype, ...] = FLOATING
     """The supported dtypes of the inputs."""
 
@@ -71,7 +71,7 @@ class Op:
         return dtype if "D" in self.outputs[output] else torch.promote_types(dtype, torch.float32)
 
     def function(self, module: ModuleType, **options: Any) -> Callable[..., Any]:
-        """Return a module's implementation of the op as a function of the input tensors only."""
+        """Return a module's implementation of the op as a function whose only arguments are the input tensors."""
         plain: Callable[..., Any] = getattr(module, self.name)
         if self.call is not None:
             plain = partial(self.call, plain)

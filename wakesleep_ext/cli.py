@@ -87,7 +87,7 @@ def train(
 
 
 def resume(run: Path, /, device: Device = "auto") -> None:
-    """Resume an interrupted training run. The result equals that of an uninterrupted run bit for bit.
+    """Resume an interrupted training run. The result is bit for bit the same as without the interruption.
 
     Args:
         run: Folder of the training run.
@@ -133,7 +133,7 @@ class Effort:
     dreams: int = 1000
     """Number of dreams to compare with the test images."""
     ais_images: int = 0
-    """Number of test images, from the first on, for annealed importance sampling. Takes seconds per image on a CPU."""
+    """Number of test images for annealed importance sampling: the first ones. Each image takes seconds on a CPU."""
     ais_chains: int = 16
     """Number of chains per image in annealed importance sampling."""
     ais_steps: int = 1000

@@ -331,10 +331,10 @@ def _multivariate_normal(gaussian: DiagonalGaussian, other: Distribution) -> Mul
 def _ruled_out(q: Bernoulli, logits: Tensor) -> Tensor | None:
     """Return a mask of dimensions where q gives probability 0 to an outcome that a variable with `logits` can take.
 
-    If q was built from probabilities of 0 and 1, torch clamps its logits. Finite logits whose sigmoid rounds to 0 or 1
-    must be distinguished from clamped ones. The absolute value of such finite logits exceeds the clamp by at least
-    log(4). An element of `logits` that is at least as extreme as the clamp may also come from a probability of 0 or 1.
-    It counts as such a probability, so it does not allow the outcome that q excludes.
+    If q was built from a probability of 0 or 1, torch clamps the logit. Such a clamped logit must be distinguished from
+    an exact logit whose sigmoid rounds to 0 or 1. The absolute value of such an exact logit exceeds the clamp by at
+    least log(4). An element of `logits` that is at least as extreme as q's clamped logit may itself come from a
+    probability of 0 or 1. The mask is False there: the variable is assumed never to take the outcome that q excludes.
     """
     if "probs" not in q.__dict__:
         return None
@@ -371,7 +371,7 @@ def _check_events(p: Distribution, q: Distribution) -> None:
     if p.event_shape == q.event_shape:
         return
     shapes = f"got {list(p.event_shape)} for {type(p).__name__} and {list(q.event_shape)} for {type(q).__name__}"
-    message = f"kl_divergence: expected distributions of one event shape, {shapes}"
+    message = f"kl_divergence: expected distributions with the same event shape, {shapes}"
     if len(p.event_shape) == len(q.event_shape):
         raise ValueError(message)
     raise NotImplementedError(f"{message}. Independent(distribution, 1) makes the last batch dimension the event")
@@ -389,7 +389,7 @@ def _shapes(kind: type[Distribution], **parameters: Tensor) -> tuple[torch.Size,
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{kind.__name__}: expected {name} to be a tensor, got {type(parameter).__name__}")
         if parameter.dim() == 0:
-            raise ValueError(f"{kind.__name__}: expected {name} to have one dimension at least, got a scalar")
+            raise ValueError(f"{kind.__name__}: expected {name} to have at least one dimension, got a scalar")
     try:
         # five times as fast as torch.broadcast_shapes, which is written in Python
         shape = torch.broadcast_tensors(*parameters.values())[0].shape

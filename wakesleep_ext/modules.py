@@ -174,7 +174,10 @@ def through(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
 
 
 def _through_layers(layers: list[nn.Module], names: list[ops.Activation | None], input: Tensor) -> Tensor:
-    """Apply plain layers in as few calls as possible. In one call, all layers except the last share an activation."""
+    """Apply plain layers in as few calls as possible.
+
+    All layers that run in one call must use the same activation, except the last.
+    """
     while layers:
         count = 1 + next((number for number, name in enumerate(names) if name != names[0]), len(names))
         if len(layers) == 1 and names[0] is None and input.is_cpu:
@@ -195,7 +198,8 @@ def is_plain(module: nn.Module) -> bool:
 def runs_forward_only(module: nn.Module) -> bool:
     """True if calling the module runs only the `forward` of its class.
 
-    The instance has no `forward` of its own, is not compiled and has no hooks. No global module hooks are registered.
+    This requires that the instance has no `forward` of its own, is not compiled and has no hooks, and that no global
+    module hooks are registered.
     """
     return not (
         "forward" in module.__dict__

@@ -54,7 +54,7 @@ _ops = torch.ops.wakesleep_ext
 
 
 def gaussian_parameters(packed: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Split a packed :math:`[\mu \,|\, \ell]`, the output of a network with one last layer, into its two halves.
+    r"""Split a packed :math:`[\mu \,|\, \ell]`, computed by a single output layer, into its two halves.
 
     Equivalent to ``packed.chunk(2, -1)``, with a cheaper backward pass. The Gaussian ops write the gradients of mu and
     logvar into one packed tensor. If a single op uses mu and logvar, the packed gradient is passed on without a copy.
@@ -260,8 +260,8 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     r"""Apply a linear layer and its activation, :math:`y = f(hW^\top + b)`.
 
     With ``activation="tanh"``, the op equals ``torch.tanh(F.linear(h, weight, bias))`` in fewer passes over memory.
-    Bias and activation are applied to the GEMM's result in place. The backward pass computes :math:`\delta` and sums it
-    into the gradient of the bias in one pass.
+    Bias and activation are applied to the GEMM's result in place. The backward pass computes :math:`\delta` and the
+    gradient of the bias, which is the sum of :math:`\delta`, in one pass over memory.
 
     Small batches use custom kernels, and large batches use torch's BLAS. On a CPU, oneDNN replaces the BLAS in float32
     if the processor has AVX-512 and the BLAS does not use AVX-512.
@@ -295,8 +295,8 @@ def mlp(
     r"""Apply a chain of linear layers, each as in :func:`linear`: :math:`h_l = f(h_{l-1} W_l^\top + b_l)`.
 
     The op applies all layers to one chunk of rows before it starts the next, so that the chunk stays in cache. The
-    backward pass does the same. For small networks, one op call and one autograd node are also cheaper than one per
-    layer.
+    backward pass also proceeds chunk by chunk. For small networks, one op call and one autograd node are also cheaper
+    than one of each per layer.
 
     Args:
         h: :math:`h_0`, ``[*B, H]``.
@@ -333,7 +333,7 @@ def linear_bernoulli_log_prob(
         bias: b, ``[D]``, or None.
         x: the observation, ``[*B, D]``; bool, uint8 with values 0 and 1, or floating point.
         recompute: True to recompute the logits in the backward pass, chunk by chunk. This needs no memory for the full
-            logits but one more GEMM, four instead of three. False to save the logits, in float32 or float64. None to
+            logits, but takes four GEMMs instead of three. False to save the logits, in float32 or float64. None to
             save them if they take at most 4 MiB (16 MiB on a GPU), and recompute them otherwise.
 
     Returns:
@@ -425,8 +425,8 @@ def adam_(
         p \leftarrow p - \frac{\mathrm{lr}}{1 - \beta_1^t}\,
         \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}.
 
-    The result equals that of ``torch.optim.Adam`` up to rounding, with one division per element. The op does not
-    synchronise with the GPU, so a CUDA graph can capture it.
+    The result equals the result of ``torch.optim.Adam`` up to rounding. The op takes one division per element, and does
+    not synchronise with the GPU, so a CUDA graph can capture it.
 
     Args:
         parameters: p, of any shape, all with the same dtype. Each must fill its memory without gaps; its dimensions may

@@ -47,7 +47,7 @@ def make_key(seed: int, offset: int = 0, device: torch.device | str = "cpu") -> 
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-    """Compute Philox4x32-10 in plain torch, for a counter of four words and a key of two.
+    """Compute Philox4x32-10 in plain torch, for a counter of four words and a key of two words.
 
     Words are 32-bit integers, stored as int64.
     """

@@ -21,11 +21,12 @@ from wakesleep_ext._C import Recording, Watch
 from wakesleep_ext.watch import Conditions, Reach, Unwatched
 
 _WARM_UPS = 3
-"""Calls before a CUDA graph capture, as in `torch.cuda.make_graphed_callables`. Libraries initialise in the first."""
+"""Number of calls before a CUDA graph capture, as in `torch.cuda.make_graphed_callables`. Libraries initialise in the
+first call."""
 _WORTH = 10
 """The number of replays that save as much time as one recording costs."""
 _PATIENCE = 5
-"""A function is not recorded again after this many changes in a row that each came before `_WORTH` replays."""
+"""A function is not recorded again after this many consecutive changes with fewer than `_WORTH` replays before each."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class Replay(Unwatched):
     Anything that varies from call to call must be in tensors.
 
     Before each replay, a watch checks that the recording is still valid (:mod:`wakesleep_ext.watch`). The recording
-    depends on the tensors that the function refers to, their addresses, numbers, and torch modes such as autocast.
-    After a change, the function is called as usual, and its next call is recorded again.
+    depends on the tensors and numbers that the function refers to, the tensors' addresses, and torch modes such as
+    autocast. After a change, the function is called as usual, and its next call is recorded again.
 
     If changes recur too often, the function is never recorded again. It is also called directly while it reads tensor
     values in Python or has hooks. :attr:`reason` gives the reason.
@@ -62,9 +63,9 @@ class Replay(Unwatched):
         function: takes one or more tensors, does not modify them, and returns a tensor, or a tuple or dict of tensors.
             It must call the same operators for any tensor values. A tensor that the function creates and that outlives
             the call, such as a gradient, is overwritten by every replay. Results do not require gradients.
-        state: returns tensors that the function modifies unseen by torch, as a custom kernel might. All other modified
-            tensors are found automatically. Recording calls the function several times, and then restores all of these
-            tensors.
+        state: returns tensors that the function modifies without torch's knowledge, as a custom kernel might. All other
+            modified tensors are found automatically. Recording calls the function several times, and then restores all
+            modified tensors.
     """
 
     def __init__(self, function: Function, state: Callable[[], Iterable[Tensor]] = lambda: ()) -> None:
@@ -76,7 +77,7 @@ class Replay(Unwatched):
         self._recorded: _Recorded | None = None
         self._structure: Any = None
         self._uses = 0  # replays or direct calls since the last recording
-        self._changes = 0  # changes in a row, each before `_WORTH` uses
+        self._changes = 0  # consecutive changes, each after fewer than `_WORTH` uses
         self._reason: str | None = None
 
     @property
@@ -92,7 +93,7 @@ class Replay(Unwatched):
         return self._reason
 
     def __call__(self, *arguments: Tensor) -> Any:
-        """Return the function's result, in new tensors. The arguments must match those of the first call.
+        """Return the function's result, in new tensors. The arguments must match the arguments of the first call.
 
         Raises:
             ValueError: an argument differs from the first call in shape, dtype or device.
@@ -134,7 +135,7 @@ class Replay(Unwatched):
             ", ".join(f"{dtype} {list(shape)} on {device}" for shape, dtype, device in of)
             for of in (self._likes, likes)
         )
-        raise ValueError(f"Replay: expected arguments as they were recorded, {expected}, got {got}")
+        raise ValueError(f"Replay: expected arguments as in the first call, {expected}, got {got}")
 
     def _forget(self, change: str) -> None:
         self._say(change)
@@ -257,7 +258,7 @@ def _names_of(outside: Sequence[Tensor], reach: Reach) -> set[str]:
 
 
 def _check_changes(before: Reach, after: Reach, used: set[str], made: Sequence[Tensor]) -> None:
-    """Check that a call changed no reference. Exception: it may replace an unread tensor by a new one."""
+    """Check that a call changed no reference. A tensor that it does not read may be replaced by a new one."""
     identities = {id(tensor) for tensor in made}
     for name, words in before.changes(after):
         if name in used or not (before.is_alike(after, name) and id(after.tensors[name]) in identities):
@@ -290,7 +291,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 # ---- on a CPU --------------------------------------------------------------------------------------------------------
 
 _EXITS = {Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__}
-"""Methods that pass tensor values to Python without a call of torch's dispatcher."""
+"""Methods that pass tensor values to Python without calling torch's dispatcher."""
 
 
 class _Borders(TorchFunctionMode):
@@ -335,7 +336,7 @@ def _note(recording: Recording, function: Function, arguments: Sequence[Tensor])
     del tensors, result
     recording.stop()
     if reader := recording.unrepeatable or borders.exit:
-        raise NotRepeatableError(f"it looks at values, by {reader}, which a replay cannot repeat")
+        raise NotRepeatableError(f"it reads tensor values, by {reader}, which a replay cannot repeat")
     constants = set(map(id, borders.constants))
     return structure, [tensor for tensor in recording.outside if id(tensor) not in constants]
 

@@ -1,4 +1,4 @@
-// Gradients of log p(x; h weight^T + bias). g is x - s(logits), times the upstream gradient:
+// Gradients of log p(x; h weight^T + bias). In this list, g is the upstream gradient times x - s(logits):
 //
 //   h: g weight;
 //   weight: g^T h;
@@ -33,7 +33,7 @@ variable_list parameter_gradients(const AutogradContext& context, const Tensor& 
 }
 
 // Returns the gradient of x: the logits times the upstream gradient, summed over the rows that share an x. The logits
-// are linear in h, so the code sums h over these rows first, and computes fewer logits.
+// are linear in h, so the code sums h over these rows first, and then computes fewer logits.
 Tensor grad_x(const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x) {
   const auto type = grad.scalar_type();
   c10::SymDimVector batch(x.sym_sizes().begin(), x.sym_sizes().end() - 1), shape = batch;

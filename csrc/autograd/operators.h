@@ -1,4 +1,5 @@
-// Code that the autograd kernels share: typed operator handles, and a check whether a call needs gradients.
+// Code that the autograd kernels share: typed operator handles, and a function that checks whether a call needs
+// gradients.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -15,7 +16,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Defines name(), which returns the operator's handle and looks it up only once.
+// Defines name(), which looks up the operator's handle in the first call and then returns it.
 #define WAKESLEEP_OPERATOR(name, ...)                                                                     \
   inline const c10::TypedOperatorHandle<__VA_ARGS__>& name() {                                            \
     static const auto handle =                                                                            \

@@ -68,9 +68,8 @@ C10_ALWAYS_INLINE compute_t row_log_prob(int64_t D, const Logits& logits, const 
   return row_log_prob<compute_t>(D, logits, x, [](auto, compute_t, compute_t) {});
 }
 
-// Draws x = [u <= probability(v)] for `rows` rows of values v. They start at row `first` of the whole draw.
-// values_of(row) returns the functor that provides the values of a row, like the functor for logits. Its argument is
-// counted from `first`.
+// Draws x = [u <= probability(v)] for the values v in rows first .. first + rows - 1 of the whole draw. values_of(row)
+// returns a functor that provides the values of row `first + row`, in the same way as the functor for logits.
 template <typename compute_t, typename Probability, typename ValuesOf, typename x_t>
 void draw_rows(PhiloxKey key, int64_t first, int64_t rows, int64_t D, const Probability& probability,
                const ValuesOf& values_of, x_t* x) {  // [.., D], all rows of the draw

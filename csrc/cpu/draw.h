@@ -129,8 +129,8 @@ struct PhiloxAvx2 {
 };
 #endif
 
-// Writes the draws of `blocks` blocks, four each, to `out`. It processes sixteen blocks at a time, so it writes up to
-// 60 values more.
+// Writes the draws of `blocks` blocks, four per block, to `out`. The function processes sixteen blocks at a time, so it
+// may write up to 60 more values.
 template <typename Philox, typename Distribution, typename T>
 C10_ALWAYS_INLINE void fill_with(PhiloxKey key, uint64_t first_block, int64_t blocks, T* out) {
   for (int64_t done = 0; done < blocks; done += kBlocksAtOnce, out += kBlocksAtOnce * kPhiloxWords) {

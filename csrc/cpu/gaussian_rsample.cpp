@@ -1,6 +1,6 @@
 // z = mu + sigma eps with sigma = e^(logvar/2), log q(z) = -1/2 sum_k [logvar + eps^2 + log 2 pi], and the gradients of
-// both, on the CPU. eps is a function of the key and the element's index in z, so the backward pass computes the same
-// eps again.
+// both, on the CPU. eps is a function of the key and the element's index in z, so the backward pass recomputes the same
+// eps.
 #include "../densities.h"
 #include "../gaussian.h"
 #include "../registration.h"
@@ -97,7 +97,7 @@ at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z,   
         const int64_t last_sample = std::min(call.samples, first_sample + kPieceRows);
         for (int64_t column = 0; column < K; column += kTile) {
           const int64_t columns = std::min(kTile, K - column);
-          compute_t total_z[kTile] = {}, total_z_eps[kTile] = {};  // for `rows` rows
+          compute_t total_z[kTile] = {}, total_z_eps[kTile] = {};  // sums over `rows` rows
           if (grad_z_data != nullptr) {
             for (int64_t sample = first_sample; sample < last_sample; ++sample) {
               const int64_t first = (sample * B + first_row) * K + column;

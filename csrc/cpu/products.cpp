@@ -59,8 +59,8 @@ struct Vector {
     return lanes;
   }
 
-  // Returns a b + c, rounded once (a fused multiply-add). This halves the work. It also changes the last bits of a
-  // GEMM, which need not be the same for every instruction set.
+  // Returns a b + c, rounded once (a fused multiply-add). Fusing halves the number of arithmetic instructions. It also
+  // changes the last bits of a GEMM, which may differ between instruction sets.
   static C10_ALWAYS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     WAKESLEEP_UNROLL
     for (int l = 0; l < width; ++l) {
@@ -71,7 +71,8 @@ struct Vector {
 
   static constexpr int group = 16 / static_cast<int>(sizeof(T));
 
-  // Writes the sum over the lanes of each vector in a group. Each step adds neighbouring lanes in all vectors together.
+  // Sums the lanes of each vector in a group, and writes one sum per vector. Each step adds neighbouring lanes in all
+  // vectors of the group.
   static C10_ALWAYS_INLINE void sums(const Lanes (&of)[group], T* to) {
     T lane[width];
     store(lane, tree<group>(of));
@@ -121,9 +122,9 @@ struct Vector {
   }
 };
 
-// The register tile of a GEMM. It has enough accumulators to hide the latency of multiply-adds at two per cycle.
-// Accumulators and operands fit in 16 registers. A column is one element in the forward kernel, and a vector in the
-// backward kernel.
+// The register tile of a GEMM. It has enough accumulators to hide the latency of multiply-adds if the processor starts
+// two per cycle. Accumulators and operands fit in 16 registers. A column is one element in the forward kernel, and a
+// vector in the backward kernel.
 constexpr int kRegisterRows = 4, kRegisterColumns = 3;
 
 // Calls body(n) with n = min(count, most) as a compile-time constant.
@@ -217,8 +218,8 @@ C10_ALWAYS_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T
   }
 }
 
-// Computes y = a b^T. Threads divide the column tiles. For each column tile, its rows of b are multiplied by all rows
-// of a.
+// Computes y = a b^T. Threads divide the column tiles. A column tile is a few rows of b, and each tile is multiplied by
+// all rows of a.
 template <typename T>
 void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                    const Strided<T>& y) {
@@ -245,8 +246,8 @@ void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t
 // The number of rows of b in a block. A block stays in cache while it is multiplied by all rows of a.
 constexpr int64_t kBlock = 32;
 
-// Computes to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile. `count` is passed if the last vector is not full,
-// and is the number of its elements.
+// Computes to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile. If the last vector is not full, the caller passes
+// its number of elements as `count`.
 template <typename T, int bytes, int rows, int vectors, typename... Count>
 C10_ALWAYS_INLINE void outer_tile(const T (&a)[kBlock][kRegisterRows], const Strided<const T>& b, int64_t K,
                                   const Strided<const T>& from, const Strided<T>& to, Count... count) {
@@ -364,7 +365,7 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& y) {
 }
 
 // Returns true if the processor has AVX-512 but MKL does not use it, because the vendor is not Intel. On such
-// processors, oneDNN multiplies twice as fast as MKL. On all others, MKL is faster.
+// processors, oneDNN multiplies twice as fast as MKL. On all other processors, MKL is faster.
 bool blas_leaves_out_avx512() {
 #ifdef __x86_64__
   return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
@@ -392,7 +393,7 @@ bool is_plain(const at::Tensor& a) {
 }
 
 bool is_for_onednn(const at::Tensor& a, const at::Tensor& b) {
-  constexpr int64_t kWorthwhile = 1 << 20;  // multiplications; below, preparing the call costs too much
+  constexpr int64_t kWorthwhile = 1 << 20;  // smaller GEMMs do not repay the setup of the call
   static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
   return is_better && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile && is_plain(a) &&
          is_plain(b) && at::globalContext().userEnabledMkldnn();

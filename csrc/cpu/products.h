@@ -5,8 +5,8 @@
 
 namespace wakesleep::cpu {
 
-// The base class of the CPU kernels. Our own GEMM computes small batches; the faster of the BLAS and oneDNN computes
-// large ones.
+// The base class of the CPU kernels. Our own GEMM computes small batches. The BLAS or oneDNN, whichever is faster,
+// computes large batches.
 struct Products {
   static constexpr bool kOwnSmallBatches = false;
 

@@ -4,8 +4,8 @@
 // vectorized_parallel_for(n, grain, body) runs body(begin, end) under at::parallel_for, in a function compiled for
 // AVX-512, AVX2 or the baseline. The attribute `flatten` inlines all of body into each of these functions. So body is
 // written once, as plain loops over the lanes of a 64-byte vector, which the compiler vectorises. A body that keeps
-// vectors in registers also takes their size, body(Bytes<n>{}, begin, end), and needs AVX2 or AVX-512. ATen chooses the
-// instruction set, and ATEN_CPU_CAPABILITY overrides the choice.
+// vectors in registers has the signature body(Bytes<n>{}, begin, end), where n is the size of a vector. Such a body
+// needs AVX2 or AVX-512. ATen chooses the instruction set, and ATEN_CPU_CAPABILITY overrides the choice.
 //
 // Reductions keep one accumulator per lane of a 64-byte vector, regardless of the hardware's vector width. They add the
 // accumulators in a fixed order. The compiler is not allowed to fuse multiply-adds. So every instruction set and every
@@ -223,7 +223,7 @@ constexpr int64_t kTile = 1024;
 
 // Elements in the compute type. Elements stored in this type are used in place, and all others are converted into the
 // tile. A loop over a single type uses full vectors. In a loop that also reads narrower types, the compiler processes
-// only as many elements per iteration as it can widen, a quarter or less.
+// only a quarter as many elements per iteration, or fewer.
 template <typename compute_t>
 class Tile {
  public:

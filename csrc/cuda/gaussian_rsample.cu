@@ -1,6 +1,6 @@
 // z = mu + sigma eps with sigma = e^(logvar/2), log q(z) = -1/2 sum_k [logvar + eps^2 + log 2 pi], and the gradients of
-// both, on CUDA. eps is a function of the key and the element's index in z, so the backward pass computes the same eps
-// again.
+// both, on CUDA. eps is a function of the key and the element's index in z, so the backward pass recomputes the same
+// eps.
 #include "../densities.h"
 #include "../gaussian.h"
 #include "../registration.h"

@@ -35,7 +35,7 @@ struct LinearBernoulliLogProbBackwardRows {
   const compute_t* products;
   const compute_t* __restrict__ bias;
   const x_t* __restrict__ x;
-  const compute_t* __restrict__ upstream;  // if null, every weight is 1
+  const compute_t* __restrict__ upstream;  // null if all are 1
   compute_t* __restrict__ log_prob;
   grad_t* grad_logits;
   RowMap<2> rows;

@@ -3,8 +3,8 @@
 // A GEMM with tens of rows cannot fill a GPU, so the latency of its launch, loads and reductions dominates its time.
 // cuBLAS divides the GEMM into tiles designed for many rows, or into parts that a second kernel adds. It leaves the
 // bias, the activation and the sums over rows to separate kernels. Here, a layer needs one launch in the forward pass
-// and one in the backward pass. Tiles are small, so that there are many of them. Lanes or warps share the reductions of
-// a tile, always in the same order.
+// and one in the backward pass. Tiles are small, so that there are enough of them to fill the GPU. The lanes or warps
+// share the reductions of a tile, in a fixed order.
 #pragma once
 
 #include "../linear.h"
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
-constexpr int kColumnsAtOnce = 4;  // columns of the products' gradient that a load reads
+constexpr int kColumnsAtOnce = 4;  // columns of g that one load reads
 
 // Partial sums of each warp of a block, in shared memory. total(i, lane) adds value i of a lane over the warps.
 template <typename T, int count>

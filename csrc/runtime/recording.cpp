@@ -20,8 +20,8 @@ void Recording::stop() {
   own_.clear();
 }
 
-// Keeps the calls that have side effects, and the calls whose results are returned or used by another kept call. It
-// visits the calls from last to first. So the first use of a value that it finds is the last use in a replay.
+// Keeps the calls that have side effects, and the calls whose results are returned or used by another kept call. The
+// loop visits the calls from last to first, so the first use of a value that it finds is the last use in a replay.
 void Recording::keep_needed_calls() {
   std::unordered_set<size_t> needed(results_.begin(), results_.end());
   for (const auto& left : left_behind_) {
@@ -105,7 +105,7 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
 }
 
 // The gradient of a loss with respect to itself is 1. Multiplying by this 1 in place changes nothing, so the call is
-// neither made nor recorded.
+// neither executed nor recorded.
 bool Recording::multiplies_by_one(const Call& made) const {
   static const c10::OperatorName in_place("aten::_foreach_mul_", "Tensor");
   return made.op.operator_name() == in_place && !made.uses.empty() && made.uses.back().place.argument == 1 &&

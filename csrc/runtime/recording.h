@@ -42,7 +42,8 @@ class Recording {
   // to Python, or a tensor whose shape depends on values.
   const std::string& unrepeatable() const { return unrepeatable_; }
 
-  // Tensors that the calls used but did not create, except the arguments and constants from Python numbers.
+  // Tensors that the calls used but did not create, except the arguments, and constants that were created from Python
+  // numbers.
   const std::vector<at::Tensor>& outside() const { return outside_; }
   // Aliases of the outside tensors that were modified, including arguments.
   const std::vector<at::Tensor>& written() const { return written_; }

@@ -1,6 +1,7 @@
 """Python autograd functions of the operators, for functorch transforms.
 
-``torch.func.grad`` and similar transforms reject C++ autograd functions. So each operator also has a Python one.
+``torch.func.grad`` and similar transforms reject C++ autograd functions. So each operator also has an autograd function
+in Python.
 """
 
 from __future__ import annotations

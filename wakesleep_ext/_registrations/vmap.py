@@ -36,7 +36,7 @@ def _aligned(tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> list[T
 def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
     """Return a vmap rule that calls the op once per batch member.
 
-    The result of each draw equals that of a separate call with the member's key.
+    Each member's draw equals the draw of a separate call with the member's key.
     """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Time implementations alternately in one process, and report median, spread and error of each.
+"""Time implementations alternately in one process, and report the median, spread and error of each.
 
 A block is a series of calls that takes at least `Case.block_seconds`. Blocks of different implementations alternate, so
 that other load on the computer affects all implementations alike. A large case cycles through several sets of inputs,
@@ -48,7 +48,7 @@ class Case(ABC, Generic[Inputs]):
     """Names of the implementations; the first is ours."""
 
     arithmetic_bound: ClassVar[bool] = False
-    """True if arithmetic dominates at every array size, so that times are not compared with the time of a copy."""
+    """True if arithmetic dominates at every array size. Times are then not compared with the time of a copy."""
 
     block_seconds: ClassVar[float] = 1e-2
     """Minimum duration of a block."""
@@ -61,7 +61,7 @@ class Case(ABC, Generic[Inputs]):
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """The minimum number of bytes that a call must move."""
+        """The minimum memory traffic of a call, in bytes."""
 
     @property
     @abstractmethod
@@ -80,7 +80,7 @@ class Case(ABC, Generic[Inputs]):
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
         """Return the :func:`relative_error` of a result against float64, or None if it cannot be determined.
 
-        The result is that of the implementation's first call.
+        The argument `result` is the result of the implementation's first call.
         """
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ def take(
         cases: the cases to measure.
         candidates: names of the implementations to measure.
         device: the device to run on.
-        blocks: the time limit of a case, as a number of blocks in total. Each implementation gets at least five blocks.
+        blocks: time limit per case, as a multiple of `Case.block_seconds`. Each implementation runs at least five.
         warn: called with a message for each implementation that is left out.
 
     Returns:
@@ -313,7 +313,7 @@ class Copy:
 
     @property
     def bandwidth_gbs(self) -> float:
-        """Median bandwidth, in 10^9 bytes per second. Bytes read and bytes written both count."""
+        """Median bandwidth, in 10^9 bytes per second. Bytes read and bytes written are both counted."""
         return 2 * self.source.nbytes / statistics.median(self.seconds) / 1e9
 
 
@@ -354,7 +354,7 @@ def on_threads(count: int) -> Iterator[None]:
 
 
 def _calls_in_a_block(block: Callable[[int], float], sets: int, block_seconds: float) -> int:
-    """Return how many calls fill a block. The trial calls also serve as warm-up, and use each set of inputs first."""
+    """Return how many calls fill a block. The trial calls use every set of inputs, and so serve as warm-up."""
     block(sets)
     count = 1
     while (seconds := count * block(count)) < block_seconds:

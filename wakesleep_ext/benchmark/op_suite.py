@@ -144,7 +144,7 @@ class OpCase(Case[Inputs]):
         return [partial(function, *one.arguments) for one in inputs]
 
     def function(self, candidate: str) -> Callable[..., Any]:
-        """Return an implementation as a function of the input tensors only.
+        """Return an implementation as a function whose only arguments are the input tensors.
 
         For half types, the baselines compute in float32, as autocast and our ops do. Rounding a log-likelihood to
         bfloat16 causes an error of up to a nat.
@@ -165,7 +165,10 @@ class OpCase(Case[Inputs]):
         return torch.compile(formula, fullgraph=True, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
 
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        """Return the error of log-densities and gradients. Draws are random, but they determine all other results.
+        """Return the error of log-densities and gradients.
+
+        The draws themselves are random, but every other result is a deterministic function of them, so only the other
+        results are compared.
 
         Return None if the op returns only draws. Also return None if z is rounded to a half type, since the rounded z
         does not determine the other results.
@@ -327,7 +330,8 @@ def outcomes(result: Result) -> list[Outcome]:
     for row in sorted(rows(result["records"]), key=lambda row: next(iter(row.values()))["bytes"]):
         fused = row.get("fused")
         if fused and fused["bandwidth_fraction"] is not None and fused["shape"][1:] == [widths.get(fused["op"])]:
-            large[fused["op"], fused["pass"], fused["dtype"]] = row  # rows are sorted by bytes, so the largest stays
+            # rows are sorted by bytes, so the largest one is kept
+            large[fused["op"], fused["pass"], fused["dtype"]] = row
     found = []
     for goal in GOALS[result["machine"]["device"]]:
         wanted = goal.with_avx2 if goal.with_avx2 and result["machine"]["simd"] == "AVX2" else goal.at_least

@@ -36,7 +36,7 @@ _SHORT = {"distributions": "distrib.", "compile with graphs": "with graphs", "of
 """Shorter column titles for narrow tables."""
 
 _KIND = ("pass", "dtype")
-"""Columns that a narrow table moves to its heading."""
+"""Columns that a narrow table omits and shows in its heading instead."""
 
 
 def text(result: Result, suite: Suite, *, narrow: bool = False) -> str:
@@ -163,7 +163,7 @@ def _launches(record: Record | None) -> str:
 
 
 _COMPARED = {"memory": _memory, "error": _error, "launches": _launches}
-"""By title, the columns that show our value, and the value for eager in brackets."""
+"""The columns that show our value and, in brackets, the value for eager, keyed by title."""
 
 
 # ---- picture ---------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
         suite: the suite that the result belongs to.
 
     Raises:
-        ResultError: no case has both eager and another implementation.
+        ResultError: no case was measured with both eager and another implementation.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -40,8 +40,8 @@ class Record(_Record, total=False):
 
     `median_us` and `iqr_us` are the median time of a call and its interquartile range, in microseconds. `max_error` is
     the largest relative error against float64, or null if it cannot be determined. `bytes` is the minimum memory
-    traffic of a call. `bandwidth_fraction` is the bandwidth of the call divided by that of a copy, or null if the call
-    is not memory-bound. `peak_bytes` is the peak of the memory that a call allocates.
+    traffic of a call. `bandwidth_fraction` is the bandwidth of the call divided by the bandwidth of a copy, or null if
+    the call is not memory-bound. `peak_bytes` is the peak of the memory that a call allocates.
     """
 
     launches: int | None
@@ -221,7 +221,7 @@ def title(record: Record) -> str:
 def inaccurate(records: Iterable[Record]) -> list[str]:
     """Describe the cases where the fused op is inaccurate.
 
-    Its error then exceeds twice the error of eager plus the rounding error of the input dtype.
+    An op is inaccurate if its error exceeds the sum of twice eager's error and the rounding error of the input dtype.
     """
     found = []
     for row in rows(records):

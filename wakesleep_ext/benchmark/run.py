@@ -47,7 +47,9 @@ def run(
         raise UsageError(f"expected --op to match one of {', '.join(known)}, got {plan.op}")
     candidates = tuple(dict.fromkeys(plan.candidates)) or cases[0].candidates
     if unknown := set(candidates) - set(cases[0].candidates):
-        raise UsageError(f"expected --candidates of {', '.join(cases[0].candidates)}, got {', '.join(sorted(unknown))}")
+        raise UsageError(
+            f"expected --candidates to be among {', '.join(cases[0].candidates)}, got {', '.join(sorted(unknown))}"
+        )
     blocks = (_QUICK_BLOCKS_PER_CASE if plan.quick else _BLOCKS_PER_CASE)[device.type]
     machine = result.machine(device, threads, plan.command(device, threads))
     keep_freed_memory()
@@ -64,5 +66,5 @@ def suite_of(figures: result.Result) -> Suite:
     """
     name = figures.get("suite", "ops")
     if name not in _SUITES:
-        raise result.ResultError(f"expected a result of {' or '.join(_SUITES)}, got one of {name}")
+        raise result.ResultError(f"expected the suite of the result to be {' or '.join(_SUITES)}, got {name}")
     return _SUITES[name]

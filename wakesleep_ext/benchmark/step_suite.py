@@ -1,8 +1,8 @@
 """Define the cases of a whole wake-sleep step: networks, batch sizes, numbers of samples, and implementations.
 
-A step binarises a batch of grey images and trains the generative network on latents inferred from them. It then trains
-the recognition network on the same number of dreams. A shape is `[L, B, D]`: L samples of z for each of B images of D
-pixels.
+A step binarises a batch of grey images and trains the generative network on latents inferred from the binary images. It
+then trains the recognition network on the same number of dreams. A shape is `[L, B, D]`: L samples of z for each of B
+images of D pixels.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class StepCase(Case[Inputs]):
     block_seconds: ClassVar[float] = 5e-2  # long enough that a step finds its data in cache, as in training
 
     net: tuple[int, ...]
-    """Widths of the recognition network from x to z; the generative network reverses them."""
+    """Widths of the recognition network from x to z; the generative network has the same widths in reverse order."""
     batch: int
     num_samples: int
 
@@ -135,7 +135,7 @@ class StepCase(Case[Inputs]):
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
         """Return the error of the fused losses against the same step in float64, with the same keys.
 
-        Return None for other implementations. The baselines cannot repeat their draws, and the GEMMs compute no loss.
+        Return None for other implementations. The baselines' draws cannot be repeated, and the GEMMs compute no loss.
         """
         if candidate != "fused":
             return None

@@ -41,7 +41,7 @@ class Suite:
     headline: Callable[[Iterable[Record]], list[Record]]
     """Selects the most important records, for the picture."""
     columns: Mapping[str, Callable[[Record], str]]
-    """By title, the columns that distinguish the cases of a section."""
+    """The columns that distinguish the cases of a section, keyed by title."""
     label: Callable[[Record], str]
     """Labels a case in a picture."""
     yardstick: tuple[str, Callable[[Row], float | None], str]
@@ -49,7 +49,7 @@ class Suite:
     goals: Callable[[Result], list[Outcome]]
     """Checks the goals of the suite against a result."""
     goals_are_for: Mapping[str, str]
-    """The hardware that the goals are set for, by device type."""
+    """The hardware that the goals are set for, keyed by device type."""
     decimals: int = 1
     """Number of decimals in a baseline's time as a multiple of ours."""
     notes: Callable[[Sequence[Row]], list[str]] = lambda cases: []

@@ -108,7 +108,7 @@ def constant_decoder(check: Check) -> Iterator[Answer]:
 
 
 def one_pixel(check: Check) -> Iterator[Answer]:
-    """Test models of one pixel with logit c z, for five slopes c. With the largest c, x = 1 if z > 0, otherwise 0."""
+    """Test models of one pixel with logit c z, for five slopes c. With c = 1e6, x is 1 if z > 0 and 0 otherwise."""
     problems = [*(f"3 one pixel, logit {c} z" for c in (1, 2, 4, 8)), "2 x = 1[z > 0]"]
     slopes = torch.tensor([1.0, 2.0, 4.0, 8.0, 1e6], dtype=torch.float64)
     mean = torch.tensor([0.413242, 0.605706, 0.729478, 0.778403, 0.797885], dtype=torch.float64)
@@ -122,7 +122,7 @@ def one_pixel(check: Check) -> Iterator[Answer]:
 
 
 def two_modes(check: Check) -> Iterator[Answer]:
-    """The posterior has two modes: the sleep phase covers both, the ELBO selects one. Swapped objectives would fail."""
+    """Test a posterior with two modes: the sleep phase must cover both modes, and the ELBO must select one."""
     problem = "4 which KL: logit 6 z1 z2"
     recognition = Pixelwise(2)
     networks = machine(recognition, Fixed(lambda z: 6 * z.prod(-1, keepdim=True)), 2)
@@ -165,7 +165,7 @@ def joint_fixed_points(check: Check) -> Iterator[Answer]:
     deviation = (annealed.log_likelihood - data_log_prob) / annealed.standard_error
     yield from near(ONE_PROBLEM, "AIS: largest error / standard error", 0.0, deviation.abs().max(), 4.0)
 
-    # the batch repeats each image in proportion to its probability, so it has no sampling noise
+    # the batch repeats each image in proportion to its probability, so the losses have no sampling noise
     effort = check.effort(1500, 4000)
     images = EVERY_IMAGE.repeat_interleave((effort.draws * data).round().long(), 0)
     for name, expected, losses in (

@@ -37,7 +37,7 @@ class Keys:
 
 
 class Pixelwise(nn.Module):
-    """Maps x, `[*, D]`, to packed parameters of q(z|x), `[*, 2K]`. If D = K, latent variable k depends on pixel k only.
+    """Maps x, `[*, D]`, to packed parameters of q(z|x), `[*, 2K]`. If D = K, latent variable k depends only on pixel k.
     If D = 1, all latent variables depend on the single pixel."""
 
     def __init__(self, latent: int) -> None:

@@ -38,7 +38,7 @@ class AnnealedLogLikelihood:
 
     log_likelihood: Tensor
     """Log of the mean weight of the chains. The mean weight is unbiased, so the expectation of its log is below
-    log p(x). If the standard error is small, the difference is half its square."""
+    log p(x). If the standard error is small, the bias is half the square of the standard error."""
     standard_error: Tensor
     """Standard error of `log_likelihood`, from the spread of the weights; NaN for a single chain."""
     acceptance: Tensor
@@ -257,7 +257,8 @@ def _kind(generative: GenerativeNetwork, x: Tensor) -> type[_Chains]:
             return kind
     names = ", ".join(type(p).__name__ for p in found)
     raise ValueError(
-        f"annealed_log_likelihood: expected latent variables of generative all Gaussian or all Bernoulli, got {names}"
+        "annealed_log_likelihood: expected the latent variables of generative to be all Gaussian or all Bernoulli, "
+        f"got {names}"
     )
 
 

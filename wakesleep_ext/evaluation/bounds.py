@@ -143,7 +143,7 @@ def activities(
         ValueError: there are fewer than two images or samples.
     """
     if len(x) < 2 or num_samples < 2:
-        raise ValueError(f"activities: expected two images and samples at least, got {len(x)} and {num_samples}")
+        raise ValueError(f"activities: expected at least two images and two samples, got {len(x)} and {num_samples}")
     means: list[list[Tensor]] = [[] for _ in recognition]
     noises: list[list[Tensor]] = [[] for _ in recognition]
     for number, images in enumerate(x.split(max(1, chunk_rows // num_samples))):

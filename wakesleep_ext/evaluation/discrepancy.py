@@ -18,7 +18,7 @@ class Discrepancy:
     """Unbiased estimate of the energy distance. Its expectation is zero if both sets have the same distribution, and
     positive otherwise. The estimate may be negative."""
     p_value: float
-    """Fraction of random splits of the pooled images with at least the observed energy distance."""
+    """Fraction of random splits of the pooled images whose energy distance is at least the observed one."""
 
 
 @torch.no_grad()
@@ -32,16 +32,17 @@ def energy_distance(
     The energy distance is the squared maximum mean discrepancy with kernel :math:`-\|x - y\|`. It is zero only for
     equal distributions (Székely & Rizzo, "Energy statistics", 2013). Means are over pairs of distinct images, so the
     estimate is unbiased. The distance between two binary images is the square root of the number of pixels in which the
-    images differ. The p-value is that of a permutation test: (1 + n) / (1 + `num_permutations`), where n permutations
-    have at least the observed energy distance. It is exact for any number of images.
+    images differ. The p-value comes from a permutation test and is (1 + n) / (1 + `num_permutations`), where n is the
+    number of permutations whose energy distance is at least the observed one. The test is exact for any number of
+    images.
 
     Args:
         x: binary images `[N, D]`, N >= 2.
         y: other binary images `[M, D]`, M >= 2.
         num_permutations: number of random splits of the pooled images to compare with.
         seed: seed of the permutations.
-        chunk_rows: number of images whose distances to all others are in memory together. Each image takes
-            `chunk_rows + num_permutations` numbers of memory.
+        chunk_rows: number of images whose distances to all others are in memory at the same time. In total,
+            `chunk_rows + num_permutations` numbers per image are in memory.
 
     Raises:
         ValueError: a set has fewer than two images, or the images differ in size.

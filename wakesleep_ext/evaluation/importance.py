@@ -43,8 +43,11 @@ class ImportanceWeights:
 
     @property
     def effective_sample_size(self) -> Tensor:
-        r"""Effective sample size :math:`1 / \sum_k \tilde w_k^2`, :math:`\tilde w_k = w_k / \sum_j w_j`, 1 to K: `[N]`
-        (Kong, "A note on importance sampling using standardized weights", 1992)."""
+        r"""Effective sample size from 1 to K, `[N]`: :math:`1 / \sum_k \tilde w_k^2`, with
+        :math:`\tilde w_k = w_k / \sum_j w_j`.
+
+        Source: Kong, "A note on importance sampling using standardized weights" (1992).
+        """
         return self._sum.square() / self._sum_squares
 
     @property

@@ -60,7 +60,7 @@ class LinearBernoulliConditional(BernoulliConditional):
 
     Use this class for images, which have many pixels. For latent variables, use :class:`BernoulliConditional`, which
     stores the logits, since several samples are drawn per row. If a fused op cannot compute the last layer of the MLP,
-    this class stores the logits, too.
+    this class also stores the logits.
 
     Args:
         network: maps `given`, `[*B, J]`, to logits `[*B, D]`.

@@ -47,7 +47,7 @@ class ModelConfig:
             if not all(type(value) is int and value > 0 for value in values):
                 raise ValueError(f"ModelConfig: expected {name} > 0, got {getattr(self, name)}")
         if not self.latent:
-            raise ValueError("ModelConfig: expected latent to name one layer at least, got ()")
+            raise ValueError("ModelConfig: expected latent to name at least one layer, got ()")
         for name, known in (("latents", get_args(Latents)), ("activation", get_args(Activation))):
             if (given := getattr(self, name)) not in known:
                 raise ValueError(f"ModelConfig: expected {name} to be one of {', '.join(known)}, got {given!r}")

@@ -5,7 +5,7 @@ With L samples :math:`z_l \sim q_\phi(z|x)` for each image, :math:`w_l = p_\thet
 
 - wake-sleep (Hinton, Dayan, Frey & Neal, "The wake-sleep algorithm for unsupervised neural networks", Science 268,
   1995): :func:`wake_theta_loss` and :func:`sleep_phi_loss`. Each phase trains one network on samples from the other.
-  The samples carry no gradient, so each loss trains one network only.
+  The samples carry no gradient, so each loss trains only one network.
 - reweighted wake-sleep (Bornschein & Bengio, "Reweighted wake-sleep", ICLR 2015): :func:`reweighted_wake_losses`. Its
   loss for phi may be combined with the sleep-phase loss.
 - the baselines, which differentiate through the draws: :func:`elbo_loss` (Kingma & Welling, "Auto-encoding variational
@@ -195,19 +195,19 @@ def dreg_loss(
 ) -> Tensor:
     r"""Return the negative L-sample bound with a doubly reparameterised gradient.
 
-    The gradient for theta is that of :func:`iwae_loss`. The gradient for phi is
+    The gradient for theta is the same as in :func:`iwae_loss`. The gradient for phi is
 
     .. math:: -\frac1B\sum_b \sum_l \tilde w_{bl}^2 \frac{\partial \log w_{bl}}{\partial z_{bl}}
         \frac{\partial z_{bl}}{\partial \phi}
 
-    It has the same expectation as the gradient for phi of :func:`iwae_loss`, but its signal-to-noise ratio does not
-    fall as L grows.
+    This gradient has the same expectation as the gradient for phi of :func:`iwae_loss`, but its signal-to-noise ratio
+    does not fall as L grows.
 
     Args:
         recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`. The latents must be Gaussian.
     """
     require_rsample(recognition)
-    # The hooks below are registered on views of z. There they receive the gradient through the densities only, not the
+    # The hooks below are registered on views of z. There they receive only the gradient through the densities, not the
     # gradient through the draws of later layers.
     latents = [z.view_as(z) for z in recognition.rsample(x, num_samples, keys=keys)]
     fixed_q = [_detached(factor) for factor in recognition.factors(latents, x)]

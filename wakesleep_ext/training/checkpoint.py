@@ -137,5 +137,5 @@ def _check_types(config: type[Config], values: Mapping[str, Any]) -> None:
                 check_type(value, hint)
         except TypeCheckError as error:
             raise TypeError(f"{name}: {error}") from error
-        if isinstance(value, bool) and hint is not bool:  # Python counts bool as int
+        if isinstance(value, bool) and hint is not bool:  # in Python, bool is a subclass of int
             raise TypeError(f"{name}: expected {hint}, got {value}")

@@ -79,7 +79,7 @@ class TrainConfig:
     replay: bool = True
     """Record a step and replay it: as a CUDA graph on a GPU, or as a list of operator calls on a CPU. The results are
     the same as without replay. A replay runs no Python, so networks must store every value that changes between steps
-    in a tensor. After any other change, the step is recorded again. A step is not recorded if a network has hooks or
+    in a tensor. If anything else changes, the step is recorded again. A step is not recorded if a network has hooks or
     if its Python code reads tensor values."""
 
     def __post_init__(self) -> None:

@@ -123,7 +123,7 @@ def load(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Datas
         missing = "" if path.exists() else "; it does not exist"
         raise DataError(path, f"expected {DIGITS!r}, a folder of IDX files, or a .npz file{missing}")
     if train.shape != test.shape:
-        raise DataError(path, f"training images are {train.shape}, test images {test.shape}")
+        raise DataError(path, f"training images have shape {train.shape}, but test images {test.shape}")
     return Dataset(path.resolve().stem, train, test)
 
 
@@ -141,7 +141,7 @@ def _load_digits() -> Dataset:
 
 
 def _check_shape(path: Path, name: str, shape: tuple[int, ...], max_bytes: int) -> None:
-    """Reject sizes that are not positive, exceed the limit, or do not fit in the file even if it is compressed."""
+    """Reject sizes that are not positive, exceed the limit, or are too large for the file, even a compressed one."""
     declared = f"{name} declares sizes {list(shape)}"
     if not all(size > 0 for size in shape):
         raise DataError(path, f"{declared}, expected each to be positive")
@@ -176,7 +176,7 @@ def _find_idx(folder: Path, names: tuple[str, ...]) -> Path:
             return found[0]
         if found:
             files = ", ".join(sorted(p.name for p in found))
-            raise DataError(folder, f"expected one file of {names[0]}, found {files}")
+            raise DataError(folder, f"expected exactly one {names[0]} file, found {files}")
     raise DataError(folder, f"no {names[0]}-idx3-ubyte or {names[0]}-idx3-ubyte.gz in this folder")
 
 

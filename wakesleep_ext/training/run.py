@@ -77,7 +77,7 @@ class RunConfig:
                 than two test images.
         """
         if len(dataset.test) < 2:
-            raise ValueError(f"expected two test images at least, got {len(dataset.test)}")
+            raise ValueError(f"expected at least two test images, got {len(dataset.test)}")
         facts = {"data_sha256": dataset.sha256(), "image_shape": dataset.train.shape}
         if description.get("data_sha256", facts["data_sha256"]) != facts["data_sha256"]:
             raise ValueError(
@@ -153,7 +153,7 @@ class Run:
             run, machine, step = cls._restore(folder, held)
             dataset = load(run.config.data)
             if dataset.sha256() != run.config.data_sha256:
-                raise RunError(folder, f"was trained on other images than {run.config.data} has now")
+                raise RunError(folder, f"the images in {run.config.data} have changed since this run began")
             trainer = Trainer(machine.to(device), dataset.train.to(device), run.config.training)
             try:
                 trainer.load_state_dict(held.tensors)
@@ -197,7 +197,7 @@ class Run:
             raise RunError(
                 self.folder,
                 f"was trained on images of shape {list(self.config.image_shape)}, "
-                f"those of {dataset.name} have {list(dataset.test.shape)}",
+                f"but the images of {dataset.name} have shape {list(dataset.test.shape)}",
             )
         return dataset
 
@@ -306,6 +306,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except (KeyError, TypeError, ValueError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
-            raise RunError(path, f"line {number} is not what a run writes: {error!r}") from error
+            raise RunError(path, f"line {number} is not a valid record: {error!r}") from error
         records.append(record)
     return records

@@ -66,7 +66,7 @@ class Descent:
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of the trained parameters; ignores existing `.grad`."""
+        """Return the gradients of the trained parameters. Existing `.grad` values are ignored."""
         trained = self.trained()
         return torch.autograd.grad(loss, trained) if trained else ()
 
@@ -97,7 +97,7 @@ class Descent:
 
 
 class Step:
-    """Runs one training step: a wake phase on a batch, then a sleep phase. Some objectives have only one of them.
+    """Runs one training step: a wake phase on a batch, then a sleep phase. Some objectives have only one phase.
 
     Every random draw depends only on the seed and the step number.
 
