@@ -24,7 +24,7 @@ _EXTRA_PACKAGES = {
     "typeguard": "typeguard",
     "tyro": "tyro",
 }
-"""The modules that the commands need, and the package of each. The extra `train` installs the packages."""
+"""The modules that the commands need, and the package that contains each. The extra `train` installs the packages."""
 
 
 def main() -> int:

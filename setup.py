@@ -25,7 +25,7 @@ CXX_FLAGS = [
     *("-fno-thread-jumps", "-fno-tree-pre"),
     # With this macro, torch's headers include only the operators that they use, which halves their compile time.
     "-DAT_PER_OPERATOR_HEADERS",
-    # -Wno-psabi: vectors wider than the baseline instruction set's are passed only to functions that are inlined.
+    # -Wno-psabi: only inlined functions take vectors that are wider than those of the baseline instruction set.
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"),
 ]
 # at::parallel_for is header-only and needs OpenMP at compile time. The extension does not link OpenMP, so it uses the
@@ -49,7 +49,7 @@ def extension_and_commands() -> dict[str, Any]:
     if plan.toolkit is not None:
         os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch.utils.cpp_extension reads it on import
     os.environ["MAX_JOBS"] = str(toolchain.parallel_jobs(os.environ))
-    # A ninja of another version could not read the log of this one, and would recompile everything.
+    # Another version of ninja could not read the log of this version, and would recompile everything.
     if find_spec("ninja") is not None:
         import ninja
 
@@ -89,8 +89,8 @@ def extension_and_commands() -> dict[str, Any]:
             path = Path(self.get_ext_fullpath("wakesleep_ext._C")).with_name("_build.py")
             path.write_text("\n".join(lines) + "\n")
             # This file is part of uv's cache key (pyproject.toml). Every build rewrites it, so uv always builds again
-            # instead of reusing a cached wheel. uv does not know that a wheel works with only one torch. An incremental
-            # build takes seconds.
+            # instead of reusing a cached wheel. uv does not know that a wheel works with only one version of torch. An
+            # incremental build takes seconds.
             (ROOT / "build" / "last-build").write_text(plan.summary + "\n")
 
     csrc = ROOT / "csrc"

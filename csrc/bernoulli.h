@@ -17,8 +17,8 @@ inline at::Tensor observation(const char* op, const at::Tensor& x, at::ScalarTyp
   return with_contiguous_events(type == at::kByte || type == parameters ? x : x.to(at::toOpMathType(parameters)));
 }
 
-// Returns the dtype that the kernels write if the caller requests `dtype`: the parameters' dtype if the two are equal,
-// and uint8 otherwise.
+// Returns the dtype that the kernels write if the caller requests `dtype`: `dtype` itself if it is the parameters'
+// dtype, and uint8 otherwise.
 inline at::ScalarType written_dtype(const char* op, at::ScalarType dtype, at::ScalarType parameters) {
   TORCH_CHECK_TYPE(dtype == at::kBool || dtype == at::kByte || at::isFloatingType(dtype), op,
                    ": expected dtype to be bool, uint8 or floating, got ", dtype);

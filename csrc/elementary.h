@@ -174,7 +174,8 @@ WAKESLEEP_FUNCTION T tanh(T x) {
 #endif
 }
 
-// Returns 1 + e^x for x <= 0. On a GPU, the fast power of two has a smaller error than the rounding of the sum.
+// Returns 1 + e^x for x <= 0. On a GPU, the error of the fast power of two is smaller than the rounding error of the
+// sum.
 template <typename T>
 WAKESLEEP_FUNCTION T one_plus_exp(T x) {
 #ifdef __CUDA_ARCH__
@@ -192,7 +193,7 @@ template <typename T>
 WAKESLEEP_FUNCTION T divide(T a, T b) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<T, float>) {
-    return __fdividef(a, b);  // within 2 ulp for b in [1, 2], with a fifth of the instructions
+    return __fdividef(a, b);  // within 2 ulp for b in [1, 2], with a fifth of the instructions of a / b
   }
 #endif
   return a / b;

@@ -83,8 +83,8 @@ struct RowMap {
   }
 };
 
-// Returns the strides of a tensor along the dimensions of `shape`. The tensor is [*batch, D] or, with event_dims = 0,
-// [*batch], and its batch dimensions broadcast to `shape`.
+// Returns the strides of a tensor along the dimensions of `shape`. The tensor is [*batch, D], or [*batch] if event_dims
+// is 0. Its batch dimensions broadcast to `shape`.
 inline at::DimVector row_strides(const at::Tensor& tensor, at::IntArrayRef shape, int64_t event_dims = 1) {
   at::DimVector strides(shape.size(), 0);
   const int64_t batch_dims = tensor.dim() - event_dims;
@@ -162,7 +162,7 @@ struct InnerPiece {
   int64_t first, last;          // inner rows first .. last - 1
 };
 
-// An index, split into the number of complete passes over all rows and a row. The index is almost always within the
+// An index, split into a row and the number of complete passes over all rows. The index is almost always within the
 // first pass, where no division is needed.
 struct RowOfPass {
   int64_t pass, row;
@@ -194,8 +194,8 @@ WAKESLEEP_FUNCTION void for_inner_rows(const RowGroups<operands>& rows, const In
   }
 }
 
-// The output of a gradient kernel. It is the gradient itself or, if the gradient is summed over inner rows, partial
-// sums in the compute type.
+// The output of a gradient kernel. If the gradient is summed over inner rows, the output contains partial sums in the
+// compute type. Otherwise, it is the gradient itself.
 class GradientSum {
  public:
   GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)

@@ -1,5 +1,5 @@
-// Linear layers that apply an operation to h weight^T + bias while it is in cache. This file has the checked operands
-// of a call, the loop over chunks of rows, and the gradients of weight and bias.
+// Linear layers that apply an operation to h weight^T + bias while this sum is in cache. This file has the checked
+// operands of a call, the loop over chunks of rows, and the gradients of weight and bias.
 //
 // For small networks, the overhead of a call matters. So the code avoids every view, conversion and allocation that is
 // not needed.
@@ -31,8 +31,8 @@ inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
 }
 
-// Returns the largest batch size for which a backend uses its own GEMM kernels. It is WAKESLEEP_SMALL_BATCH if that is
-// set, otherwise the measured limit.
+// Returns the largest batch size for which a backend uses its own GEMM kernels. If WAKESLEEP_SMALL_BATCH is set, its
+// value is the limit. Otherwise, the limit is the measured one.
 inline int64_t small_batch_limit(int64_t measured) {
   const char* chosen = std::getenv("WAKESLEEP_SMALL_BATCH");
   if (chosen == nullptr) {
@@ -222,7 +222,7 @@ struct LayerGradients {
   // [pieces, D]), which must fill two tensors:
   //
   //   grad [rows, D]: the gradient of the product h weight^T;
-  //   sums [pieces, D]: the sum of every `piece_rows` rows of grad.
+  //   sums [pieces, D]: one sum for every `piece_rows` rows of grad.
   template <typename Kernels, typename Write>
   void add(int64_t first, const at::Tensor& h, const at::Tensor& grad, const Write& write) {
     const int64_t count = (grad.size(0) + piece_rows_ - 1) / piece_rows_;

@@ -103,9 +103,9 @@ struct LinearBernoulliGradients : LinearBernoulliOperands {
   //
   //   products [rows, D]: h weight^T;
   //   grad_logits [rows, D]: receives the gradient of the logits, and may alias products;
-  //   sums [pieces, D]: receives the sum of every rows_of_sum(compute) rows of grad_logits.
+  //   sums [pieces, D]: receives one sum for every rows_of_sum(compute) rows of grad_logits.
   //
-  // For a small batch, `sums` is undefined, and small_batch_gradients() computes the sum instead.
+  // If the batch is small, `sums` is undefined, and small_batch_gradients() computes the sum instead.
   template <typename Kernels, typename WriteGradient>
   void accumulate(const WriteGradient& write_gradient) {
     const bool kept = logits.size(0) > 0;

@@ -54,7 +54,7 @@ struct Mlp : LinearCall {
 //
 //   write_output(call, layer, products [rows, D], y [rows, D]): writes y, which may alias the products;
 //   write_gradient(call, layer, grad_y [rows, D], y [rows, D], grad_products [rows, D], sums [pieces, D]): writes
-//     grad_products, which may alias grad_y, and the sum of every rows_of_sum(compute) rows of grad_products;
+//     grad_products, which may alias grad_y, and one sum for every rows_of_sum(compute) rows of grad_products;
 //   rows_of_sum(compute): returns the number of rows in each partial sum of a gradient.
 //
 // If kOwnSmallBatches is true, `Kernels` must also define these functions:

@@ -1,9 +1,9 @@
 // Declares every operator of the library. This file is the table of contents of csrc/.
 //
 // Distribution parameters come before the value. The last dimension is the event. Its size is K for latent variables
-// and D for observed variables. B stands for batch dimensions and S for sample dimensions, any number of each. An
-// operator X is implemented in cpu/X.cpp and cuda/X.cu, and its gradient in autograd/X.cpp. X_backward is in the same
-// files as X. If X has the parameters mu and logvar, X_backward returns their gradients packed in one tensor.
+// and D for observed variables. B stands for any number of batch dimensions, and S for any number of sample dimensions.
+// An operator X is implemented in cpu/X.cpp and cuda/X.cu, and its gradient in autograd/X.cpp. X_backward is in the
+// same files as X. If X has the parameters mu and logvar, X_backward returns their gradients packed in one tensor.
 // wakesleep_ext/ops.py documents the public functions.
 #include "registration.h"
 

@@ -1,6 +1,6 @@
 """Builds the documentation site: `make docs`.
 
-The build needs no network, and neither do the pages: no script, style or font comes from another server.
+Neither the build nor the pages need a network: the pages load no script, style or font from another server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
-# What people import. Each entry is a module, or a package of which every module is public.
+# What people import. Each entry is a module, or a package whose modules are all public.
 PUBLIC = (
     "ops",
     "distributions",
@@ -83,7 +83,7 @@ PACKAGE = "wakesleep_ext"
 
 
 def submodules(entry: str) -> list[str]:
-    """Names of the modules of a public package; none for a module."""
+    """Names of the modules in a public package; empty if `entry` is a module."""
     spec = find_spec(f"{PACKAGE}.{entry}")
     if spec is None:
         raise ModuleNotFoundError(f"docs/conf.py: PUBLIC lists {entry}, but {PACKAGE}.{entry} does not exist")
@@ -101,7 +101,7 @@ def public_modules() -> list[str]:
 def page(entry: str, modules: list[str]) -> str:
     """The page of a module, or of a package with a table of its modules.
 
-    A module that has `__all__` lists these names only, but in the order of the source.
+    If a module has `__all__`, its page lists only these names, but in the order of the source.
     """
     title = f"{entry}\n{'=' * len(entry)}\n\n.. automodule:: {PACKAGE}.{entry}\n"
     if names := getattr(import_module(f"{PACKAGE}.{entry}"), "__all__", None):
@@ -131,9 +131,10 @@ def write_pages(app: Sphinx) -> None:
 
 
 def keep_attribute_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Hides the first line of an attribute's docstring from napoleon, which reads "Kind: text" as a type and a text.
+    """Hides the first line of an attribute's docstring from napoleon, which would split "Kind: text" into a type
+    and a text.
 
-    It parses the first line only, so an empty comment goes there.
+    Napoleon parses only the first line, so an empty comment is inserted there.
     """
     if what in ("attribute", "data", "property"):
         lines[:0] = ["..", ""]
@@ -143,7 +144,7 @@ CONVERTER = LatexToMathML()
 
 
 def mathml(node: nodes.Element, displaystyle: bool) -> str:
-    """A formula as MathML, which browsers render by themselves; the source of the formula if it is invalid."""
+    """A formula as MathML, which browsers render without a script; if the formula is invalid, its source."""
     try:
         return CONVERTER.convert_with_local_state(node.astext(), displaystyle=displaystyle)
     except LatexError as error:

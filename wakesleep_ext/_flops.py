@@ -25,7 +25,7 @@ Shape = Sequence[int]
 def _product(rows: int, weight: Shape) -> int:
     """Return the FLOPs of a [rows, H] x [H, D] product; weight is [D, H].
 
-    Each of the two GEMMs in the product's backward pass has the same FLOPs.
+    Each of the two GEMMs in the product's backward pass takes the same number of FLOPs.
     """
     return 2 * rows * math.prod(weight)
 

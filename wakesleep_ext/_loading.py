@@ -15,7 +15,8 @@ def load_kernels() -> None:
     Warns if torch can use a GPU but the kernels were built for the CPU only.
 
     Raises:
-        ImportError: there is no compiled module, or it was built for another version of torch. The message says which.
+        ImportError: there is no compiled module, or it was built for another version of torch. The message says
+            which of the two.
     """
     import torch
 

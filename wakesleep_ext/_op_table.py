@@ -67,7 +67,7 @@ class Op:
         return tuple(map(sizes.shape, self.inputs.values()))
 
     def output_dtype(self, output: str, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of a result: the dtype of the inputs, but at least float32 for a sum over the event."""
+        """Return the dtype of a result: the dtype of the inputs, but at least float32 if it is a sum over the event."""
         return dtype if "D" in self.outputs[output] else torch.promote_types(dtype, torch.float32)
 
     def function(self, module: ModuleType, **options: Any) -> Callable[..., Any]:

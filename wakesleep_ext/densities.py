@@ -51,7 +51,7 @@ class Distribution(ABC):
         return value, self.log_prob(value)
 
     def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Return the 0-dimensional sum of `sample_weight` (broadcast, 1 by default) times :meth:`log_prob`."""
+        """Return the 0-dimensional sum of :meth:`log_prob`, weighted by `sample_weight` (broadcast, 1 by default)."""
         log_prob = self.log_prob(value)
         return (log_prob if sample_weight is None else sample_weight * log_prob).sum()
 

@@ -79,7 +79,7 @@ def reinstall_command(*variables: str) -> str:
 
 
 def _source(installed: Distribution | None) -> str | None:
-    """Return the source to install from, as recorded by PEP 610. None for a wheel or a source that no longer exists."""
+    """Return the source to install from, as PEP 610 records it. None if it is a wheel or no longer exists."""
     record = json.loads((installed and installed.read_text("direct_url.json")) or "{}")
     url, location = record.get("url", ""), None
     if "vcs_info" in record:

@@ -2,10 +2,10 @@
 
 Each density and each draw takes one pass over memory. All ops follow the same conventions:
 
-- **Shapes.** The distribution's parameters come first, then the value. The last dimension is the event, of K latent or
-  D observed variables. Densities and divergences sum over it. All leading dimensions broadcast without being expanded
-  in memory. Views with any strides in their leading dimensions are read in place. Examples are the two halves of a
-  packed ``[mu | logvar]``; see :func:`gaussian_parameters`.
+- **Shapes.** The distribution's parameters come first, then the value. The last dimension is the event: K latent
+  variables or D observed variables. Densities and divergences sum over the event. All leading dimensions broadcast
+  without being expanded in memory. Views with any strides in their leading dimensions are read in place. Examples are
+  the two halves of a packed ``[mu | logvar]``; see :func:`gaussian_parameters`.
 - **Dtypes.** Arguments may be float64, float32, bfloat16 or float16. Different dtypes are promoted to a common one. The
   ops compute float64 arguments in float64 and all others in float32. Log-probabilities and divergences are returned in
   this compute dtype, and samples in the dtype of the parameters.
@@ -57,7 +57,7 @@ def gaussian_parameters(packed: Tensor) -> tuple[Tensor, Tensor]:
     r"""Split a packed :math:`[\mu \,|\, \ell]`, computed by a single output layer, into its two halves.
 
     Equivalent to ``packed.chunk(2, -1)``, with a cheaper backward pass. The Gaussian ops write the gradients of mu and
-    logvar into one packed tensor. If a single op uses mu and logvar, the packed gradient is passed on without a copy.
+    logvar into one packed tensor. If the same op uses mu and logvar, the packed gradient is passed on without a copy.
     ``chunk`` would copy both halves into a new tensor.
 
     Args:
@@ -259,12 +259,12 @@ def binarize(
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
     r"""Apply a linear layer and its activation, :math:`y = f(hW^\top + b)`.
 
-    With ``activation="tanh"``, the op equals ``torch.tanh(F.linear(h, weight, bias))`` in fewer passes over memory.
-    Bias and activation are applied to the GEMM's result in place. The backward pass computes :math:`\delta` and the
-    gradient of the bias, which is the sum of :math:`\delta`, in one pass over memory.
+    With ``activation="tanh"``, the op computes ``torch.tanh(F.linear(h, weight, bias))``, but in fewer passes over
+    memory. Bias and activation are applied to the GEMM's result in place. The backward pass computes :math:`\delta` and
+    the gradient of the bias, which is the sum of :math:`\delta`, in one pass over memory.
 
-    Small batches use custom kernels, and large batches use torch's BLAS. On a CPU, oneDNN replaces the BLAS in float32
-    if the processor has AVX-512 and the BLAS does not use AVX-512.
+    Small batches use custom kernels, and large batches use torch's BLAS. For float32 on a CPU, oneDNN replaces the
+    BLAS if the processor has AVX-512 but the BLAS does not use AVX-512.
 
     Args:
         h: input, ``[*B, H]``.
@@ -294,9 +294,9 @@ def mlp(
 ) -> Tensor:
     r"""Apply a chain of linear layers, each as in :func:`linear`: :math:`h_l = f(h_{l-1} W_l^\top + b_l)`.
 
-    The op applies all layers to one chunk of rows before it starts the next, so that the chunk stays in cache. The
-    backward pass also proceeds chunk by chunk. For small networks, one op call and one autograd node are also cheaper
-    than one of each per layer.
+    The op applies all layers to one chunk of rows before it starts the next chunk, so that each chunk stays in
+    cache. The backward pass also proceeds chunk by chunk. For small networks, one op call with one autograd node is
+    also cheaper than a separate call and node for each layer.
 
     Args:
         h: :math:`h_0`, ``[*B, H]``.
@@ -425,8 +425,8 @@ def adam_(
         p \leftarrow p - \frac{\mathrm{lr}}{1 - \beta_1^t}\,
         \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}.
 
-    The result equals the result of ``torch.optim.Adam`` up to rounding. The op takes one division per element, and does
-    not synchronise with the GPU, so a CUDA graph can capture it.
+    The result equals the result of ``torch.optim.Adam`` up to rounding. The op computes one division per element, and
+    does not synchronise with the GPU, so a CUDA graph can capture it.
 
     Args:
         parameters: p, of any shape, all with the same dtype. Each must fill its memory without gaps; its dimensions may

@@ -1,8 +1,8 @@
 """Reference implementations of every op in plain torch.
 
 The functions have the signatures of :mod:`wakesleep_ext.ops`. They are differentiable to any order, and run on any
-device and in float64. Tests compare the kernels with them, and benchmarks use them as a baseline. You can call them on
-devices for which there are no kernels. Half types are computed in float32, as in the kernels.
+device and in float64. Tests compare the kernels with these functions, and benchmarks use the functions as a baseline.
+You can also call them on devices for which there are no kernels. Half types are computed in float32, as in the kernels.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     """Return sum [x logits - softplus(logits)]."""
     logits = _compute(logits)
-    # softplus(a) = -logsigmoid(-a); torch's softplus returns a itself where a > 20
+    # softplus(a) = -logsigmoid(-a); torch's softplus returns its input unchanged if a > 20
     return (x.to(logits.dtype) * logits + F.logsigmoid(-logits)).sum(-1)
 
 

@@ -26,7 +26,7 @@ first call."""
 _WORTH = 10
 """The number of replays that save as much time as one recording costs."""
 _PATIENCE = 5
-"""A function is not recorded again after this many consecutive changes with fewer than `_WORTH` replays before each."""
+"""A function is not recorded again after this many consecutive changes if fewer than `_WORTH` replays preceded each."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class Replay(Unwatched):
     depends on the tensors and numbers that the function refers to, the tensors' addresses, and torch modes such as
     autocast. After a change, the function is called as usual, and its next call is recorded again.
 
-    If changes recur too often, the function is never recorded again. It is also called directly while it reads tensor
-    values in Python or has hooks. :attr:`reason` gives the reason.
+    If changes recur too often, the function is never recorded again. The function is also called directly, without
+    replay, as long as it reads tensor values in Python or has hooks. :attr:`reason` says why.
 
     Replay does not detect changes inside objects that the watch does not look into. It also does not detect changes in
     values without a Python reference, such as the time, a file or Python's random numbers.
@@ -96,7 +96,7 @@ class Replay(Unwatched):
         """Return the function's result, in new tensors. The arguments must match the arguments of the first call.
 
         Raises:
-            ValueError: an argument differs from the first call in shape, dtype or device.
+            ValueError: an argument differs from the first call's argument in shape, dtype or device.
             TypeError: the function does not return a tensor, or a tuple or dict of tensors.
         """
         likes = [(argument.shape, argument.dtype, argument.device) for argument in arguments]
@@ -258,7 +258,7 @@ def _names_of(outside: Sequence[Tensor], reach: Reach) -> set[str]:
 
 
 def _check_changes(before: Reach, after: Reach, used: set[str], made: Sequence[Tensor]) -> None:
-    """Check that a call changed no reference. A tensor that it does not read may be replaced by a new one."""
+    """Check that a call changed no reference. A tensor that the call does not read may be replaced by a new one."""
     identities = {id(tensor) for tensor in made}
     for name, words in before.changes(after):
         if name in used or not (before.is_alike(after, name) and id(after.tensors[name]) in identities):
@@ -324,12 +324,12 @@ class _Calls(TorchDispatchMode):
 
 
 def _note(recording: Recording, function: Function, arguments: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Record a call of a function. Return the structure of its result, and the outside tensors that the call uses."""
+    """Record a call of a function. Return the structure of its result, and the tensors it uses but did not create."""
     borders = _Borders()
     try:
         with borders, _Calls(recording):
             result = call(function, *arguments)
-    except Exception as error:  # the dispatch mode caused it, as with torch.cond: an ordinary call has just succeeded
+    except Exception as error:  # caused by the dispatch mode, as for torch.cond: an ordinary call has just succeeded
         raise NotRepeatableError(f"it fails while its calls are recorded: {error!r}") from error
     tensors, structure = _flat(result)
     recording.returns(tensors)

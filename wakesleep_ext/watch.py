@@ -1,8 +1,8 @@
 """Check that everything a recorded function depends on is unchanged.
 
-A replay repeats the operator calls of a recording, but not the Python code that made them. So a recording is valid only
-while the inputs of that code stay the same: the set of tensors and their addresses, numbers such as a learning rate,
-and torch's modes.
+A replay repeats the operator calls of a recording, but does not run the Python code that made these calls. So a
+recording is valid only while the inputs of that code stay the same: the set of tensors and their addresses, numbers
+such as a learning rate, and torch's modes.
 
 :class:`Reach` finds these inputs by following the function's references: its bound object, closure and defaults, the
 arguments of a `functools.partial`, and the globals that its code names. From these objects, it follows attributes,

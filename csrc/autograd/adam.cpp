@@ -1,5 +1,5 @@
-// A step of Adam is not differentiable. It increments the version of every tensor that it modifies, so autograd raises
-// an error if a graph saved the old values.
+// An Adam step is not differentiable. It increments the version of every tensor that it modifies, so autograd raises an
+// error if a graph saved the old values.
 #include "operators.h"
 
 namespace wakesleep::autograd {

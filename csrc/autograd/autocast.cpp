@@ -31,7 +31,7 @@ at::Tensor mlp(const at::Tensor& h, at::TensorList weights, at::TensorList biase
   });
 }
 
-// Calls op(h, weight, bias, others...), where op is a Bernoulli head, with h, weight and bias cast.
+// Casts h, weight and bias, then calls op(h, weight, bias, others...), where op is a Bernoulli head.
 template <typename Operator, typename... Others>
 at::Tensor cast_head(const Operator& op, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
                      const Others&... others) {

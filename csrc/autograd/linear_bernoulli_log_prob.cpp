@@ -5,9 +5,10 @@
 //   bias: the sum of g over the rows;
 //   x: the logits, times the upstream gradient.
 //
-// For one log-likelihood per row, the upstream gradients are unknown until the backward pass. The logits are either
-// kept until then or recomputed chunk by chunk. For a sum with given weights, the forward pass computes the gradients
-// while each chunk of logits is in cache. The backward pass only multiplies these gradients by a scalar.
+// When the op returns one log-likelihood per row, the upstream gradients are unknown until the backward pass. The
+// logits are either kept until then or recomputed chunk by chunk. When the op returns a sum with given weights, the
+// forward pass computes the gradients while each chunk of logits is in cache. The backward pass only multiplies these
+// gradients by a scalar.
 #include "../linear_bernoulli.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -104,7 +105,7 @@ bool is_one(const Tensor& scalar) {
   return scalar.is_cpu() && !at::isTensorSubclassLike(scalar) && scalar.item<double>() == 1;
 }
 
-// Multiplies the gradients that the forward pass computed by a scalar, in place unless the graph is retained. If the
+// Scales the gradients from the forward pass by a scalar. This happens in place unless the graph is retained. If the
 // sum is itself the loss, the scalar is 1. Skipping the multiplication then saves a pass over gradients as large as the
 // weights.
 variable_list times(c10::IValue& formed, const Tensor& scalar) {

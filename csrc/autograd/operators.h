@@ -16,7 +16,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Defines name(), which looks up the operator's handle in the first call and then returns it.
+// Defines name(), which looks up the operator's handle on the first call and returns the cached handle on later calls.
 #define WAKESLEEP_OPERATOR(name, ...)                                                                     \
   inline const c10::TypedOperatorHandle<__VA_ARGS__>& name() {                                            \
     static const auto handle =                                                                            \

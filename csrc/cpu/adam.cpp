@@ -1,4 +1,4 @@
-// One step of Adam on the CPU: one parallel loop over the elements of all tensors.
+// One Adam step on the CPU: one parallel loop over the elements of all tensors.
 #include "../adam.h"
 #include "../registration.h"
 

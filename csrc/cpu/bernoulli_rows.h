@@ -1,5 +1,5 @@
 // Operations on a row of logits. A functor provides the logits: logits(tile, column, columns) returns a pointer to the
-// `columns` logits that start at `column`, in the compute type. It may use the tile to store them.
+// `columns` logits that start at `column`, in the compute type. The functor may store these logits in the tile.
 #pragma once
 
 #include "../densities.h"

@@ -1,9 +1,9 @@
 // Random draws for CPU kernels. Philox generates sixteen blocks together. Then a distribution transforms the random
 // words of the blocks.
 //
-// Philox is the only code for which intrinsics pay off. It needs 64-bit products of 32-bit words. To move the halves of
-// these products, the compiler's vectoriser spends more instructions than on the rest of a draw. With intrinsics, the
-// products of sixteen words take five instructions with AVX-512, and fourteen with AVX2.
+// Intrinsics pay off only for Philox, which needs 64-bit products of 32-bit words. If the compiler vectorises Philox,
+// the generated code uses more instructions to move the halves of these products than for the rest of a draw. With
+// intrinsics, the products of sixteen words take five instructions with AVX-512, and fourteen with AVX2.
 #pragma once
 
 #include "../philox.h"

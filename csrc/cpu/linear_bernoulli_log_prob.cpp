@@ -28,9 +28,9 @@ struct Kernels : Products {
     });
   }
 
-  // Writes the gradient of a chunk's logits, and the sum of every kPieceRows rows of this gradient. grad_logits may
-  // alias products. If with_log_prob is true, it also writes the log-likelihoods, which are computed from the same
-  // exponentials.
+  // Writes the gradient of a chunk's logits, and one sum for every kPieceRows rows of this gradient. grad_logits may
+  // alias products. If with_log_prob is true, the function also writes the log-likelihoods, which are computed from the
+  // same exponentials.
   template <bool with_log_prob>
   static void write_gradient(const LinearBernoulliGradients& call, int64_t first,
                              const at::Tensor& products,     // [rows, D]

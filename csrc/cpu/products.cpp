@@ -1,9 +1,9 @@
 // Computes GEMMs on the CPU. Small batches (skinny GEMMs) use the kernels in this file.
 //
 // The platform's BLAS packs the operands, and makes a separate pass to scale the output before accumulating into it.
-// This pays off if each packed copy is read many times. With 20 rows, however, a weight matrix is read only five times,
-// and its gradient is a sum of only 20 outer products. So these kernels read the operands without packing, and write
-// the output once. They keep the sums of a tile in registers and prefetch the operands of the next tiles.
+// Packing pays off if each packed copy is read many times. With 20 rows, however, a weight matrix is read only five
+// times, and its gradient is a sum of only 20 outer products. So these kernels read the operands without packing, and
+// write the output once. They keep the sums of a tile in registers and prefetch the operands of the next tiles.
 #include "products.h"
 
 #include <ATen/Context.h>
@@ -16,7 +16,8 @@
 namespace wakesleep::cpu {
 namespace {
 
-// Up to this many rows, our kernels are at least as fast as MKL, measured on a Zen 3 with AVX2.
+// If a batch has at most this many rows, our kernels are at least as fast as MKL. We measured this on a Zen 3 with
+// AVX2.
 constexpr int64_t kSmallBatch = 64;
 
 // ---- vectors ----------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ struct Vector {
   }
 
   // Returns a b + c, rounded once (a fused multiply-add). Fusing halves the number of arithmetic instructions. It also
-  // changes the last bits of a GEMM, which may differ between instruction sets.
+  // changes the last bits of a GEMM, so these bits may differ between instruction sets.
   static C10_ALWAYS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     WAKESLEEP_UNROLL
     for (int l = 0; l < width; ++l) {
@@ -80,7 +81,8 @@ struct Vector {
   }
 
  private:
-  // Each 16-byte block of the result holds partial sums over the same 16-byte block of each of the `count` vectors.
+  // Each 16-byte block of the result holds partial sums for all `count` vectors, and each sum covers the same 16-byte
+  // block of its vector.
   template <int count>
   static C10_ALWAYS_INLINE Lanes tree(const Lanes* of) {
     if constexpr (count == 1) {
@@ -334,8 +336,8 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
 
 bool is_small_batch(int64_t rows) { return rows <= small_batch_limit(kSmallBatch); }
 
-// Returns true if our kernels compute the product a b. The batch size is the number of rows of the result. For the
-// gradient of a weight, it is the number of rows that are summed.
+// Returns true if our kernels compute the product a b. The batch size is the number of rows of the result. If the
+// product is the gradient of a weight, the batch size is instead the number of rows that are summed.
 bool is_ours(const at::Tensor& a, const at::Tensor& b) {
   if (instruction_set() == InstructionSet::baseline || a.scalar_type() != b.scalar_type() || a.numel() == 0 ||
       b.numel() == 0) {
@@ -393,7 +395,7 @@ bool is_plain(const at::Tensor& a) {
 }
 
 bool is_for_onednn(const at::Tensor& a, const at::Tensor& b) {
-  constexpr int64_t kWorthwhile = 1 << 20;  // smaller GEMMs do not repay the setup of the call
+  constexpr int64_t kWorthwhile = 1 << 20;  // if a GEMM is smaller, setting up the call costs more than it saves
   static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
   return is_better && a.scalar_type() == at::kFloat && a.numel() * b.size(1) >= kWorthwhile && is_plain(a) &&
          is_plain(b) && at::globalContext().userEnabledMkldnn();

@@ -196,7 +196,7 @@ struct RaggedEnd {
 
 // Calls body(element, operand values...) for `count` elements. Each iteration processes as many elements as a 64-byte
 // vector of T holds. The elements that remain are processed as one masked vector, not in a scalar loop. So one
-// remaining element takes as long as fifteen.
+// remaining element takes as long as fifteen remaining elements.
 template <typename T, typename Body, typename... Operands>
 C10_ALWAYS_INLINE void for_lanes(int64_t count, const Body& body, const Operands*... operand) {
   constexpr int width = Lanes<T>::width;
@@ -222,8 +222,8 @@ C10_ALWAYS_INLINE void for_lanes(int64_t count, const Body& body, const Operands
 constexpr int64_t kTile = 1024;
 
 // Elements in the compute type. Elements stored in this type are used in place, and all others are converted into the
-// tile. A loop over a single type uses full vectors. In a loop that also reads narrower types, the compiler processes
-// only a quarter as many elements per iteration, or fewer.
+// tile. A loop over a single type uses full vectors. In a loop that also reads narrower types, the compiled code
+// processes at most a quarter as many elements per iteration.
 template <typename compute_t>
 class Tile {
  public:
@@ -246,8 +246,8 @@ class Tile {
     return value_;
   }
 
-  // Returns the address where the caller should write the values for `to`. store() then converts the values to scalar_t
-  // and copies them to `to`, if the address is not `to` itself.
+  // Returns the address where the caller should write the values for `to`. If this address is not `to` itself, store()
+  // then converts the values to scalar_t and copies them to `to`.
   template <typename scalar_t>
   C10_ALWAYS_INLINE compute_t* place_for(scalar_t* to) {
     if constexpr (std::is_same_v<scalar_t, compute_t>) {
@@ -296,7 +296,7 @@ C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term, const 
   return sum.sum();
 }
 
-// Calls body(piece, index, column, columns) for every tile of every piece of a sum over inner rows.
+// Calls body(piece, index, column, columns) for every tile of every piece. The pieces divide a sum over inner rows.
 template <int operands, typename Body>
 void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body& body) {
   const int64_t count = inner_pieces(rows.inner.rows) * rows.outer.rows;
@@ -309,8 +309,7 @@ void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body
       });
 }
 
-// Calls body(layer, first row, rows) for every tile of each of the `layers` layers. A tile is several narrow rows or
-// one wide row.
+// Calls body(layer, first row, rows) for every tile of every layer. A tile is several narrow rows or one wide row.
 template <typename Body>
 void for_row_tiles(int64_t layers, int64_t rows, int64_t width, const Body& body) {
   const int64_t rows_at_once = std::max<int64_t>(1, kTile / std::max<int64_t>(1, width));

@@ -1,5 +1,4 @@
-// One step of Adam on CUDA. A thread processes 16 bytes of a parameter, and a launch processes up to kTensors
-// parameters.
+// One Adam step on CUDA. A thread processes 16 bytes of a parameter, and a launch processes up to kTensors parameters.
 #include "../adam.h"
 #include "../registration.h"
 

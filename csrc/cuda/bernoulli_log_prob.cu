@@ -1,4 +1,4 @@
-// log p(x; logits) = sum_d [x a - softplus(a)] and its gradient for the logits, x - s(a), on CUDA.
+// log p(x; logits) = sum_d [x a - softplus(a)] and its gradient with respect to the logits, x - s(a), on CUDA.
 #include "../bernoulli.h"
 #include "../registration.h"
 #include "bernoulli_rows.cuh"

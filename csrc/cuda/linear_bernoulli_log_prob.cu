@@ -26,8 +26,8 @@ struct LinearBernoulliLogProbRows {
   }
 };
 
-// Writes the gradient of a chunk's logits and, if with_log_prob is true, the log-likelihoods. row_kernel uses it to
-// process rows separately. summed_rows_kernel uses it to also sum the gradient over rows. grad_logits may alias
+// Writes the gradient of a chunk's logits and, if with_log_prob is true, the log-likelihoods. row_kernel uses this
+// struct to process rows separately. summed_rows_kernel also sums the gradient over rows. grad_logits may alias
 // products.
 template <typename compute_t, typename x_t, typename grad_t, bool with_log_prob>
 struct LinearBernoulliLogProbBackwardRows {

@@ -30,8 +30,8 @@ struct MlpRows {
   }
 };
 
-// Writes the gradient of the products h weight^T. row_kernel uses it to process rows separately. summed_rows_kernel
-// uses it to also sum the gradient over rows.
+// Writes the gradient of the products h weight^T. row_kernel uses this struct to process rows separately.
+// summed_rows_kernel also sums the gradient over rows.
 template <typename compute_t, typename scalar_t, typename grad_t, typename F>
 struct MlpBackwardRows {
   static constexpr int kSpan = kPacket<scalar_t>;

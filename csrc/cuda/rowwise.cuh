@@ -88,7 +88,8 @@ void launch_rows(int64_t rows, int64_t width, const RowBody& body) {
 }
 
 // Like launch_rows, but for kernels that do not sum along a row. Their results do not depend on the size of the team.
-// If there are too few rows to keep a GPU busy, one block per row is faster.
+// If there are too few rows to keep a GPU busy, the function uses one block per row, which is faster than smaller
+// teams.
 template <int n, typename RowBody>
 void launch_free_rows(int64_t rows, int64_t width, const RowBody& body) {
   constexpr int64_t few = 1024;
@@ -161,8 +162,9 @@ struct Written {
   }
 };
 
-// Loads the elements of `row` that the span holds, and zeros elsewhere. The conversion to compute_t comes after the
-// branches join. Inside the branches, it would make each load complete before the next load is issued.
+// Loads the elements of `row` that are in the span, and sets all other elements to zero. The conversion to compute_t
+// comes after the branches join. Inside the branches, the conversion would make each load complete before the next load
+// is issued.
 template <typename compute_t, typename Access = ReadOnly, int n, bool aligned, typename T>
 __device__ Packet<compute_t, n> load(Span<n, aligned> span, const T* row) {
   WideWords<T, n> words;
@@ -228,7 +230,8 @@ __device__ void for_spans(Team<threads> team, int64_t width, int past, const Bod
   }
 }
 
-// Like the above, but without bounds checks if `aligned` is true, so that several loads are in flight together.
+// Like the function above, but if `aligned` is true, it omits the bounds checks, so that several loads are in flight
+// together.
 template <int n, int threads, typename Body>
 __device__ void for_spans(Team<threads> team, int64_t width, int past, bool aligned, const Body& body) {
   if (aligned) {

@@ -1,10 +1,10 @@
 // Layers for small batches. One kernel computes the GEMM and the operations before and after it.
 //
 // A GEMM with tens of rows cannot fill a GPU, so the latency of its launch, loads and reductions dominates its time.
-// cuBLAS divides the GEMM into tiles designed for many rows, or into parts that a second kernel adds. It leaves the
-// bias, the activation and the sums over rows to separate kernels. Here, a layer needs one launch in the forward pass
-// and one in the backward pass. Tiles are small, so that there are enough of them to fill the GPU. The lanes or warps
-// share the reductions of a tile, in a fixed order.
+// cuBLAS divides the GEMM into tiles designed for many rows, or into partial products, which a second kernel then sums.
+// cuBLAS leaves the bias, the activation and the sums over rows to separate kernels. Here, a layer needs one launch in
+// the forward pass and one in the backward pass. Tiles are small, so that there are enough of them to fill the GPU. The
+// lanes or warps share the reductions of a tile, in a fixed order.
 #pragma once
 
 #include "../linear.h"
@@ -26,8 +26,8 @@ __device__ void store_packet(const Packet<compute_t, n>& values, T* to) {
   store(Span<n, true>{0, 0, n}, values, to);
 }
 
-// Sums 32 values over the lanes of a warp. Lane i returns the sum of value i. `half` is a template argument so that the
-// values stay in registers.
+// Sums 32 values over the lanes of a warp. Lane i returns the sum of value i over the warp. `half` is a template
+// argument so that the values stay in registers.
 template <int half = 16, typename T>
 __device__ T sum_by_lane(T (&values)[32]) {
   const bool upper = (threadIdx.x & half) != 0;
@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(kTileThreads)
 
 constexpr int kColumnsAtOnce = 4;  // columns of g that one load reads
 
-// Partial sums of each warp of a block, in shared memory. total(i, lane) adds value i of a lane over the warps.
+// The partial sums that each warp of a block computed, in shared memory. total(i, lane) sums value i of this lane over
+// the warps.
 template <typename T, int count>
 struct SumsOfWarps {
   T (&of)[kWarps][count][32];

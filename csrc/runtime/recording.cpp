@@ -21,7 +21,7 @@ void Recording::stop() {
 }
 
 // Keeps the calls that have side effects, and the calls whose results are returned or used by another kept call. The
-// loop visits the calls from last to first, so the first use of a value that it finds is the last use in a replay.
+// loop visits the calls from last to first, so the first use that it finds is the last use of that value in a replay.
 void Recording::keep_needed_calls() {
   std::unordered_set<size_t> needed(results_.begin(), results_.end());
   for (const auto& left : left_behind_) {

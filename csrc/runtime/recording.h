@@ -1,9 +1,9 @@
 // Records operator calls and replays them, as a CUDA graph does with kernels. A replay runs without Python or autograd
 // between the calls.
 //
-// A replay reads and writes outside tensors, which the calls did not create, in place. Python numbers keep their
-// recorded values. The arguments of a replay are copied into the arguments of the recording. Tensors that the recorded
-// calls create and that outlive the recording, such as gradients, are overwritten by every replay.
+// A replay reads and writes external tensors (those that the recorded calls did not create) in place. Python numbers
+// keep their recorded values. The arguments of a replay are copied into the arguments of the recording. Tensors that
+// the recorded calls create and that outlive the recording, such as gradients, are overwritten by every replay.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -35,17 +35,17 @@ class Recording {
   // arguments.
   std::vector<at::Tensor> replay(const std::vector<at::Tensor>& arguments);
 
-  // Restores the previous values of the outside tensors that were modified, and frees the saved copies.
+  // Restores the previous values of the external tensors that were modified, and frees the saved copies.
   void undo();
 
-  // The name of an operator that cannot be replayed, or an empty string. Such an operator returns the value of a tensor
-  // to Python, or a tensor whose shape depends on values.
+  // The name of an operator that cannot be replayed, or an empty string if there is none. Such an operator returns the
+  // value of a tensor to Python, or a tensor whose shape depends on values.
   const std::string& unrepeatable() const { return unrepeatable_; }
 
-  // Tensors that the calls used but did not create, except the arguments, and constants that were created from Python
-  // numbers.
+  // External tensors: those that the calls used but did not create. The list excludes the arguments of the recording
+  // and the constants that were created from Python numbers.
   const std::vector<at::Tensor>& outside() const { return outside_; }
-  // Aliases of the outside tensors that were modified, including arguments.
+  // Aliases of the external tensors that were modified, including arguments.
   const std::vector<at::Tensor>& written() const { return written_; }
   // Tensors that the calls created and that outlive the recording.
   std::vector<at::Tensor> left_behind() const;

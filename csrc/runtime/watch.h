@@ -71,7 +71,7 @@ class Watch {
   std::vector<std::pair<PyObject*, Check>> places_;                // lists and cells
   Modes modes_;
   // The cache lines that holds() reads. The previous training step has evicted these lines. Prefetching all of them
-  // together takes half as long as loading one after another.
+  // together takes half as long as loading them one after another.
   std::vector<const char*> lines_;
 };
 

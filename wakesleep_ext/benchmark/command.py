@@ -32,7 +32,7 @@ def bench(
         plan: The cases and implementations to measure, and the device.
         json: Write the results to this file.
         plot: Plot the results to this PNG file.
-        compare: File of earlier results; report the cases that have become slower.
+        compare: File of earlier results; report the cases that have become slower since then.
         goals: Compare the results with the goals for the device.
         show: Show the results in this file instead of measuring.
     """

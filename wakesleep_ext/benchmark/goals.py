@@ -8,7 +8,7 @@ from wakesleep_ext.benchmark.suite import Suite
 
 
 def text(result: Result, suite: Suite) -> str:
-    """Format the goals as a Markdown table of measured and expected values, and list cases slower than a baseline."""
+    """Format a Markdown table of measured and expected values, and list the cases where a baseline is faster."""
     outcomes = suite.goals(result)
     verdicts = {None: "not measured", True: "met", False: "missed"}
     lines = [(*outcomes[0].cells, ""), *((*one.cells.values(), verdicts[one.met]) for one in outcomes)]

@@ -2,9 +2,9 @@
 
 A block is a series of calls that takes at least `Case.block_seconds`. Blocks of different implementations alternate, so
 that other load on the computer affects all implementations alike. A large case cycles through several sets of inputs,
-so that the arrays of each call have been evicted from the last-level cache. The results of a call are kept until its
-inputs are used again, so that output memory is cold as well. A small case has one set of inputs, which stays in cache
-as in practice. The time of a small case is mostly overhead.
+so that the arrays of a call have been evicted from the last-level cache when the call starts. The results of a call are
+kept until its inputs are used again, so that output memory is cold as well. A small case has one set of inputs, which
+stays in cache as in practice. The time of a small case is mostly overhead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BANDWIDTH_BOUND_FROM = {"cpu": 2**22, "cuda": 2**25}
 
 
 class Case(ABC, Generic[Inputs]):
-    """A benchmark case. It provides inputs, calls of each implementation, and the errors of their results."""
+    """A benchmark case. It provides the inputs, a callable for each implementation, and the error of each result."""
 
     candidates: ClassVar[tuple[str, ...]]
     """Names of the implementations; the first is ours."""
@@ -74,11 +74,11 @@ class Case(ABC, Generic[Inputs]):
 
     @abstractmethod
     def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
-        """Return calls of an implementation, one for each set of inputs."""
+        """Return callables that run an implementation, one for each set of inputs."""
 
     @abstractmethod
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        """Return the :func:`relative_error` of a result against float64, or None if it cannot be determined.
+        """Return the :func:`relative_error` of a result, compared with float64, or None if it cannot be determined.
 
         The argument `result` is the result of the implementation's first call.
         """
@@ -110,7 +110,8 @@ def take(
         cases: the cases to measure.
         candidates: names of the implementations to measure.
         device: the device to run on.
-        blocks: time limit per case, as a multiple of `Case.block_seconds`. Each implementation runs at least five.
+        blocks: time limit per case, as a multiple of `Case.block_seconds`. Each implementation runs at
+            least five blocks.
         warn: called with a message for each implementation that is left out.
 
     Returns:
@@ -180,12 +181,12 @@ def measure(
 
 
 def bandwidth_bound(case: Case[Any], device: torch.device) -> bool:
-    """Return True if a case is larger than the cache, so that its time is compared with the time of a copy."""
+    """Return True if the time of a case is compared with the time of a copy, because its arrays exceed the cache."""
     return not case.arithmetic_bound and case.footprint >= _BANDWIDTH_BOUND_FROM[device.type]
 
 
 def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
-    """Return enough sets of inputs that each is evicted from the cache before it is used again."""
+    """Return so many sets of inputs that each set has been evicted from the cache before it is used again."""
     if not bandwidth_bound(case, device):
         return [case.inputs(device)]
     count = math.ceil(_CACHES_FULL * last_level_cache(device) / case.footprint)
@@ -331,9 +332,9 @@ def last_level_cache(device: torch.device) -> int:
 def keep_freed_memory() -> None:
     """Make the C library keep freed memory for this process, as torch's caching allocator does on a GPU.
 
-    Otherwise some calls would get fresh pages for large results, and others would not. Page faults make a call take up
-    to three times as long, and penalise the implementations that allocate most. This function has no effect if the C
-    library is not glibc.
+    Otherwise some calls would get fresh pages for large results, and others would not. With page faults, a call takes
+    up to three times as long as without, which penalises the implementations that allocate most. This function has no
+    effect if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

@@ -167,8 +167,8 @@ class OpCase(Case[Inputs]):
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
         """Return the error of log-densities and gradients.
 
-        The draws themselves are random, but every other result is a deterministic function of them, so only the other
-        results are compared.
+        The draws themselves are random, but every other result is a deterministic function of the draws, so only these
+        other results are compared.
 
         Return None if the op returns only draws. Also return None if z is rounded to a half type, since the rounded z
         does not determine the other results.
@@ -258,7 +258,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
 
 
 def headline(records: Iterable[Record]) -> list[Record]:
-    """Return the float32 records with 100 events, and those with the largest measured number of events."""
+    """Return the float32 records with 100 events, and with the largest number of events that was measured."""
     widths = {op: traffic.widths[0] for op, traffic in TRAFFIC.items()}
     plain = [r for r in records if r["dtype"] == "float32" and r["shape"][1:] == [widths.get(r["op"])]]
     most = {r["op"]: max(other["shape"][0] for other in plain if other["op"] == r["op"]) for r in plain}
@@ -272,9 +272,10 @@ class Goal(NamedTuple):
     pass_name: str
     others: tuple[str, ...]
     at_least: float
-    """The minimum speedup over the baselines in `others`. If `others` is empty, the minimum fraction of copy speed."""
+    """The minimum speedup over the baselines in `others`. If `others` is empty, the minimum fraction of a copy's
+    bandwidth."""
     with_avx2: float | None = None
-    """The minimum on a CPU with AVX2 but without AVX-512, if different."""
+    """The minimum on a CPU with AVX2 but without AVX-512, if it differs from `at_least`."""
     dtype: str = "float32"
 
 

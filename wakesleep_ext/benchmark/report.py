@@ -21,7 +21,7 @@ _BARS = {
     "compile with graphs": ("torch.compile with graphs", "#56b4e9"),
     "products": ("its matrix products alone", "#009e73"),
 }
-"""Names and colours of the bars. Colour-blind readers can distinguish the colours, a palette of Okabe and Ito."""
+"""Names and colours of the bars. Colour-blind readers can distinguish these colours (Okabe and Ito)."""
 
 DIGEST = "SHA-256 of the records"
 """The key in a picture's metadata under which its :func:`digest` is stored."""
@@ -170,7 +170,7 @@ _COMPARED = {"memory": _memory, "error": _error, "launches": _launches}
 
 
 def plot(path: Path, result: Result, suite: Suite) -> None:
-    """Plot bars of the speed-up over eager for each case, on a logarithmic scale, with one panel per section.
+    """Plot each case's speed-up over eager as a bar, on a logarithmic scale, with one panel per section.
 
     Args:
         path: the PNG file to write. Its metadata contain the :func:`digest` of the records.
@@ -200,7 +200,7 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
             here = [index for index, row in enumerate(part) if candidate in row]
             speedups = [part[i]["eager"]["median_us"] / part[i][candidate]["median_us"] for i in here]
             heights = [index + width * (place_ - (len(drawn) - 1) / 2) for index in here]
-            # bars start from 1, so that a slowdown points to the left
+            # bars start at 1, so that the bar of a slowdown points to the left
             name, colour = _BARS[candidate]
             axes.barh(heights, [s - 1 for s in speedups], 0.93 * width, 1, color=colour, label=name)
             axes.plot(speedups, heights, "o", color=colour, markersize=3.5)  # a bar that ends at 1 has no length

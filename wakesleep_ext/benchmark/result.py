@@ -39,7 +39,7 @@ class Record(_Record, total=False):
     """A measurement of one implementation on one case.
 
     `median_us` and `iqr_us` are the median time of a call and its interquartile range, in microseconds. `max_error` is
-    the largest relative error against float64, or null if it cannot be determined. `bytes` is the minimum memory
+    the largest relative error compared with float64, or null if it cannot be determined. `bytes` is the minimum memory
     traffic of a call. `bandwidth_fraction` is the bandwidth of the call divided by the bandwidth of a copy, or null if
     the call is not memory-bound. `peak_bytes` is the peak of the memory that a call allocates.
     """
@@ -240,7 +240,7 @@ def regressions(old: Result, new: Result) -> list[str]:
     """Describe the cases where the fused op has become slower.
 
     Times are compared as multiples of eager's time, or in microseconds if either run lacks eager. Implementations are
-    timed alternately, so other load on the computer affects both times equally. A case is reported if its time has
+    timed alternately, so other load on the computer affects ours and eager equally. A case is reported if its time has
     grown by more than 5% plus the noise. The noise is the root of the sum of squares of the relative interquartile
     ranges of all times compared.
 

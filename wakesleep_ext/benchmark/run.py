@@ -17,7 +17,7 @@ from wakesleep_ext.usage import UsageError, find_device
 
 _SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
 
-_BLOCKS_PER_CASE = {"cpu": 100, "cuda": 40}  # other processes disturb CPU timings more
+_BLOCKS_PER_CASE = {"cpu": 100, "cuda": 40}  # other processes disturb CPU timings more than GPU timings
 _QUICK_BLOCKS_PER_CASE = {"cpu": 50, "cuda": 20}
 
 

@@ -1,8 +1,8 @@
 """Define the cases of a whole wake-sleep step: networks, batch sizes, numbers of samples, and implementations.
 
 A step binarises a batch of grey images and trains the generative network on latents inferred from the binary images. It
-then trains the recognition network on the same number of dreams. A shape is `[L, B, D]`: L samples of z for each of B
-images of D pixels.
+then trains the recognition network on as many dreams as the batch has images. A shape is `[L, B, D]`: L samples of z
+for each of B images, which have D pixels each.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class StepCase(Case[Inputs]):
 
     @property
     def bytes(self) -> int:
-        """Bytes moved: parameters, both Adam moments and gradients are read and written, and the batch is read."""
+        """Bytes moved: parameters, gradients and the two Adam moments are read and written; the batch is only read."""
         return 8 * torch.float32.itemsize * self._parameters + self.batch * self.net[0]
 
     @property
@@ -133,7 +133,7 @@ class StepCase(Case[Inputs]):
         return take_step
 
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        """Return the error of the fused losses against the same step in float64, with the same keys.
+        """Return the error of the fused losses, compared with the same step in float64, which uses the same keys.
 
         Return None for other implementations. The baselines' draws cannot be repeated, and the GEMMs compute no loss.
         """
@@ -242,7 +242,7 @@ class _Products:
             torch.mm(below, weight.t(), out=above)
 
     def backward(self) -> None:
-        """Run the GEMMs of the backward pass, without the gradient of the network's input, which is never needed."""
+        """Run the GEMMs of the backward pass, except the one for the gradient of the input, which is not needed."""
         for number in reversed(range(len(self.weight_gradients))):
             above = self.gradients[number + 1]
             torch.mm(above.t(), self.layers[number], out=self.weight_gradients[number])
@@ -259,8 +259,8 @@ BURDA_STEPS = 9_840_000
 The batch size is 20, L = 1, and training makes 3,280 passes over 60,000 images."""
 
 _AT_MOST = {
-    # on a CPU, by (batch, L) of the narrow network: the maximum step time divided by the time of the GEMMs alone, and
-    # a stricter goal
+    # on a CPU, keyed by (batch, L) of the narrow network: the maximum ratio of the step time to the time of the GEMMs
+    # alone, and a stricter goal
     (20, 1): (1.6, None),
     (100, 5): (1.35, 1.25),
     (100, 50): (1.35, 1.25),

@@ -17,7 +17,7 @@ NUM_SAMPLES = 19
 
 @torch.no_grad()
 def ranks(networks: Networks, num_dreams: int, seed: int = 1) -> Tensor:
-    """For each dream, return the rank of the z_1 that generated it among draws from q(z_1|x).
+    """Return the rank of each dream's own z_1, which generated the dream, among draws from q(z_1|x).
 
     A rank is the number of draws below z_1, from 0 to `NUM_SAMPLES`: int64 `[num_dreams, K]`.
     """

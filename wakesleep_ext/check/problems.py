@@ -253,7 +253,7 @@ def _log_marginal(network: nn.Module) -> Tensor:
 
 
 def stationarity(check: Check) -> Iterator[Answer]:
-    """Test moments that hold at any optimum, whatever the capacity of the networks, if they have output biases."""
+    """Test moment identities. If the networks have output biases, these hold at any optimum, whatever the capacity."""
     problem = "6 moments at an optimum"
     torch.manual_seed(0)
     whole = HelmholtzMachine.from_config(ModelConfig(16, (2,), (32,), (16,))).double()

@@ -3,8 +3,8 @@ r"""Estimate log p(x) by annealed importance sampling (Neal 2001), with a standa
 Chains move from the prior to the posterior of an image through :math:`f_\beta(z) = p(z)\, p(x \mid z)^\beta`. This is
 the method of Wu, Burda, Salakhutdinov & Grosse, "On the quantitative analysis of decoder-based generative models" (ICLR
 2017), with the sigmoidal schedule of section 4 and Hamiltonian Monte Carlo. Chains start from the prior, not from q. So
-the estimate does not depend on the recognition network, and finds modes that q misses. Comparing both estimates shows
-how accurate the importance-weighted bound is.
+the estimate does not depend on the recognition network, and finds modes that q misses. Comparing this estimate with the
+importance-weighted bound shows how accurate the bound is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from wakesleep_ext.helmholtz.models import GenerativeNetwork
 
 _PILOT_CHAINS = 4
 _TARGET_ACCEPTANCE = 0.65
-_ADAPTATION = 0.2  # change of the log step size, relative to the deviation of the acceptance rate from its target
+_ADAPTATION = 0.2  # change of the log step size per unit by which the acceptance rate deviates from its target
 _SCHEDULE_SLOPE = 4.0
 _JITTER = 0.2  # standard deviation of the log step size over chains; random step sizes avoid periodic trajectories
 
@@ -146,7 +146,7 @@ class _Chains(ABC):
 
 
 class _Hamiltonian(_Chains):
-    """Moves the noise e ~ N(0, I) that determines z_T, ..., z_1, as in sampling from the prior."""
+    """Moves the noise e ~ N(0, I), from which z_T, ..., z_1 are computed as when sampling from the prior."""
 
     family = "gaussian"
     first_step_size = 0.3

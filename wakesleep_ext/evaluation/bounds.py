@@ -83,8 +83,8 @@ def log_likelihood_bounds(
         x: binary pixels `[N, D]`, bool, uint8 or floating point, on the device of the networks.
         num_samples: K, samples per image.
         seed: the same seed and chunk size give the same samples on every device.
-        chunk_rows: maximum number of samples in a chunk. A chunk has all K samples of several images, or some samples
-            of one image.
+        chunk_rows: maximum number of samples in a chunk. A chunk contains all K samples of several images, or some
+            samples of one image.
         on_images: called after each chunk with the number of images that it completed.
 
     Raises:

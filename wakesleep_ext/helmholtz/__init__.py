@@ -1,1 +1,1 @@
-"""Helmholtz machines: networks, the conditional distributions that they parameterise, chains of these, and losses."""
+"""Helmholtz machines: networks, the conditionals that they parameterise, chains of conditionals, and losses."""

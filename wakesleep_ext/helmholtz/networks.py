@@ -28,8 +28,8 @@ _ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 class MultilayerPerceptron(Sequential):
     """Linear layers of the given sizes with an activation between consecutive layers, `[*, first] -> [*, last]`.
 
-    Weights are initialised as in Glorot & Bengio (2010), and biases to zero. If `output_bias` is given, the bias of the
-    last layer is initialised to it.
+    Weights are initialised as in Glorot & Bengio (2010), and biases to zero. If `output_bias` is given, it is the
+    initial bias of the last layer.
     The input is cast to the dtype of the weights, so it may have any dtype, such as bool or uint8 pixels.
     """
 
@@ -47,7 +47,7 @@ class MultilayerPerceptron(Sequential):
     @property
     def head(self) -> nn.Linear:
         """The last linear layer."""
-        last = next(reversed(self._modules.values()))  # self[-1] takes four times as long
+        last = next(reversed(self._modules.values()))  # self[-1] would take four times as long as this
         assert isinstance(last, nn.Linear)
         return last
 

@@ -113,7 +113,7 @@ def reweighted_wake_losses(
     The gradient of :math:`\mathcal L_\theta` for one image is
     :math:`-\sum_l \tilde w_l \nabla_\theta \log p_\theta(x, z_l)`. Both losses treat the samples z as constants. In
     addition, :math:`\mathcal L_\theta` treats q as a constant, and :math:`\mathcal L_\phi` treats the weights as
-    constants. If q were not constant in :math:`\mathcal L_\theta`, the gradients of the two losses for phi would cancel
+    constants. If q were not constant in :math:`\mathcal L_\theta`, the two losses' gradients for phi would cancel
     exactly. The recognition network would then not learn. Since each loss trains only its own network, you can
     differentiate the sum of both losses.
 

@@ -81,7 +81,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
-    """Load the Helmholtz machine of a training run on the CPU, and return it with the run's description.
+    """Load the Helmholtz machine of a training run to the CPU, and return it with the run's description.
 
     Raises:
         CheckpointError: as for :func:`load`, or the weights do not fit the described model.

@@ -141,7 +141,7 @@ def _load_digits() -> Dataset:
 
 
 def _check_shape(path: Path, name: str, shape: tuple[int, ...], max_bytes: int) -> None:
-    """Reject sizes that are not positive, exceed the limit, or are too large for the file, even a compressed one."""
+    """Reject sizes that are not positive, exceed the limit, or are too large for the file even if it is compressed."""
     declared = f"{name} declares sizes {list(shape)}"
     if not all(size > 0 for size in shape):
         raise DataError(path, f"{declared}, expected each to be positive")

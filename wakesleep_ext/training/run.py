@@ -68,7 +68,7 @@ class RunConfig:
         """Create a config from a description and the data set.
 
         Args:
-            description: a complete or partial config in the form of :func:`dataclasses.asdict`. Missing options have
+            description: a complete or partial config in the form of :func:`dataclasses.asdict`. Missing options get
                 their default values.
             dataset: the data set that `data` in the description names.
 
@@ -271,11 +271,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def overlaid(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description with the chosen values. Missing values come from the base, or else from the defaults."""
+    """Return a description with the chosen values. Others come from the base or, if it lacks them, the defaults."""
     parts = {part: {**base.get(part, {}), **chosen.get(part, {})} for part in ("model", "training")}
     described = asdict(RunOptions()) | dict(base) | dict(chosen) | parts
     if "data" in chosen:
-        described.pop("data_sha256", None)  # this digest is of the data in the base
+        described.pop("data_sha256", None)  # the digest describes the base's data
     if described["data"] != DIGITS:
         described["data"] = os.path.abspath(described["data"])
     return described

@@ -1,8 +1,8 @@
 """Run one training step: compute the losses and their gradients, and update the weights.
 
 Random keys and learning rates are stored on the device, so a step reads nothing from the host. It can therefore be
-recorded and replayed: as a CUDA graph on a GPU, or without the Python interpreter on a CPU. With a small batch, Python
-overhead would double the time of a CPU step.
+recorded and replayed: as a CUDA graph on a GPU, or without the Python interpreter on a CPU. If the batch is small,
+Python overhead would double the time of a CPU step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Descent:
 
     def __init__(self, network: nn.Module, learning_rate: float, config: TrainConfig) -> None:
         device = next(network.parameters()).device
-        dtype = torch.float32 if device.type == "cuda" else torch.float64  # as torch's fused Adam needs it
+        dtype = torch.float32 if device.type == "cuda" else torch.float64  # required by torch's fused Adam
         self.network = network
         self.optimizer = torch.optim.Adam(
             network.parameters(),
@@ -77,7 +77,7 @@ class Descent:
 
     @torch.no_grad()
     def descend(self, gradients: Sequence[Tensor]) -> None:
-        """Take a step of Adam, given the gradients of the trained parameters."""
+        """Take an Adam step, given the gradients of the trained parameters."""
         trained = self.trained()
         if not trained:
             return

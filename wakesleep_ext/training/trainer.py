@@ -44,7 +44,7 @@ class Trainer:
         machine: the wake phase trains its `generative` network, and the sleep phase its `recognition` network. With
             some objectives, the wake phase also trains `recognition`.
         images: training images, binarised again each time they are used. An incomplete last batch is dropped. Images
-            are shuffled, so each epoch drops different ones.
+            are shuffled, so each epoch drops different images.
         config: training options.
 
     Attributes:
@@ -52,7 +52,8 @@ class Trainer:
 
     Raises:
         ValueError: the objective differentiates through draws, but the latent variables are discrete.
-        TypeError: a parameter is not float32 or float64. Half precision would round Adam's updates and moments away.
+        TypeError: a parameter is not float32 or float64. In half precision, rounding would erase
+            Adam's updates and moments.
     """
 
     def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
