@@ -11,8 +11,8 @@
 // float64 draw takes its upper 32 bits from the stream of the float32 draw, and its lower 32 bits from a second stream.
 // So the same key gives the same draw at either precision, up to rounding.
 //
-// On CUDA, torch uses the same cipher with the same seed. Where our counter has the offset and the stream, torch's
-// counter has the index of a thread. A thread index never reaches the top 4 bits, and our stream is never 0. So torch
+// On CUDA, torch uses the same cipher with the same seed. torch's counter holds a thread index in the bits that we
+// use for the offset and the stream. A thread index never reaches the top 4 bits, and our stream is never 0. So torch
 // and this library never use the same block.
 #pragma once
 

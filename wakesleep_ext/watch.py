@@ -168,7 +168,7 @@ class Reach:
         return None
 
     def changes(self, later: Reach) -> Iterator[tuple[str, str]]:
-        """Yield the name and a description of each difference from a later snapshot of the same function."""
+        """Yield each name that has changed in a later snapshot of the same function, and describe the change."""
         for name in {**self._facts, **later._facts}:
             before, now = self._facts.get(name), later._facts.get(name)
             if before != now:

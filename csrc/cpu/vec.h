@@ -296,7 +296,7 @@ C10_ALWAYS_INLINE compute_t sum_over_row(int64_t width, const Term& term, const 
   return sum.sum();
 }
 
-// Calls body(piece, index, column, columns) for every tile of every piece. The pieces divide a sum over inner rows.
+// Calls body(piece, index, column, columns) for every tile of every piece. A sum over inner rows is split into pieces.
 template <int operands, typename Body>
 void for_inner_pieces(const RowGroups<operands>& rows, int64_t width, const Body& body) {
   const int64_t count = inner_pieces(rows.inner.rows) * rows.outer.rows;

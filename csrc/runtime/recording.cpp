@@ -104,7 +104,7 @@ void Recording::call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
   calls_.push_back(std::move(made));
 }
 
-// The gradient of a loss with respect to itself is 1. Multiplying by this 1 in place changes nothing, so the call is
+// The gradient of a loss with respect to itself is 1. Multiplying in place by this 1 changes nothing, so the call is
 // neither executed nor recorded.
 bool Recording::multiplies_by_one(const Call& made) const {
   static const c10::OperatorName in_place("aten::_foreach_mul_", "Tensor");

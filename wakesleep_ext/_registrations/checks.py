@@ -65,7 +65,7 @@ def check_has_event(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_event(op: str, **tensors: Tensor) -> tuple[int, ...]:
-    """Check that the last dimensions, the events, are equal. Return the broadcast leading dimensions."""
+    """Check that the last dimensions have the same size. Return the broadcast leading dimensions."""
     (first, tensor), *others = tensors.items()
     for name, other in tensors.items():
         check_has_event(op, name, other)

@@ -2,8 +2,8 @@
 
 A block is a series of calls that takes at least `Case.block_seconds`. Blocks of different implementations alternate, so
 that other load on the computer affects all implementations alike. A large case cycles through several sets of inputs,
-so that the arrays of a call have been evicted from the last-level cache when the call starts. The results of a call are
-kept until its inputs are used again, so that output memory is cold as well. A small case has one set of inputs, which
+so that the arrays of a call have left the last-level cache before the call starts. The results of a call are kept
+until its inputs are used again, so that output memory is cold as well. A small case has one set of inputs, which
 stays in cache as in practice. The time of a small case is mostly overhead.
 """
 

@@ -74,9 +74,9 @@ def annealed_log_likelihood(
 
     where each transition leaves :math:`p(z)\, p(x|z)^{\beta_t}` invariant. For Gaussian latent variables, Hamiltonian
     Monte Carlo moves the standard normal noise that determines z. So the prior of the state is N(0, I) for any number
-    of layers. For Bernoulli latent variables, a Metropolis transition flips random variables. Step sizes are adapted to
-    each image and temperature on four extra pilot chains. The pilot chains do not enter the estimate, so adaptation
-    does not bias the estimate.
+    of layers. For Bernoulli latent variables, a Metropolis transition proposes to flip randomly chosen ones. Step sizes
+    are adapted to each image and temperature on four extra pilot chains. The pilot chains do not enter the estimate, so
+    adaptation does not bias the estimate.
 
     Args:
         generative: the network to evaluate; its latent variables must be all Gaussian or all Bernoulli.

@@ -64,7 +64,7 @@ def reconstructions(path: Path, x: Tensor, pixels: Tensor, shape: tuple[int, int
 
 
 def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: float) -> None:
-    """Draw the losses and the test ELBO over the epochs.
+    """Plot the losses and the test ELBO against the epoch.
 
     Args:
         path: the file to write.
@@ -91,7 +91,7 @@ def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: floa
 def comparison(
     path: Path, curves: Mapping[str, Sequence[float]], bounds: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> None:
-    """Draw the test losses of several runs over the epochs, and next to them the final bounds of the runs.
+    """Plot the test losses of several runs against the epoch, and next to them the final bounds.
 
     Args:
         path: the file to write.
@@ -120,7 +120,7 @@ def comparison(
 
 
 def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> None:
-    """Draw rank histograms of simulation-based calibration, with the 99% band for uniform ranks.
+    """Plot rank histograms of simulation-based calibration, with the 99% band for uniform ranks.
 
     Args:
         path: the file to write.
@@ -141,7 +141,7 @@ def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> 
 
 
 def evaluation(path: Path, found: Evaluation) -> None:
-    """Draw the activity of latent variables, effective sample sizes, and the divergence of q from the posterior.
+    """Plot the activity of latent variables, effective sample sizes, and the divergence of q from the posterior.
 
     Args:
         path: the file to write.

@@ -223,7 +223,7 @@ class Step:
         return self._key[numbers.start : numbers.stop]
 
     def _train(self, index: Tensor, *, awake: bool) -> Tensor:
-        """Run the step. Since it may be recorded, it reads every value that can change from a tensor."""
+        """Run the step. Every value that can change is held in a tensor, because the step may be recorded."""
         losses: list[Tensor] = []
         of_wake: Sequence[Tensor] | None = None
         self._set_learning_rates()
