@@ -189,7 +189,7 @@ struct Rows {
     }
   }
 
-  // Returns the slice of the tensor where `rows` belongs, which starts at row `first`.
+  // Returns the slice of the tensor, starting at row `first`, into which `rows` is written.
   at::Tensor place(int64_t first, const at::Tensor& rows) {
     if (!tensor.defined()) {
       tensor = aten::empty({N, rows.size(1)}, rows.options().dtype(dtype));

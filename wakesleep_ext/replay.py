@@ -24,7 +24,7 @@ _WARM_UPS = 3
 """Number of calls before a CUDA graph capture, as in `torch.cuda.make_graphed_callables`. Libraries initialise in the
 first call."""
 _WORTH = 10
-"""The number of replays that save as much time as one recording costs."""
+"""The number of replays needed to recover the time spent on one recording."""
 _PATIENCE = 5
 """A function is not recorded again after this many consecutive changes if fewer than `_WORTH` replays preceded each."""
 

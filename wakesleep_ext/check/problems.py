@@ -58,7 +58,7 @@ class Answer:
 
 @dataclass
 class Check:
-    """The options of a check, and its calibration ranks by problem name."""
+    """The options of a check, and its calibration ranks, keyed by problem name."""
 
     quick: bool
     ranks: dict[str, Tensor]
