@@ -155,9 +155,9 @@ class BernoulliVector(Distribution):
     Args:
         logits: log-odds `[*, D]`. They must be finite: infinite logits give NaN.
         validate_args: whether to check arguments and values, as in `torch.distributions`.
-        probs: probability that each variable is 1, `[*, D]`: a keyword argument that replaces logits. As in torch's `Bernoulli`, they
-            are clamped to `[eps, 1 - eps]`, with the eps of their dtype. So probabilities of 0 and 1 give finite
-            log-probabilities and gradients.
+        probs: probability that each variable is 1, `[*, D]`: a keyword argument that replaces logits. As in torch's
+            `Bernoulli`, they are clamped to `[eps, 1 - eps]`, with the eps of their dtype. So probabilities of 0 and 1
+            give finite log-probabilities and gradients.
 
     Raises:
         TypeError: logits or probs is not a tensor.

@@ -39,7 +39,7 @@ _CLOSED = (ModuleType, type, BuiltinFunctionType, CodeType)
 
 
 _NOT_LOOKED_INTO = ("state_dict_hooks", "dict_pre_hooks", "dict_post_hooks", "_with_kwargs", "_always_called")
-"""Skipped attributes of modules and optimizers: hooks of the state dict, which no call runs, and flags of other hooks."""
+"""Skipped attributes of modules and optimizers: state dict hooks, which no call runs, and flags of other hooks."""
 
 
 class Unwatched:

@@ -136,4 +136,4 @@ RECIPES: dict[Recipe, TrainConfig] = {
 }
 """Named sets of training options, for any objective. "digits" is the default, and "mnist" a short protocol for MNIST.
 "burda" is the protocol of Burda, Grosse & Salakhutdinov ("Importance weighted autoencoders", ICLR 2016). It has eight
-stages, which are 9.84 million steps on MNIST."""
+stages, with 9.84 million steps on MNIST in total."""
