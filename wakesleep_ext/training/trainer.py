@@ -41,8 +41,7 @@ class Trainer:
     """Trains a Helmholtz machine on images. Both must be on the same device.
 
     Args:
-        machine: the wake phase trains its `generative` network, and the sleep phase its `recognition` network. With
-            some objectives, the wake phase also trains `recognition`.
+        machine: the wake phase trains `generative`, and with some objectives both networks. Sleep trains `recognition`.
         images: training images, binarised again each time they are used. An incomplete last batch is dropped. Images
             are shuffled, so each epoch drops different images.
         config: training options.
@@ -52,8 +51,7 @@ class Trainer:
 
     Raises:
         ValueError: the objective differentiates through draws, but the latent variables are discrete.
-        TypeError: a parameter is not float32 or float64. In half precision, rounding would erase
-            Adam's updates and moments.
+        TypeError: a parameter is not float32 or float64. Half precision would lose Adam's updates and moments.
     """
 
     def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
@@ -62,8 +60,7 @@ class Trainer:
                 raise TypeError(
                     f"Trainer: expected the machine's parameters to be float32 or float64, got {parameter.dtype} for "
                     f"{name}; Adam's small updates would be rounded away. Keep the parameters in float32, and run "
-                    "take_step or epochs "
-                    f"under torch.autocast to compute in {parameter.dtype}"
+                    f"take_step or epochs under torch.autocast to compute in {parameter.dtype}"
                 )
         self.take_step = Step(machine, images, config)
 
