@@ -209,6 +209,8 @@ def test_a_config_may_be_written_by_hand(tmp_path, data):
         ('{"training": {"epochs": -3}}', "mine.json: TrainConfig: epochs is out of range, got -3"),
         ('{"data": "digits", "data_sha256": "0"}', "mine.json: expected the images that data_sha256 identifies"),
         ('{"bound_samples": 1.5}', "mine.json: bound_samples: "),
+        ('{"data": 3}', "mine.json: data: "),
+        ('{"data": null}', "mine.json: data: "),
     ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path, monkeypatch, capsys, content, message):

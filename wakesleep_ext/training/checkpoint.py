@@ -121,13 +121,18 @@ def restore(config: type[Config], description: Any) -> Config:
     try:
         made = config(**values)
     except TypeError:
-        _check_types(config, values)  # raises an error that names the value of the wrong type
+        check_types(config, values)  # raises an error that names the value of the wrong type
         raise
-    _check_types(config, vars(made))
+    check_types(config, vars(made))
     return made
 
 
-def _check_types(config: type[Config], values: Mapping[str, Any]) -> None:
+def check_types(config: type[Config], values: Mapping[str, Any]) -> None:
+    """Check that each value has the type of the dataclass field with the same name.
+
+    Raises:
+        TypeError: a value has the wrong type; the message names its field.
+    """
     from typeguard import TypeCheckError, check_type
 
     for name, hint in get_type_hints(config).items():

@@ -255,7 +255,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a complete or partial description of a run, such as the `config.json` of a run folder.
 
     Raises:
-        RunError: the file cannot be read, is not a JSON object, or has an unknown key.
+        RunError: the file cannot be read, is not a JSON object, or has an unknown key; or `data` or `bound_samples` has
+            the wrong type.
     """
     try:
         described = json.loads(path.read_bytes())
@@ -267,6 +268,10 @@ def read_config(path: Path) -> dict[str, Any]:
             raise RunError(path, f"expected {part or 'the file'} to be a JSON object, got {values!r}")
         if unknown := values.keys() - {field.name for field in fields(of)}:
             raise RunError(path, f"has unknown keys: {', '.join(where + name for name in sorted(unknown))}")
+    try:
+        checkpoint.check_types(RunOptions, described)
+    except TypeError as error:
+        raise RunError(path, str(error)) from error
     return described
 
 
