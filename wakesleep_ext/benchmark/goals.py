@@ -22,10 +22,10 @@ def text(result: Result, suite: Suite) -> str:
 
 def _slower(result: Result, suite: Suite) -> list[str]:
     lines = []
-    for rival in suite.faster_than:
-        compared = [(row, found) for row in rows(result["records"]) if (found := ratio(row, rival)) is not None]
+    for baseline in suite.faster_than:
+        compared = [(row, found) for row in rows(result["records"]) if (found := ratio(row, baseline)) is not None]
         if not compared:
             continue
         slower = [f"{1 / found:.2f} times as long: {title(row['fused'])}" for row, found in compared if found < 1]
-        lines += [f"{len(slower)} of {len(compared)} cases are slower than {rival}{':' if slower else '.'}", *slower]
+        lines += [f"{len(slower)} of {len(compared)} cases are slower than {baseline}{':' if slower else '.'}", *slower]
     return lines

@@ -366,7 +366,7 @@ def _label(record: Record) -> str:
 SUITE = Suite(
     noun="op",
     cases=cases,
-    rivals=OpCase.candidates[1:],
+    baselines=OpCase.candidates[1:],
     faster_than=("eager",),
     sections=sections,
     headline=headline,

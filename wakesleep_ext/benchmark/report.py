@@ -69,7 +69,7 @@ def table(cases: Sequence[Row], suite: Suite, *, narrow: bool = False) -> str:
     if narrow:
         columns = {title: cell for title, cell in columns.items() if title not in _KIND}
     columns["time"] = lambda row: _time(row.get("fused"), spread=not narrow)
-    for name in suite.rivals:
+    for name in suite.baselines:
         if any(name in row for row in cases):
             title = _SHORT.get(name, name) if narrow else f"{name} takes"
             columns[title] = partial(_times_of, name=name, decimals=suite.decimals)

@@ -313,10 +313,10 @@ def _on_a_gpu(narrow: _Narrow) -> list[Outcome]:
         return Outcome(cells, None if measured is None else measured >= at_least if at_least else measured <= at_most)
 
     found = []
-    for rival, wanted in _AT_LEAST.items():
-        ratios = [ratio(row, rival) for (batch, _), row in narrow.items() if batch <= 256]
+    for baseline, wanted in _AT_LEAST.items():
+        ratios = [ratio(row, baseline) for (batch, _), row in narrow.items() if batch <= 256]
         least = min((measured for measured in ratios if measured is not None), default=None)
-        found.append(outcome(f"speed versus {rival}, batches of 256 or less", least, TIMES, at_least=wanted))
+        found.append(outcome(f"speed versus {baseline}, batches of 256 or less", least, TIMES, at_least=wanted))
     fused = narrow.get((20, 1), {}).get("fused")
     kernels, minutes = (fused.get("launches"), fused["median_us"] * BURDA_STEPS / 60e6) if fused else (None, None)
     found.append(outcome("kernels of a step, batch 20, L = 1", kernels, "", at_most=_MOST_KERNELS))
@@ -355,13 +355,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-_RIVALS = tuple(name for name in CudaStepCase.candidates if name not in ("fused", "products"))
+_BASELINES = tuple(name for name in CudaStepCase.candidates if name not in ("fused", "products"))
 
 SUITE = Suite(
     noun="step",
     cases=cases,
-    rivals=_RIVALS,
-    faster_than=_RIVALS,
+    baselines=_BASELINES,
+    faster_than=_BASELINES,
     sections=sections,
     headline=list,
     columns={"batch": lambda record: f"{record['shape'][1]:,}", "L": lambda record: str(record["shape"][0])},

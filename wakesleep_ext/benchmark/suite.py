@@ -32,7 +32,7 @@ class Suite:
     """The noun for a case, such as "op"."""
     cases: Callable[[str, bool], Sequence[Case[Any]]]
     """Returns the cases for a device type, `"cpu"` or `"cuda"`. If the second argument is true, returns only a few."""
-    rivals: tuple[str, ...]
+    baselines: tuple[str, ...]
     """The baselines, whose times are reported as multiples of ours."""
     faster_than: tuple[str, ...]
     """The baselines that every case should beat."""
