@@ -48,7 +48,7 @@ train: $(VENV)/.installed
 	@$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
 
 test: $(VENV)/.installed $(VENV)/.test
-	@echo "Compiling the CUDA kernels to run on the CPU (2 minutes on two cores; later, only what changed)"
+	@echo "Compiling the CUDA kernels to run on the CPU (a minute on two cores; later, only what changed)"
 	@PYTHONPATH=tests $(VENV)/bin/python tests/cuda_on_cpu/emulation.py
 	@echo "Running the everyday tests (6 minutes on two cores)"
 	@$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) $(TESTS)

@@ -17,7 +17,7 @@ from build_support import toolchain  # noqa: E402
 
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
-# Floating-point contraction is off, so that every instruction set returns the same bits (csrc/cpu/vec.h). Jump
+# Floating-point contraction is off, so that every instruction set returns the same bits (csrc/kernels/cpu/vec.h). Jump
 # threading and partial redundancy elimination are off because they turn selects into branches, which prevents
 # vectorisation.
 CXX_FLAGS = [
@@ -94,14 +94,15 @@ def extension_and_commands() -> dict[str, Any]:
             (ROOT / "build" / "last-build").write_text(plan.summary + "\n")
 
     csrc = ROOT / "csrc"
-    patterns = ["*.cpp", "cpu/*.cpp", "runtime/*.cpp"]  # autograd.cpp includes autograd/*.cpp
+    # ops.cpp and autograd.cpp include ops/*.cpp and autograd/*.cpp.
+    patterns = ["*.cpp", "kernels/cpu/*.cpp", "runtime/*.cpp"]
     cxx_flags = [*CXX_FLAGS, *OPENMP_FLAGS]
     nvcc_flags = [*NVCC_FLAGS]
     include_dirs: list[str] = []
     kind = cpp_extension.CppExtension
     if plan.toolkit is not None:
         kind = cpp_extension.CUDAExtension
-        patterns.append("cuda/*.cu")
+        patterns.append("kernels/cuda/*.cu")
         cxx_flags.append(f'-DWAKESLEEP_CUDA_VERSION="{plan.toolkit.version}"')
         if "NVCC_THREADS" in os.environ:
             nvcc_flags.append(f"--threads={os.environ['NVCC_THREADS']}")

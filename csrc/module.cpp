@@ -4,6 +4,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "backend.h"
+#include "ops/gemm.h"
 #include "runtime/recording.h"
 #include "runtime/watch.h"
 
@@ -23,6 +25,10 @@ pybind11::dict build_config() {
 #endif
   config["compiler"] = __VERSION__;
   return config;
+}
+
+void use_on_cpu(std::optional<uintptr_t> address) {
+  wakesleep::use_on_cpu(address ? reinterpret_cast<const wakesleep::Backend*>(*address) : nullptr);
 }
 
 pybind11::object call(Recording& recording, const std::string& name, const std::string& overload,
@@ -52,6 +58,10 @@ std::optional<std::vector<at::Tensor>> replay(Recording& recording, const std::v
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of wakesleep_ext, registered as torch.ops.wakesleep_ext.*";
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");
+  m.def("set_small_batch", &wakesleep::set_small_batch, pybind11::arg("rows"),
+        "Set the largest batch size for our GEMM kernels. None restores WAKESLEEP_SMALL_BATCH or the measured limit.");
+  m.def("use_on_cpu", use_on_cpu, pybind11::arg("address"),
+        "Make the backend at an address compute on CPU tensors. None restores the CPU's own. For tests.");
   pybind11::class_<Recording>(m, "Recording", "Operator calls that can be replayed.")
       .def(pybind11::init<std::vector<at::Tensor>>())
       .def("call", call, "Call the operator with this name and overload, and record the call.")

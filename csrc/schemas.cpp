@@ -2,11 +2,9 @@
 //
 // Distribution parameters come before the value. The last dimension is the event. Its size is K for latent variables
 // and D for observed variables. B stands for any number of batch dimensions, and S for any number of sample dimensions.
-// An operator X is implemented in cpu/X.cpp and cuda/X.cu, and its gradient in autograd/X.cpp. X_backward is in the
-// same files as X. If X has the parameters mu and logvar, X_backward returns their gradients packed in one tensor.
-// wakesleep_ext/ops.py documents the public functions.
-#include "registration.h"
-
+// An operator X is implemented in ops/X.cpp, kernels/cpu/X.cpp and kernels/cuda/X.cu, and its gradient in
+// autograd/X.cpp. X_backward is in the same files as X. If X has the parameters mu and logvar, X_backward returns their
+// gradients packed in one tensor. wakesleep_ext/ops.py documents the public functions.
 #include <torch/library.h>
 
 #include <string>
@@ -88,17 +86,6 @@ TORCH_LIBRARY(wakesleep_ext, m) {
     m.def(op.schema, op.kind == Kind::reads_generator ? reads_generator : pure);
   }
 }
-
-namespace wakesleep {
-
-Registration::Registration(c10::DispatchKey key, void (*implement)(Registrar&), const char* file, uint32_t line) {
-  static std::vector<torch::Library> registered;  // lives as long as the library is loaded
-  registered.emplace_back(torch::Library::IMPL, "wakesleep_ext", key, file, line);
-  Registrar registrar(registered.back());
-  implement(registrar);
-}
-
-}  // namespace wakesleep
 
 #ifndef WAKESLEEP_CUDA_VERSION
 namespace {

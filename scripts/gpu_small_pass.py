@@ -5,7 +5,6 @@ Run it in the tests folder, because it imports the table of cases there.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +15,12 @@ sys.path.insert(0, str(Path.cwd()))
 
 from cases import SHAPES, Case
 
+from wakesleep_ext import _C
+
 
 def main() -> None:
     walk(SHAPES)
-    os.environ["WAKESLEEP_SMALL_BATCH"] = "0"  # takes the path of large batches
+    _C.set_small_batch(0)  # takes the path of large batches
     walk(case for case in SHAPES if case.op.startswith(("linear", "mlp")))
     torch.cuda.synchronize()
 

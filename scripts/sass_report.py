@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BYTES = {"double": 8, "float": 4, "c10::Half": 2, "c10::BFloat16": 2, "unsigned char": 1}
+BYTES = {"double": 8, "float": 4, "wakesleep::Half": 2, "wakesleep::BFloat16": 2, "unsigned char": 1}
 WIDE = 16
-BLOCK_THREADS = 256  # csrc/cuda/launch.cuh
+BLOCK_THREADS = 256  # csrc/kernels/cuda/launch.cuh
 REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 
 # the operands that a row kernel reads along the row, as indices into its template arguments
@@ -175,7 +175,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 def title(kernel: Kernel) -> str:
     arguments = ", ".join(
-        argument.removeprefix("c10::").replace("unsigned char", "uint8") for argument in kernel.arguments
+        argument.removeprefix("wakesleep::").replace("unsigned char", "uint8") for argument in kernel.arguments
     )
     return f"{kernel.name}<{arguments}> / {kernel.threads}" if kernel.threads else kernel.name
 

@@ -41,7 +41,7 @@ def test_gradients_are_written_16_bytes_at_a_time(kernels: list) -> None:
     assert writing
     for kernel in writing:
         # a head makes gradients of half types from four products in float32 at a time
-        narrow = kernel.name.startswith("Linear") and kernel.arguments[2] in ("c10::Half", "c10::BFloat16")
+        narrow = kernel.name.startswith("Linear") and kernel.arguments[2] in ("wakesleep::Half", "wakesleep::BFloat16")
         assert kernel.count(r"STG.*\.64" if narrow else r"STG.*\.128"), sass_report.title(kernel)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import wakesleep_ext as ws
+from wakesleep_ext import _C
 
 SMALL_BATCH = 64
 # rows, features and width of a layer: whole tiles and vectors, and every kind of remainder
@@ -120,25 +121,34 @@ def test_a_row_is_the_same_by_itself() -> None:
 
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
-@pytest.mark.parametrize(("rows", "chosen"), [(SMALL_BATCH, None), (SMALL_BATCH + 1, None), (20, "0"), (200, "200")])
-def test_who_multiplies(rows: int, chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our kernels take up to 64 rows, or as many as the environment variable says; torch takes more."""
-    if chosen is not None:
-        monkeypatch.setenv("WAKESLEEP_SMALL_BATCH", chosen)
+@pytest.mark.parametrize(("rows", "chosen"), [(SMALL_BATCH, None), (SMALL_BATCH + 1, None), (20, 0), (200, 200)])
+def test_who_multiplies(rows: int, chosen: int | None, request: pytest.FixtureRequest) -> None:
+    """Our kernels take up to 64 rows, or as many as are chosen; torch takes more."""
+    request.addfinalizer(lambda: _C.set_small_batch(None))
+    _C.set_small_batch(chosen)
     layer, upstream = _layer(rows, 70, 90), torch.randn(rows, 90)
     with torch.profiler.profile() as profile:
         found = _results(layer, upstream)
     by_torch = sum(event.name == "aten::mm" for event in profile.events())
-    assert by_torch == (3 if rows > int(chosen or SMALL_BATCH) else 0)
+    assert by_torch == (3 if rows > (SMALL_BATCH if chosen is None else chosen) else 0)
     _assert_exact(found, layer, upstream)
 
 
-def test_a_processor_without_vectors_has_its_products_from_torch() -> None:
+@pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
+def test_what_is_no_number_of_rows() -> None:
+    program = "import torch, wakesleep_ext as ws; ws.linear(torch.zeros(2, 3), torch.zeros(4, 3), None)"
+    variables = {**os.environ, "WAKESLEEP_SMALL_BATCH": "12 or so"}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert "ValueError: expected WAKESLEEP_SMALL_BATCH to be a number, got '12 or so'" in done.stderr
+
+
+@pytest.mark.parametrize("variable", [{"ATEN_CPU_CAPABILITY": "default"}, {"WAKESLEEP_SMALL_BATCH": "19"}], ids=str)
+def test_products_are_those_of_torch_without_vectors_or_by_choice(variable: dict[str, str]) -> None:
     program = """
 import torch, wakesleep_ext as ws
 h, weight, bias = torch.randn(20, 30), torch.randn(17, 30), torch.randn(17)
 print(torch.equal(ws.linear(h, weight, bias), torch.mm(h, weight.t()) + bias))
 """
-    variables = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    variables = {**os.environ, **variable}
     done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"

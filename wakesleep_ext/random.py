@@ -60,7 +60,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tenso
 
 
 def philox_words(key: Tensor, count: int, stream: int = _HIGH_WORDS) -> Tensor:
-    """Return the first ``count`` 32-bit words for a key, int64 ``[count]``; csrc/philox.h describes the layout."""
+    """Return the first ``count`` 32-bit words for a key, int64 ``[count]``, in the layout of csrc/kernels/philox.h."""
     blocks = torch.arange(-(-count // 4), device=key.device)
     seed, offset = key.unbind()
     counter = (blocks & _WORD, blocks >> 32, offset & _WORD, ((offset >> 32) & 0x0FFFFFFF) | (stream << 28))

@@ -4,6 +4,9 @@
 namespace wakesleep::autograd {
 namespace {
 
+WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
+
 struct BernoulliLogProb : torch::autograd::Function<BernoulliLogProb> {
   static Tensor forward(AutogradContext* context, const Tensor& logits, const Tensor& x) {
     context->save_for_backward({logits, x});

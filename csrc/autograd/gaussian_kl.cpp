@@ -4,6 +4,9 @@
 namespace wakesleep::autograd {
 namespace {
 
+WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
+
 struct GaussianKl : torch::autograd::Function<GaussianKl> {
   static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar) {
     context->save_for_backward({mu, logvar});

@@ -5,6 +5,9 @@
 namespace wakesleep::autograd {
 namespace {
 
+WAKESLEEP_OPERATOR(gaussian_log_prob, Tensor(const Tensor&, const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(gaussian_log_prob_backward, Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool))
+
 struct GaussianLogProb : torch::autograd::Function<GaussianLogProb> {
   static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& z) {
     context->save_for_backward({mu, logvar, z});

@@ -1,7 +1,7 @@
 // Splits a packed [mu | logvar] into two views. The backward operators of the Gaussian ops write both gradients into
 // one packed tensor, whose halves autograd passes on separately. If the backward pass of this op receives both halves,
 // it returns the packed tensor without a copy.
-#include "../checks.h"
+#include "../ops/checks.h"
 #include "operators.h"
 
 namespace wakesleep::autograd {

@@ -5,6 +5,11 @@
 namespace wakesleep::autograd {
 namespace {
 
+WAKESLEEP_OPERATOR(gaussian_rsample, Tensor(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
+WAKESLEEP_OPERATOR(gaussian_rsample_log_prob, Pair(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
+WAKESLEEP_OPERATOR(gaussian_rsample_backward, Tensor(const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                                     const Tensor&, const Tensor&, c10::SymIntArrayRef))
+
 struct Rsample : torch::autograd::Function<Rsample> {
   static variable_list forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& key,
                                c10::SymIntArrayRef sample_shape, bool with_log_prob) {

@@ -9,7 +9,8 @@
 // logits are either kept until then or recomputed chunk by chunk. When the op returns a sum with given weights, the
 // forward pass computes the gradients while each chunk of logits is in cache. The backward pass only multiplies these
 // gradients by a scalar.
-#include "../linear_bernoulli.h"
+#include "../ops/checks.h"
+#include "../ops/kept_logits.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/_foreach_mul.h>
@@ -22,6 +23,14 @@
 
 namespace wakesleep::autograd {
 namespace {
+
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_logits,
+                   Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_backward,
+                   Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                          const OptionalTensor&, bool, bool))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_gradients, Quadruple(const Tensor&, const Tensor&, const Tensor&,
+                                                                      const Tensor&, const OptionalTensor&, bool, bool))
 
 // Returns the gradients of h, weight and bias.
 variable_list parameter_gradients(const AutogradContext& context, const Tensor& grad, const Tensor& h,

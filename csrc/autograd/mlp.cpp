@@ -8,11 +8,17 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "../activations.h"
+#include "../ops/activation.h"
 #include "operators.h"
 
 namespace wakesleep::autograd {
 namespace {
+
+WAKESLEEP_OPERATOR(mlp_with_hidden, std::tuple<Tensor, std::vector<Tensor>>(const Tensor&, at::TensorList,
+                                                                            at::TensorList, OptionalName, OptionalName))
+WAKESLEEP_OPERATOR(mlp_backward, std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>(
+                                     const Tensor&, const Tensor&, at::TensorList, const Tensor&, at::TensorList,
+                                     at::TensorList, OptionalName, OptionalName, bool, bool))
 
 using Tensors = std::vector<Tensor>;
 
@@ -104,13 +110,13 @@ std::tuple<Tensor, Tensors, Tensors> mlp_backward_of(const Tensor& grad, const T
   Tensors given = {h.to(type)}, a;  // each layer's input, and its result before the activation
   for (size_t l = 0; l < layers; ++l) {
     a.push_back(at::linear(given[l], weights[l].to(type), biases[l].to(type)));
-    given.push_back(std::visit(Differentiable{a[l]}, activation_at(l)));
+    given.push_back(dispatch_activation(activation_at(l), Differentiable{a[l]}));
   }
   const auto rows = [](const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-1)}); };
   Tensors of_weights(layers), of_biases(layers);
   Tensor upstream = grad;
   for (size_t l = layers; l-- > 0;) {
-    const Tensor of_products = std::visit(DifferentiableGradient{upstream, a[l]}, activation_at(l));
+    const Tensor of_products = dispatch_activation(activation_at(l), DifferentiableGradient{upstream, a[l]});
     of_weights[l] = with_grad_weights ? at::mm(rows(of_products).t(), rows(given[l]))
                                       : at::zeros_symint({0, weights[l].sym_size(1)}, grad.options());
     of_biases[l] = rows(of_products).sum(0);

@@ -30,37 +30,14 @@ using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-WAKESLEEP_OPERATOR(gaussian_rsample, Tensor(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
-WAKESLEEP_OPERATOR(gaussian_rsample_log_prob, Pair(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
-WAKESLEEP_OPERATOR(gaussian_rsample_backward, Tensor(const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                                     const Tensor&, const Tensor&, c10::SymIntArrayRef))
-WAKESLEEP_OPERATOR(gaussian_log_prob, Tensor(const Tensor&, const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(gaussian_log_prob_backward, Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool))
-WAKESLEEP_OPERATOR(standard_gaussian_log_prob, Tensor(const Tensor&))
-WAKESLEEP_OPERATOR(standard_gaussian_log_prob_backward, Tensor(const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
+// The operators that autocast also calls.
 WAKESLEEP_OPERATOR(mlp, Tensor(const Tensor&, at::TensorList, at::TensorList, OptionalName, OptionalName))
-WAKESLEEP_OPERATOR(mlp_with_hidden, std::tuple<Tensor, std::vector<Tensor>>(const Tensor&, at::TensorList,
-                                                                            at::TensorList, OptionalName, OptionalName))
-WAKESLEEP_OPERATOR(mlp_backward, std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>(
-                                     const Tensor&, const Tensor&, at::TensorList, const Tensor&, at::TensorList,
-                                     at::TensorList, OptionalName, OptionalName, bool, bool))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<bool>))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&))
 WAKESLEEP_OPERATOR(linear_bernoulli_sample,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<at::ScalarType>))
-WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_logits,
-                   Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t))
-WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_backward,
-                   Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                          const OptionalTensor&, bool, bool))
-WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_gradients, Quadruple(const Tensor&, const Tensor&, const Tensor&,
-                                                                      const Tensor&, const OptionalTensor&, bool, bool))
 
 template <typename... Tensors>
 bool needs_gradient(const Tensors&... tensors) {

@@ -4,6 +4,9 @@
 namespace wakesleep::autograd {
 namespace {
 
+WAKESLEEP_OPERATOR(standard_gaussian_log_prob, Tensor(const Tensor&))
+WAKESLEEP_OPERATOR(standard_gaussian_log_prob_backward, Tensor(const Tensor&, const Tensor&))
+
 struct StandardGaussianLogProb : torch::autograd::Function<StandardGaussianLogProb> {
   static Tensor forward(AutogradContext* context, const Tensor& z) {
     context->save_for_backward({z});

@@ -1,7 +1,6 @@
 #include "cuda_on_cpu.h"
 
 #include <sys/mman.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
@@ -12,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/registration.h"
+#include "../../csrc/kernels/backend.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -157,7 +156,9 @@ struct Fiber : Context {
   explicit Fiber(void (*enter)()) {
     bytes = kStackBytes;
     void* stack = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-    TORCH_CHECK(stack != MAP_FAILED, "no memory for the stacks of a block");
+    if (stack == MAP_FAILED) {
+      fail("no memory for the stacks of a block");
+    }
     bottom = stack;
     pointer = prepare_stack(reinterpret_cast<void**>(static_cast<char*>(stack) + bytes), enter);
   }
@@ -206,8 +207,10 @@ class Block {
       std::rethrow_exception(std::exchange(error_, nullptr));
     }
     for (unsigned t = 0; t < threads; ++t) {
-      TORCH_CHECK(fibers_[t]->finished, "deadlock in block ", blockIdx.x, ": thread ", t, " waits at ",
-                  fibers_[t]->waits_at, " for threads that have returned or wait elsewhere");
+      if (!fibers_[t]->finished) {
+        fail("deadlock in block ", blockIdx.x, ": thread ", t, " waits at ", fibers_[t]->waits_at,
+             " for threads that have returned or wait elsewhere");
+      }
     }
   }
 
@@ -223,7 +226,9 @@ class Block {
 
   Shown exchange(unsigned members, uint64_t value) {
     const int lane = cuda_on_cpu::lane();
-    TORCH_CHECK((members >> lane & 1) != 0, "lane ", lane, " takes part in a shuffle or vote whose mask excludes it");
+    if ((members >> lane & 1) == 0) {
+      fail("lane ", lane, " takes part in a shuffle or vote whose mask excludes it");
+    }
     const unsigned warp = threadIdx.x / 32;
     auto& exchanges = warps_[warp].exchanges;
     const auto is_open = [&](const Exchange& slot) { return slot.members == members && slot.arrived != members; };
@@ -321,9 +326,12 @@ void barrier() { Block::current->barrier(); }
 Shown exchange(unsigned members, uint64_t value) { return Block::current->exchange(members, value); }
 
 void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
-  TORCH_CHECK(grid.x >= 1 && grid.y == 1 && grid.z == 1, "expected a grid of at least 1 block, in x only");
-  TORCH_CHECK(block.x >= 1 && block.x <= 1024 && block.y == 1 && block.z == 1,
-              "expected a block of 1 to 1024 threads, in x only");
+  if (grid.x < 1 || grid.y != 1 || grid.z != 1) {
+    fail("expected a grid of at least 1 block, in x only");
+  }
+  if (block.x < 1 || block.x > 1024 || block.y != 1 || block.z != 1) {
+    fail("expected a block of 1 to 1024 threads, in x only");
+  }
   ++launch_count;
   if (max_blocks > 0) {
     grid.x = std::min<int64_t>(grid.x, max_blocks);
@@ -353,21 +361,20 @@ void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
   }
 }
 
-TORCH_LIBRARY(cuda_on_cpu, m) {
-  m.def("schedule(bool shuffled, int max_blocks) -> ()", [](bool any, int64_t blocks) {
-    shuffled = any;
-    max_blocks = blocks;
-  });
-  m.def("launches() -> int", []() -> int64_t { return launch_count; });
-}
-
 }  // namespace cuda_on_cpu
 
-// Registers the ops on CPU tensors, in a library of their own.
-wakesleep::Registration::Registration(c10::DispatchKey, void (*implement)(Registrar&), const char* file,
-                                      uint32_t line) {
-  static std::vector<torch::Library> registered;
-  registered.emplace_back(torch::Library::IMPL, "wakesleep_cuda_on_cpu", c10::DispatchKey::CPU, file, line);
-  Registrar registrar(registered.back());
-  implement(registrar);
+void wakesleep::cuda::check_launch(int error) {
+  if (error != cudaSuccess) {
+    cuda_on_cpu::fail("a launch failed with error ", error);
+  }
 }
+
+// What the package needs to compute with the emulated kernels.
+CUDA_ON_CPU_EXPORT const void* wakesleep_cuda_kernels() { return &wakesleep::cuda::kBackend; }
+
+CUDA_ON_CPU_EXPORT void schedule(bool is_shuffled, int64_t blocks) {
+  cuda_on_cpu::shuffled = is_shuffled;
+  cuda_on_cpu::max_blocks = blocks;
+}
+
+CUDA_ON_CPU_EXPORT int64_t launches() { return cuda_on_cpu::launch_count; }

@@ -1,4 +1,5 @@
-// The parts of CUDA that the kernels of csrc/cuda use, in C++. The kernels compile unchanged and run on the CPU.
+// The parts of CUDA that csrc/kernels/cuda uses, in C++. The kernels compile unchanged and run on the CPU. The build
+// includes this header before each .cu file.
 //
 // A launch runs its blocks one after the other. Shared memory begins as zeros, and a block sees the values that the
 // previous block left. Every thread of a block is a fiber, which runs until it waits for others at a barrier, a shuffle
@@ -7,12 +8,16 @@
 // a wait that never ends, a lane that its mask excludes, and an address on which a GPU would fault.
 #pragma once
 
-#include <c10/util/Exception.h>
-
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <sstream>
+#include <stdexcept>
+
+// Marks a function that Python calls. All others are hidden.
+#define CUDA_ON_CPU_EXPORT extern "C" __attribute__((visibility("default")))
 
 #define __global__
 #define __device__
@@ -35,6 +40,14 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
+// Throws an error whose message joins the parts.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
 void run(dim3 grid, dim3 block, const std::function<void()>& thread);
 
 // Waits for every thread of the block.
@@ -49,8 +62,9 @@ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 template <typename T>
 T shown_by(int source, unsigned members, T value) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  TORCH_CHECK(source >= 0 && source < 32 && (members >> source & 1) != 0, "a shuffle reads lane ", source,
-              ", which is not among its members");
+  if (source < 0 || source >= 32 || (members >> source & 1) == 0) {
+    fail("a shuffle reads lane ", source, ", which is not among its members");
+  }
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   bits = exchange(members, bits)[source];
@@ -60,8 +74,9 @@ T shown_by(int source, unsigned members, T value) {
 
 template <typename T>
 T* aligned(T* pointer) {
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0, "misaligned address: ", sizeof(T), " bytes at ",
-              pointer);
+  if (reinterpret_cast<uintptr_t>(pointer) % alignof(T) != 0) {
+    fail("misaligned address: ", sizeof(T), " bytes at ", static_cast<const void*>(pointer));
+  }
   return pointer;
 }
 
@@ -104,10 +119,8 @@ void __stwb(T* pointer, T value) {
 
 using std::min;
 
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
+enum cudaError_t { cudaSuccess };
 using cudaStream_t = void*;
-
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;

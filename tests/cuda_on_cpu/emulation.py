@@ -1,15 +1,18 @@
-"""Compiles the CUDA kernels as C++ and runs them instead of the CPU kernels.
+"""Compiles the CUDA kernels as C++, into a library that the package can use instead of its CPU kernels.
 
-``WAKESLEEP_SANITIZE=1`` compiles them with the address and undefined-behaviour sanitizers, whose run-time libraries
-must be preloaded. ``make cuda-on-cpu-asan`` does that.
+The library and the package must be built from the same headers. ``WAKESLEEP_SANITIZE=1`` compiles the library with the
+address and undefined-behaviour sanitizers, whose run-time libraries must be preloaded. ``make cuda-on-cpu-asan`` does
+that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import platform
-import warnings
+import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,73 +24,74 @@ import ninja
 import torch
 from cases import Case, as_tuple, make_key
 from filelock import FileLock
-from torch.utils import cpp_extension
+from ninja.ninja_syntax import Writer
+
+from wakesleep_ext import _C
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 toolchain = checkout.load("build_support.toolchain")
-_library = torch.library.Library("wakesleep_cuda_on_cpu", "FRAGMENT")
 SANITIZE = os.environ.get("WAKESLEEP_SANITIZE") == "1"
+FOLDER = ROOT / "build" / ("cuda_on_cpu-sanitized" if SANITIZE else "cuda_on_cpu")
+LIBRARY = "wakesleep_cuda_on_cpu.so"
 
 
-def operators() -> list[str]:
-    """Returns the names of all operators in the package's schema table that have kernels."""
-    names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")]
-    return [name.split("::")[1] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
-
-
-@cache
-def load() -> None:
-    """Builds the library if necessary, and registers its kernels for CPU tensors as ``wakesleep_cuda_on_cpu``."""
-    build = ROOT / "build" / ("cuda_on_cpu-sanitized" if SANITIZE else "cuda_on_cpu")
-    build.mkdir(parents=True, exist_ok=True)
-    sources = [HERE / "cuda_on_cpu.cpp", *(ROOT / "csrc" / name for name in ("aten.cpp", "registration.cpp"))]
-    with FileLock(build / "sources.lock"):  # several workers may build at once
-        for kernels in (*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "emulator_cases.cu"):
-            source = build / f"{kernels.stem}.cpp"  # a name that compiles as C++
-            text = f'#include "{HERE / "cuda_on_cpu.h"}"\n#include "{kernels}"\n'
-            if not source.exists() or source.read_text() != text:
-                source.write_text(text)
-            sources.append(source)
+def _write_plan() -> None:
+    """Writes the file that tells ninja how to compile the library."""
     # As on a GPU, multiplications and additions are contracted. The error bounds hold either way.
-    flags = ["-O1", "-DAT_PER_OPERATOR_HEADERS", "-ffp-contract=fast"]
-    flags += ["-mfma"] if platform.machine() == "x86_64" else []
-    linked = []
+    flags = ["-std=c++17", "-O1", "-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
+    flags += ["-fPIC", "-fvisibility=hidden", "-pthread"]
+    linked = ["-shared", "-pthread", "-Wl,-z,defs"]  # a kernel without a definition is an error
     if SANITIZE:
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         flags += [*sanitizers, "-g1", "-fno-omit-frame-pointer"]
         linked += sanitizers
-    os.environ["MAX_JOBS"] = str(toolchain.parallel_jobs(os.environ))
-    os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{os.environ['PATH']}"
-    cpp_extension.load(
-        name="wakesleep_cuda_on_cpu",
-        sources=[str(source) for source in sources],
-        extra_include_paths=[str(HERE / "include")],
-        extra_cflags=flags,
-        extra_ldflags=linked,
-        build_directory=str(build),
-        is_python_module=False,
-    )
-    for name in operators():
-        schema = str(getattr(torch.ops.wakesleep_ext, name).default._schema)
-        _library.define(schema.removeprefix("wakesleep_ext::"))
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    flags += ["-x", "c++", "-include", str(HERE / "cuda_on_cpu.h")]
+    compiler = os.environ.get("CXX", "c++")
+    with (FOLDER / "build.ninja").open("w") as file:
+        plan = Writer(file)
+        compiling = f"{compiler} {shlex.join(flags)} -MMD -MF $out.d -c $in -o $out"
+        plan.rule("compile", compiling, deps="gcc", depfile="$out.d")
+        plan.rule("link", f"{compiler} $in {shlex.join(linked)} -o $out")
+        kernels = sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
+        sources = [HERE / "cuda_on_cpu.cpp", HERE / "emulator_cases.cu", *kernels]
+        objects = [plan.build(f"{source.stem}.o", "compile", str(source))[0] for source in sources]
+        plan.build(LIBRARY, "link", objects)
+
+
+def _build() -> None:
+    """Compiles what has changed since the last build. Raises RuntimeError with the compiler's messages."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not for the compiler
+    command = [f"{ninja.BIN_DIR}/ninja", "--quiet", f"-j{toolchain.parallel_jobs(os.environ)}"]
+    with FileLock(FOLDER / "build.lock"):  # several workers may build at once
+        _write_plan()
+        done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{done.stdout}{done.stderr}")
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """Builds the library if necessary, and loads it."""
+    _build()
+    library = ctypes.CDLL(str(FOLDER / LIBRARY))
+    library.wakesleep_cuda_kernels.argtypes, library.wakesleep_cuda_kernels.restype = [], ctypes.c_void_p
+    library.schedule.argtypes, library.schedule.restype = [ctypes.c_bool, ctypes.c_int64], None
+    library.launches.argtypes, library.launches.restype = [], ctypes.c_int64
+    library.run_case.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
+    library.run_case.restype = ctypes.c_char_p
+    return library
 
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
     """Makes the package's operators run the CUDA kernels on CPU tensors."""
-    load()
-    library = torch.library.Library("wakesleep_ext", "IMPL")
+    _C.use_on_cpu(load().wakesleep_cuda_kernels())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # overriding kernels is the purpose
-            for name in operators():
-                kernel = getattr(torch.ops.wakesleep_cuda_on_cpu, name).default
-                library.impl(name, kernel, "CPU", allow_override=True)
         yield
     finally:
-        library._destroy()
+        _C.use_on_cpu(None)
 
 
 def device_tests(*modules: ModuleType) -> dict[str, Callable[..., None]]:
@@ -116,13 +120,21 @@ def count_launches(case: Case) -> tuple[int, int | None]:
 
 def schedule(*, shuffled: bool = False, max_blocks: int = 0) -> None:
     """Sets whether a random runnable thread runs next, and the largest number of blocks (0 means no limit)."""
-    load()
-    torch.ops.cuda_on_cpu.schedule(shuffled, max_blocks)
+    load().schedule(shuffled, max_blocks)
 
 
 def launches() -> int:
     """Returns the number of kernels launched so far."""
-    return int(torch.ops.cuda_on_cpu.launches())
+    return load().launches()
+
+
+def run_case(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Returns what a kernel of emulator_cases.cu makes of 64 numbers. Raises RuntimeError if the emulation does."""
+    result = torch.zeros_like(x)
+    error = load().run_case(name.encode(), x.data_ptr(), result.data_ptr())
+    if error is not None:
+        raise RuntimeError(error.decode())
+    return result
 
 
 if __name__ == "__main__":

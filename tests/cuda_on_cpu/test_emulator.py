@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import SANITIZE, schedule
+from emulation import SANITIZE, run_case, schedule
 
 pytestmark = pytest.mark.source_tree
 
@@ -22,30 +22,26 @@ def _schedule(request: pytest.FixtureRequest) -> None:
 X = torch.randn(64, generator=torch.Generator().manual_seed(0))
 
 
-def _run(name: str, x: torch.Tensor = X) -> torch.Tensor:
-    return torch.ops.cuda_on_cpu.run_case(name, x)
-
-
 def test_barriers() -> None:
-    assert torch.equal(_run("reverse"), X.flip(0))
-    assert torch.equal(_run("reverse_twice"), X)
+    assert torch.equal(run_case("reverse", X), X.flip(0))
+    assert torch.equal(run_case("reverse_twice", X), X)
 
 
 @pytest.mark.parametrize("name", ["reverse", "reverse_twice"])
 def test_a_missing_barrier_shows(name: str) -> None:
-    assert not torch.equal(_run(f"{name}_without_barrier"), _run(name))
+    assert not torch.equal(run_case(f"{name}_without_barrier", X), run_case(name, X))
 
 
 def test_shuffles() -> None:
     sums = X.view(8, 8).double().sum(1).repeat_interleave(8)
-    torch.testing.assert_close(_run("sum_of_teams").double(), sums)
+    torch.testing.assert_close(run_case("sum_of_teams", X).double(), sums)
 
 
 def test_votes() -> None:
     for x in (X, X.abs(), -X.abs()):
         of_warp = (x > 0).view(2, 32)
         expected = 1 * of_warp.any(1) + 2 * of_warp.all(1) + 4
-        assert _run("votes", x).tolist() == (expected.repeat_interleave(32) + 8 * (x > 0)).tolist()
+        assert run_case("votes", x).tolist() == (expected.repeat_interleave(32) + 8 * (x > 0)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -59,13 +55,13 @@ def test_votes() -> None:
 )
 def test_errors_are_noticed(name: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        _run(name)
-    assert torch.equal(_run("reverse"), X.flip(0))  # and nothing is left behind
+        run_case(name, X)
+    assert torch.equal(run_case("reverse", X), X.flip(0))  # and nothing is left behind
 
 
 @pytest.mark.skipif(not SANITIZE, reason="built without sanitizers")
 def test_a_load_past_the_end_is_noticed() -> None:
-    code = "import emulation, test_emulator; emulation.load(); test_emulator._run('past_the_end')"
+    code = "import emulation, test_emulator; emulation.run_case('past_the_end', test_emulator.X)"
     here = Path(__file__).parent
     path = {**os.environ, "PYTHONPATH": str(here.parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=here, env=path, capture_output=True, text=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import test_heads
 import test_layers
-import torch
 from cases import SMALL, Case
 from emulation import count_launches, device_tests
 
-import wakesleep_ext as ws
+from wakesleep_ext import _C
 
 pytestmark = pytest.mark.source_tree
 
@@ -17,8 +18,10 @@ globals().update(device_tests(test_heads, test_layers))
 
 
 @pytest.fixture(autouse=True)
-def _no_batch_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WAKESLEEP_SMALL_BATCH", "0")
+def _no_batch_is_small() -> Iterator[None]:
+    _C.set_small_batch(0)
+    yield
+    _C.set_small_batch(None)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -28,9 +31,3 @@ def test_one_launch_for_a_product_forward_and_one_backward(case: Case, device: s
     formed_before = case.op == "linear_bernoulli_log_prob_sum"  # gradients are formed in the forward pass
     backward = None if case.is_binary else 0 if formed_before else products
     assert count_launches(case.wide(40, 85)) == (products, backward)
-
-
-def test_what_is_no_number_of_rows(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setenv("WAKESLEEP_SMALL_BATCH", "12 or so")
-    with pytest.raises(ValueError, match="expected WAKESLEEP_SMALL_BATCH to be a number, got '12 or so'"):
-        ws.linear(torch.zeros(2, 3), torch.zeros(4, 3), None)

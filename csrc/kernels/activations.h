@@ -1,0 +1,70 @@
+// Activation functions y = f(a) of a layer, for host and device. The gradient of a is computed from y and the gradient
+// of y, so a layer saves only y for its backward pass.
+#pragma once
+
+#include "densities.h"
+
+namespace wakesleep {
+
+struct Identity {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T a) const {
+    return a;
+  }
+  template <typename T>
+  WAKESLEEP_FUNCTION T gradient(T upstream, T) const {
+    return upstream;
+  }
+};
+
+struct Relu {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T a) const {
+    return a < T(0) ? T(0) : a;  // NaN passes through
+  }
+  template <typename T>
+  WAKESLEEP_FUNCTION T gradient(T upstream, T y) const {
+    return y <= T(0) ? T(0) : upstream;
+  }
+};
+
+struct Sigmoid {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T a) const {
+    return wakesleep::sigmoid(a);
+  }
+  template <typename T>
+  WAKESLEEP_FUNCTION T gradient(T upstream, T y) const {
+    return upstream * (y * (1 - y));
+  }
+};
+
+struct Tanh {
+  template <typename T>
+  WAKESLEEP_FUNCTION T operator()(T a) const {
+    return wakesleep::tanh(a);
+  }
+  template <typename T>
+  WAKESLEEP_FUNCTION T gradient(T upstream, T y) const {
+    return upstream * (1 - y * y);
+  }
+};
+
+enum class Activation : uint8_t { identity, relu, sigmoid, tanh };
+
+// Calls body(f), where f is the function above.
+template <typename Body>
+auto dispatch_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::relu:
+      return body(Relu{});
+    case Activation::sigmoid:
+      return body(Sigmoid{});
+    case Activation::tanh:
+      return body(Tanh{});
+    default:
+      return body(Identity{});
+  }
+}
+
+}  // namespace wakesleep

@@ -1,0 +1,254 @@
+// The platform's BLAS packs the operands, and makes a separate pass to scale the output before accumulating into it.
+// Packing pays off if each packed copy is read many times. With 20 rows, however, a weight matrix is read only five
+// times, and its gradient is a sum of only 20 outer products. So these kernels read the operands without packing, and
+// write the output once. They keep the sums of a tile in registers and prefetch the operands of the next tiles.
+#include "../skinny_gemm.h"
+
+#include "vector.h"
+
+namespace wakesleep::cpu {
+namespace {
+
+// The register tile of a GEMM. It has enough accumulators to hide the latency of multiply-adds if the processor starts
+// two per cycle. Accumulators and operands fit in 16 registers. A column is one element in the forward kernel, and a
+// vector in the backward kernel.
+constexpr int kRegisterRows = 4, kRegisterColumns = 3;
+
+// Calls body(n) with n = min(count, most) as a compile-time constant.
+template <int most, typename Body>
+WAKESLEEP_INLINE void for_at_most(int64_t count, const Body& body) {
+  if constexpr (most > 1) {
+    if (count < most) {
+      return for_at_most<most - 1>(count, body);
+    }
+  }
+  body(std::integral_constant<int, most>{});
+}
+
+template <typename T>
+struct Strided {
+  T* data;
+  int64_t row, column;  // strides
+
+  WAKESLEEP_INLINE T* at(int64_t m, int64_t n) const { return data + m * row + n * column; }
+  WAKESLEEP_INLINE Strided from(int64_t m, int64_t n) const { return {at(m, n), row, column}; }
+};
+
+template <typename T>
+WAKESLEEP_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last, int64_t column, int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t at = column; at < column + columns; at += kLine) {
+      __builtin_prefetch(a.at(row, at));
+    }
+  }
+}
+
+// Returns the smallest number of tiles that is worth a separate thread.
+inline int64_t grain_of(int64_t multiplications) {
+  constexpr int64_t kGrain = 1 << 18;
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiplications));
+}
+
+// ---- forward: a b^T, both row-major --------------------------------------------------------------------------------
+
+// Computes y[r, c] = sum_k a[r, k] b[c, k] for a tile. Each lane accumulates every width-th k.
+template <typename T, int bytes, int rows, int columns>
+WAKESLEEP_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T>& b, int64_t K, const Strided<T>& y) {
+  using V = Vector<T, bytes>;
+  typename V::Lanes sum[rows][columns];
+  WAKESLEEP_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    WAKESLEEP_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      sum[r][c] = V::all(0);
+    }
+  }
+  const auto add = [&](const auto& load) {
+    typename V::Lanes of_b[columns];
+    WAKESLEEP_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      of_b[c] = load(b.at(c, 0));
+    }
+    WAKESLEEP_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const typename V::Lanes of_a = load(a.at(r, 0));
+      WAKESLEEP_UNROLL
+      for (int c = 0; c < columns; ++c) {
+        sum[r][c] = V::multiply_add(of_a, of_b[c], sum[r][c]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + V::width <= K; k += V::width) {
+    add([k](const T* row) { return V::load(row + k); });
+  }
+  if (k < K) {
+    add([k, K](const T* row) { return V::load(row + k, K - k); });
+  }
+  WAKESLEEP_UNROLL
+  for (int first = 0; first < rows; first += V::group) {
+    WAKESLEEP_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      typename V::Lanes of_rows[V::group];
+      WAKESLEEP_UNROLL
+      for (int r = 0; r < V::group; ++r) {
+        of_rows[r] = first + r < rows ? sum[first + r][c] : V::all(0);
+      }
+      T sums[V::group];
+      V::sums(of_rows, sums);
+      WAKESLEEP_UNROLL
+      for (int r = 0; r < V::group; ++r) {
+        if (first + r < rows) {
+          *y.at(first + r, c) = sums[r];
+        }
+      }
+    }
+  }
+}
+
+// Computes y = a b^T. Threads divide the column tiles. A column tile is a few rows of b, and each tile is multiplied by
+// all rows of a.
+template <typename T>
+void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
+                   const Strided<T>& y) {
+  const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows,
+                column_tiles = (N + kRegisterColumns - 1) / kRegisterColumns;
+  vectorized_parallel_for(
+      column_tiles, grain_of(M * K * kRegisterColumns), [&](auto bytes, int64_t begin, int64_t end) {
+        for (int64_t n = begin * kRegisterColumns; n < std::min(N, end * kRegisterColumns); n += kRegisterColumns) {
+          for_at_most<kRegisterColumns>(N - n, [&](auto columns) {
+            for (int64_t tile = 0; tile < row_tiles; ++tile) {
+              const int64_t k = K * tile / row_tiles, m = tile * kRegisterRows;
+              prefetch(b, n + columns, std::min(N, n + 2 * columns), k, K * (tile + 1) / row_tiles - k);
+              for_at_most<kRegisterRows>(M - m, [&](auto rows) {
+                dot_tile<T, bytes, rows, columns>(a.from(m, 0), b.from(n, 0), K, y.from(m, n));
+              });
+            }
+          });
+        }
+      });
+}
+
+// ---- backward: a b, b row-major ------------------------------------------------------------------------------------
+
+// The number of rows of b in a block. A block stays in cache while it is multiplied by all rows of a.
+constexpr int64_t kBlock = 32;
+
+// Computes to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile. If is_ragged is true, the last vector of a row has
+// only `last` elements.
+template <typename T, int bytes, int rows, int vectors, bool is_ragged>
+WAKESLEEP_INLINE void outer_tile(const T (&a)[kBlock][kRegisterRows], const Strided<const T>& b, int64_t K,
+                                 const Strided<const T>& from, const Strided<T>& to, int64_t last) {
+  using V = Vector<T, bytes>;
+  typename V::Lanes sum[rows][vectors];
+  WAKESLEEP_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    V::template load<is_ragged>(sum[r], from.at(r, 0), last);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    typename V::Lanes of_b[vectors];
+    V::template load<is_ragged>(of_b, b.at(k, 0), last);
+    WAKESLEEP_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const typename V::Lanes of_a = V::all(a[k][r]);
+      WAKESLEEP_UNROLL
+      for (int v = 0; v < vectors; ++v) {
+        sum[r][v] = V::multiply_add(of_a, of_b[v], sum[r][v]);
+      }
+    }
+  }
+  WAKESLEEP_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    V::template store<is_ragged>(to.at(r, 0), sum[r], last);
+  }
+}
+
+// The rows and columns of y that a thread computes.
+struct Part {
+  int64_t first_row, last_row;
+  int64_t first_column, last_column;
+};
+
+// Copies a[m .. m + rows - 1, k .. k + count - 1], transposed.
+template <int rows, typename T>
+WAKESLEEP_INLINE void transpose(const Strided<const T>& a, int64_t m, int64_t k, int64_t count,
+                                T (&to)[kBlock][kRegisterRows]) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int r = 0; r < rows; ++r) {
+      to[i][r] = *a.at(m + r, k + i);
+    }
+  }
+}
+
+// Computes a part of y = a b. While a block of b is multiplied by all rows of a, each row tile prefetches its share of
+// the next block.
+template <typename T, int bytes>
+WAKESLEEP_INLINE void multiply_part(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K,
+                                    const Strided<T>& y, const Part& part) {
+  constexpr int64_t width = Vector<T, bytes>::width, strip = kRegisterColumns * width;
+  static constexpr T kZeros[kRegisterColumns * 64 / sizeof(T)] = {};
+  const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows;
+  for (int64_t k = 0; k < K; k += kBlock) {
+    const int64_t count = std::min(kBlock, K - k), following = std::min(kBlock, K - k - count);
+    for (int64_t m = part.first_row; m < part.last_row; m += kRegisterRows) {
+      for_at_most<kRegisterRows>(part.last_row - m, [&](auto rows) {
+        T of_a[kBlock][kRegisterRows];
+        transpose<rows>(a, m, k, count, of_a);
+        const int64_t tile = m / kRegisterRows, next = k + count + following * tile / row_tiles;
+        const int64_t next_end = k + count + following * (tile + 1) / row_tiles;
+        for (int64_t n = part.first_column; n < part.last_column; n += strip) {
+          prefetch(b, next, next_end, n, strip);
+          prefetch(y, m, m + rows, n + 2 * strip, strip);
+          const Strided<T> to = y.from(m, n);
+          const Strided<const T> from = k > 0 ? Strided<const T>{to.data, to.row, 1} : Strided<const T>{kZeros, 0, 1};
+          const int64_t left = part.last_column - n;
+          for_at_most<kRegisterColumns>((left + width - 1) / width, [&](auto vectors) {
+            if (left >= vectors * width) {
+              outer_tile<T, bytes, rows, vectors, false>(of_a, b.from(k, n), count, from, to, width);
+            } else {
+              outer_tile<T, bytes, rows, vectors, true>(of_a, b.from(k, n), count, from, to,
+                                                        left - (vectors - 1) * width);
+            }
+          });
+        }
+      });
+    }
+  }
+}
+
+// Computes y = a b. Threads divide the row tiles or the column strips, whichever are more.
+template <typename T>
+void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
+                      const Strided<T>& y) {
+  constexpr int64_t kWidest = kRegisterColumns * 64 / sizeof(T);
+  const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows, strips = (N + kWidest - 1) / kWidest;
+  const int64_t parts = std::max(row_tiles, strips);
+  vectorized_parallel_for(parts, grain_of(M * K * N / parts), [&](auto bytes, int64_t begin, int64_t end) {
+    const Part part = parts == row_tiles ? Part{begin * kRegisterRows, std::min(M, end * kRegisterRows), 0, N}
+                                         : Part{0, M, begin * kWidest, std::min(N, end * kWidest)};
+    multiply_part<T, bytes>(a, b, M, K, y, part);
+  });
+}
+
+template <typename T>
+Strided<const T> strided(const SkinnyGemm::Matrix& matrix) {
+  return {static_cast<const T*>(matrix.data), matrix.row, matrix.column};
+}
+
+}  // namespace
+
+void compute(const SkinnyGemm& call, Stream) {
+  dispatch_computed(call.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Strided<T> y = {static_cast<T*>(call.y), call.N, 1};
+    const auto a = strided<T>(call.a), b = strided<T>(call.b);
+    if (b.column == 1) {
+      multiply_columns(a, b, call.M, call.K, call.N, y);
+    } else {
+      multiply_rows(a, {b.data, b.column, b.row}, call.M, call.K, call.N, y);
+    }
+  });
+}
+
+}  // namespace wakesleep::cpu

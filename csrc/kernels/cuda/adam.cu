@@ -1,0 +1,76 @@
+// A thread processes 16 bytes of a parameter, and a launch processes up to kTensors parameters.
+#include "../adam.h"
+
+#include "rowwise.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+// The number of elements in a piece. A block processes one piece at a time.
+template <typename scalar_t>
+constexpr int64_t kPiece = int64_t(kBlockThreads) * kPacket<scalar_t>;
+
+// The number of parameters per launch. Their pointers and the rule must fit in the 4 KB of kernel arguments that every
+// GPU allows.
+constexpr size_t kTensors = 82;
+
+template <typename scalar_t>
+struct AdamTensors {
+  AdamPieces<scalar_t, kPiece<scalar_t>> tensor[kTensors];
+  int64_t first, end;  // range of piece numbers
+};
+static_assert(sizeof(AdamTensors<float>) + sizeof(AdamRule) <= 4096);
+
+template <typename compute_t, int n, bool aligned, typename Tensor>
+__device__ void descend(const AdamStep<compute_t>& step, Span<n, aligned> span, const Tensor& tensor) {
+  const auto gradient = load<compute_t>(span, tensor.gradient);
+  auto parameter = load<compute_t, Written>(span, tensor.parameter);
+  auto exp_avg = load<compute_t, Written>(span, tensor.exp_avg);
+  auto exp_avg_sq = load<compute_t, Written>(span, tensor.exp_avg_sq);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    step(gradient.value[i], parameter.value[i], exp_avg.value[i], exp_avg_sq.value[i]);
+  }
+  store(span, parameter, tensor.parameter);
+  store(span, exp_avg, tensor.exp_avg);
+  store(span, exp_avg_sq, tensor.exp_avg_sq);
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kBlockThreads, 2) adam(const AdamTensors<scalar_t> tensors, const AdamRule rule) {
+  using compute_t = Compute<scalar_t>;
+  constexpr int n = kPacket<scalar_t>;
+  __shared__ AdamStep<compute_t> step;  // computed once per block: float64 pow is slow on some GPUs
+  if (threadIdx.x == 0) {
+    step = rule.template read<compute_t>();
+  }
+  __syncthreads();
+  int t = 0;
+  for (int64_t piece = tensors.first + blockIdx.x; piece < tensors.end; piece += gridDim.x) {
+    while (piece >= tensors.tensor[t].end()) {
+      ++t;
+    }
+    const auto& tensor = tensors.tensor[t];
+    const int64_t at = (piece - tensor.first) * kPiece<scalar_t> + threadIdx.x * n;
+    if (at < tensor.size) {
+      descend(step, Span<n, false>{at, 0, static_cast<int>(min(int64_t(n), tensor.size - at))}, tensor);
+    }
+  }
+}
+
+}  // namespace
+
+void compute(const Adam& call, Stream stream) {
+  dispatch_floating(call.dtype, [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    const auto all = divide<scalar_t, kPiece<scalar_t>>(call);
+    for (size_t first = 0; first < all.size(); first += kTensors) {
+      const size_t count = std::min(kTensors, all.size() - first);
+      AdamTensors<scalar_t> tensors = {{}, all[first].first, all[first + count - 1].end()};
+      std::copy_n(all.begin() + first, count, tensors.tensor);
+      launch(stream, adam<scalar_t>, tensors.end - tensors.first, kBlockThreads, tensors, call.rule);
+    }
+  });
+}
+
+}  // namespace wakesleep::cuda

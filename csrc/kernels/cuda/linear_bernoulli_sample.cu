@@ -1,0 +1,71 @@
+#include "../linear_bernoulli_sample.h"
+
+#include "bernoulli_rows.cuh"
+#include "small_batch.cuh"
+
+namespace wakesleep::cuda {
+namespace {
+
+template <typename compute_t, typename x_t>
+struct LinearBernoulliSampleRows {
+  const compute_t* __restrict__ products;
+  const compute_t* __restrict__ bias;
+  const int64_t* __restrict__ key;
+  x_t* __restrict__ x;
+  int64_t first;   // first row of the chunk
+  int64_t stride;  // row stride of products
+  int64_t D;
+
+  template <int threads>
+  __device__ void operator()(Team<threads> team, int64_t row) const {
+    const ProductAndBias<compute_t> logits = {products + row * stride, bias};
+    const int64_t element = (first + row) * D;
+    draw_row<kDrawPacket<compute_t>>(team, read_key(key), element, D, OfLogit{}, logits, x + element);
+  }
+};
+
+// Draws each element separately, from one of the four words of a Philox block.
+template <typename compute_t, typename x_t>
+struct WriteSample {
+  const compute_t* __restrict__ bias;
+  const int64_t* __restrict__ key;
+  x_t* __restrict__ x;
+  int64_t D;
+
+  __device__ void operator()(int64_t row, int64_t column, compute_t product) const {
+    const int64_t element = row * D + column;
+    const auto u = draw<Uniforms, compute_t, kPhiloxWords>(read_key(key), element / kPhiloxWords * kPhiloxWords);
+    compute_t its = u.value[0];
+#pragma unroll
+    for (int w = 1; w < kPhiloxWords; ++w) {
+      its = element % kPhiloxWords == w ? u.value[w] : its;
+    }
+    x[element] = static_cast<x_t>(draws_one(OfLogit{}, its, product + bias[column]) ? 1 : 0);
+  }
+};
+
+}  // namespace
+
+void compute(const LinearBernoulliSample& call, Stream stream) {
+  dispatch_floating_and_written(call.dtype, call.x_dtype, [&](auto type, auto x_type) {
+    using compute_t = Compute<typename decltype(type)::type>;
+    using x_t = typename decltype(x_type)::type;
+    launch_rows(stream, call.count, call.D,
+                LinearBernoulliSampleRows<compute_t, x_t>{
+                    static_cast<const compute_t*>(call.products), static_cast<const compute_t*>(call.bias), call.key,
+                    static_cast<x_t*>(call.x), call.first, call.products_stride, call.D});
+  });
+}
+
+void compute(const SmallBatchSample& call, Stream stream) {
+  dispatch_floating_and_written(call.layer.dtype, call.x_dtype, [&](auto type, auto x_type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = Compute<scalar_t>;
+    using x_t = typename decltype(x_type)::type;
+    launch_layer<scalar_t>(stream, call.layer,
+                           WriteSample<compute_t, x_t>{static_cast<const compute_t*>(call.bias), call.key,
+                                                       static_cast<x_t*>(call.x), call.layer.D});
+  });
+}
+
+}  // namespace wakesleep::cuda

@@ -1,0 +1,128 @@
+#include "gemm.h"
+
+#include <atomic>
+#include <cstdlib>
+
+namespace wakesleep {
+namespace {
+
+// ---- small batches -------------------------------------------------------------------------------------------------
+
+constexpr int64_t kNotSet = -1;
+std::atomic<int64_t> small_batch_set = kNotSet;
+
+// Returns the value of WAKESLEEP_SMALL_BATCH, or kNotSet. The variable is read once.
+int64_t small_batch_in_environment() {
+  static const int64_t rows = [] {
+    const char* chosen = std::getenv("WAKESLEEP_SMALL_BATCH");
+    if (chosen == nullptr) {
+      return kNotSet;
+    }
+    char* end = nullptr;
+    const int64_t number = std::strtoll(chosen, &end, 10);
+    TORCH_CHECK_VALUE(end != chosen && *end == '\0', "expected WAKESLEEP_SMALL_BATCH to be a number, got '", chosen,
+                      "'");
+    return std::max<int64_t>(0, number);
+  }();
+  return rows;
+}
+
+bool is_small_batch(const Backend& backend, int64_t rows) {
+  int64_t limit = small_batch_set.load(std::memory_order_relaxed);
+  limit = limit == kNotSet ? small_batch_in_environment() : limit;
+  return rows <= (limit == kNotSet ? backend.small_batch_rows : limit);
+}
+
+bool suits_skinny_gemm(const Backend& backend, const Gemm& gemm) {
+  if (backend.skinny_gemm == nullptr || cpu::instruction_set() == cpu::InstructionSet::baseline ||
+      gemm.a_dtype != gemm.b_dtype || gemm.M * gemm.K * gemm.N == 0) {
+    return false;
+  }
+  const bool has_few_rows = is_small_batch(backend, gemm.M), sums_few_rows = is_small_batch(backend, gemm.K);
+  return gemm.b_column == 1 ? has_few_rows || (gemm.a_row == 1 && sums_few_rows)
+                            : gemm.b_row == 1 && gemm.a_column == 1 && has_few_rows;
+}
+
+at::Tensor skinny_product(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor y = at::empty({a.size(0), b.size(1)}, a.options());
+  const auto matrix = [](const at::Tensor& of) { return SkinnyGemm::Matrix{read(of), of.stride(0), of.stride(1)}; };
+  launch(a.device(), backend_of(a.device()).skinny_gemm,
+         SkinnyGemm{dtype_of(a), matrix(a), matrix(b), write(y), a.size(0), a.size(1), b.size(1)});
+  return y;
+}
+
+// ---- oneDNN
+// ----------------------------------------------------------------------------------------------------------
+
+// Returns true if the processor has AVX-512 but MKL does not use it.
+bool blas_leaves_out_avx512() {
+#ifdef __x86_64__
+  return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// Returns the operator that computes x weight^T with oneDNN, if this torch has the operator.
+using OneDnnLinear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                                std::string_view, c10::List<std::optional<at::Scalar>>,
+                                std::optional<std::string_view>);
+const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
+  static const auto found = []() -> std::optional<c10::TypedOperatorHandle<OneDnnLinear>> {
+    const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    return op ? std::optional(op->typed<OneDnnLinear>()) : std::nullopt;
+  }();
+  return found;
+}
+
+// Returns true if a matrix [M, N] is row-major or column-major, possibly with padding between rows or columns.
+bool is_plain(int64_t M, int64_t N, int64_t row, int64_t column) {
+  return (column == 1 && row >= std::max<int64_t>(1, N)) || (row == 1 && column >= std::max<int64_t>(1, M));
+}
+
+bool suits_onednn(const Gemm& gemm) {
+  constexpr int64_t kWorthwhile = 1 << 20;
+  static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
+  return is_better && gemm.device.is_cpu() && gemm.a_dtype == at::kFloat && gemm.M * gemm.K * gemm.N >= kWorthwhile &&
+         is_plain(gemm.M, gemm.K, gemm.a_row, gemm.a_column) && is_plain(gemm.K, gemm.N, gemm.b_row, gemm.b_column) &&
+         at::globalContext().userEnabledMkldnn();
+}
+
+}  // namespace
+
+void set_small_batch(std::optional<int64_t> rows) {
+  TORCH_CHECK_VALUE(!rows || *rows >= 0, "set_small_batch: expected rows to be 0 or more, got ", *rows);
+  small_batch_set = rows.value_or(kNotSet);
+}
+
+Method method_for(const Gemm& gemm) {
+  const Backend& backend = backend_of(gemm.device);
+  if (gemm.is_layer && backend.small_batch != nullptr && is_small_batch(backend, gemm.M)) {
+    return Method::small_batch;
+  }
+  if (suits_skinny_gemm(backend, gemm)) {
+    return Method::skinny_gemm;
+  }
+  return suits_onednn(gemm) ? Method::onednn : Method::blas;
+}
+
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+  switch (method_for(Gemm::of(a, b))) {
+    case Method::skinny_gemm:
+      return in_type(skinny_product(a, b), type);
+    case Method::onednn:
+      return in_type(onednn_linear()->call(a, b.t(), {}, "none", c10::List<std::optional<at::Scalar>>(), {}), type);
+    default:
+      return a.is_cuda() && type != a.scalar_type() ? at::mm(a, b, type) : in_type(at::mm(a, b), type);
+  }
+}
+
+void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+  if (sum.scalar_type() == a.scalar_type() && !suits_onednn(Gemm::of(a, b))) {
+    sum.addmm_(a, b);
+  } else {
+    sum.add_(product(a, b, sum.scalar_type()));
+  }
+}
+
+}  // namespace wakesleep

@@ -1,0 +1,73 @@
+// GEMMs of layers, and the choice of how to compute them.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <string_view>
+
+#include "../backend.h"
+#include "../kernels/cpu/threads.h"
+
+namespace wakesleep {
+
+// Returns tensor.to(type), but does not call to() if the tensor already has this type. The call would take half a
+// microsecond.
+inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
+enum class Method {
+  small_batch,  // kernels that compute a whole layer at once
+  skinny_gemm,  // our GEMM
+  onednn,
+  blas,  // MKL or cuBLAS
+};
+
+// What the choice depends on: the product a b of matrices [M, K] and [K, N].
+struct Gemm {
+  at::Device device;
+  at::ScalarType a_dtype, b_dtype;
+  int64_t M, K, N;
+  int64_t a_row, a_column, b_row, b_column;  // strides
+  bool is_layer;                             // whether the caller can have a whole layer computed at once
+
+  static Gemm of(const at::Tensor& a, const at::Tensor& b) {
+    return {a.device(),  a.scalar_type(), b.scalar_type(), a.size(0),   a.size(1), b.size(1),
+            a.stride(0), a.stride(1),     b.stride(0),     b.stride(1), false};
+  }
+
+  // The products h weight^T of a layer.
+  static Gemm of_layer(const at::Tensor& h, const at::Tensor& weight) {
+    return {h.device(),  h.scalar_type(), weight.scalar_type(), h.size(0),        h.size(1), weight.size(0),
+            h.stride(0), h.stride(1),     weight.stride(1),     weight.stride(0), true};
+  }
+};
+
+// Decides how to compute a GEMM, or a whole layer.
+//
+// small_batch: a layer with at most as many rows as measured for the backend, if the backend has kernels for it. Such a
+//   GEMM cannot fill a GPU, so launches and reductions dominate, and one kernel for everything is fastest.
+// skinny_gemm: at most as many rows as measured for the backend, and matrices that need no packing. The rows are those
+// of
+//   the result or, if the product is the gradient of a weight, those that are summed.
+// onednn: float32 on a processor whose AVX-512 MKL leaves unused, because the vendor is not Intel. There, oneDNN is
+// twice
+//   as fast as MKL. Elsewhere, MKL is faster. Below 2^20 multiplications, setting up the call costs more than it saves.
+// blas: everything else.
+Method method_for(const Gemm& gemm);
+
+// Returns the matrix product a b in dtype `type`. A GPU multiplies 16-bit operands directly, and can yield a float32
+// result.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);
+
+// Adds the matrix product a b to `sum` in place.
+void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
+
+// Sets the limit of small batches. std::nullopt restores WAKESLEEP_SMALL_BATCH or, if this variable is not set, the
+// measured limit.
+void set_small_batch(std::optional<int64_t> rows);
+
+}  // namespace wakesleep

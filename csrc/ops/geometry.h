@@ -1,0 +1,115 @@
+// Makes the row maps of kernels/rows.h from tensors, and the tensors that gradients are written to.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <array>
+
+#include "../kernels/rows.h"
+#include "checks.h"
+
+namespace wakesleep {
+
+// Returns the strides of a tensor along the dimensions of `shape`. The tensor is [*batch, D], or [*batch] if event_dims
+// is 0. Its batch dimensions broadcast to `shape`.
+inline at::DimVector row_strides(const at::Tensor& tensor, at::IntArrayRef shape, int64_t event_dims = 1) {
+  at::DimVector strides(shape.size(), 0);
+  const int64_t batch_dims = tensor.dim() - event_dims;
+  for (int64_t d = 0; d < batch_dims; ++d) {
+    const int64_t position = static_cast<int64_t>(shape.size()) - batch_dims + d;
+    strides[position] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
+  }
+  return strides;
+}
+
+// Appends a new innermost dimension to a row map.
+template <int operands>
+void push(RowMap<operands>& map, int64_t length, const std::array<int64_t, operands>& strides) {
+  if (length == 1) {
+    return;
+  }
+  map.rows *= length;
+  bool merges = map.dims > 0;
+  for (int i = 0; merges && i < operands; ++i) {
+    merges = map.stride[i][map.dims - 1] == strides[i] * length;
+  }
+  if (!merges) {
+    TORCH_CHECK(map.dims < kMaxRowDims, "expected leading dimensions that merge into at most ", kMaxRowDims,
+                "; make the arguments contiguous");
+    map.size[map.dims++] = 1;
+  }
+  map.size[map.dims - 1] *= length;
+  for (int i = 0; i < operands; ++i) {
+    map.stride[i][map.dims - 1] = strides[i];
+  }
+}
+
+template <int operands>
+RowMap<operands> map_rows(at::IntArrayRef shape, const std::array<at::DimVector, operands>& strides) {
+  RowMap<operands> map;
+  for (size_t d = 0; d < shape.size(); ++d) {
+    std::array<int64_t, operands> at_d;
+    for (int i = 0; i < operands; ++i) {
+      at_d[i] = strides[i][d];
+    }
+    push<operands>(map, shape[d], at_d);
+  }
+  return map;
+}
+
+template <int operands>
+RowGroups<operands> group_rows(at::IntArrayRef shape, at::IntArrayRef owner_shape,
+                               const std::array<at::DimVector, operands>& strides) {
+  RowGroups<operands> groups;
+  const size_t missing = shape.size() - owner_shape.size();
+  for (size_t d = 0; d < shape.size(); ++d) {
+    std::array<int64_t, operands> at_d;
+    for (int i = 0; i < operands; ++i) {
+      at_d[i] = strides[i][d];
+    }
+    const bool broadcast = d < missing || owner_shape[d - missing] != shape[d];
+    push<operands>(broadcast ? groups.inner : groups.outer, shape[d], at_d);
+  }
+  return groups;
+}
+
+// Returns the tensor, or a contiguous copy if its last dimension is not contiguous. The other dimensions may have any
+// strides, so copies are rare.
+inline at::Tensor with_contiguous_events(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+inline at::DimVector concat(at::IntArrayRef first, at::IntArrayRef second) {
+  at::DimVector all(first.begin(), first.end());
+  all.append(second.begin(), second.end());
+  return all;
+}
+
+inline at::IntArrayRef batch_sizes(const at::Tensor& tensor) { return tensor.sizes().slice(0, tensor.dim() - 1); }
+
+// The output of a gradient kernel. If the gradient is summed over inner rows, `written` contains partial sums in the
+// compute dtype. Otherwise, it is the gradient itself.
+struct GradientSum {
+  bool is_summed;
+  at::ScalarType dtype;
+  at::Tensor written;  // [*shape], or [pieces, *shape]
+
+  GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)
+      : is_summed(inner_rows != 1), dtype(like.scalar_type()) {
+    written = is_summed
+                  ? at::empty(concat({inner_pieces(inner_rows)}, shape), like.options().dtype(compute_dtype(dtype)))
+                  : at::empty(shape, like.options());
+  }
+
+  GradientRows rows() const { return {write(written), is_summed}; }
+
+  at::Tensor total() const {
+    if (!is_summed) {
+      return written;
+    }
+    return (written.size(0) == 1 ? written.squeeze(0) : written.sum(0)).to(dtype);
+  }
+};
+
+}  // namespace wakesleep

@@ -1,3 +1,0 @@
-#pragma once
-
-#define C10_CUDA_CHECK(call) TORCH_CHECK((call) == cudaSuccess)
