@@ -3,6 +3,7 @@
 #pragma once
 
 #include "densities.h"
+#include "numbers.h"
 
 namespace wakesleep {
 
@@ -65,6 +66,12 @@ auto dispatch_activation(Activation activation, const Body& body) {
     default:
       return body(Identity{});
   }
+}
+
+// Calls body(f, Type<scalar_t>{}).
+template <typename Body>
+void dispatch_activation_and_floating(Activation activation, Dtype dtype, const Body& body) {
+  dispatch_activation(activation, [&](auto f) { dispatch_floating(dtype, [&](auto type) { body(f, type); }); });
 }
 
 }  // namespace wakesleep

@@ -124,6 +124,13 @@ void dispatch_floating_and_value(Dtype parameter, Dtype value, const Body& body)
   });
 }
 
+// Calls body(Type<compute_t>{}, Type<value_t>{}). `compute` is float64 or float32, and `value` is uint8 or the same.
+template <typename Body>
+void dispatch_computed_and_value(Dtype compute, Dtype value, const Body& body) {
+  dispatch_computed(compute,
+                    [&](auto type) { value == Dtype::uint8 ? body(type, Type<uint8_t>{}) : body(type, type); });
+}
+
 // Calls body(Type<parameter_t>{}, Type<written_t>{}). `written` is uint8 or the parameters' dtype.
 template <typename Body>
 void dispatch_floating_and_written(Dtype parameter, Dtype written, const Body& body) {

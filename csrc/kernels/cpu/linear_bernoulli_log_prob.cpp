@@ -4,19 +4,9 @@
 #include "summed_rows.h"
 
 namespace wakesleep::cpu {
-namespace {
-
-// Calls body(Type<compute_t>{}, Type<x_t>{}).
-template <typename Call, typename Body>
-void dispatch(const Call& call, const Body& body) {
-  dispatch_computed(call.dtype,
-                    [&](auto type) { call.x_dtype == Dtype::uint8 ? body(type, Type<uint8_t>{}) : body(type, type); });
-}
-
-}  // namespace
 
 void compute(const LinearBernoulliLogProb& call, Stream) {
-  dispatch(call, [&](auto type, auto x_type) {
+  dispatch_computed_and_value(call.dtype, call.x_dtype, [&](auto type, auto x_type) {
     using compute_t = typename decltype(type)::type;
     using x_t = typename decltype(x_type)::type;
     const auto* products = static_cast<const compute_t*>(call.products);
@@ -70,7 +60,7 @@ void write_gradient(const LinearBernoulliGradient& call) {
 }  // namespace
 
 void compute(const LinearBernoulliGradient& call, Stream) {
-  dispatch(call, [&](auto type, auto x_type) {
+  dispatch_computed_and_value(call.dtype, call.x_dtype, [&](auto type, auto x_type) {
     using compute_t = typename decltype(type)::type;
     using x_t = typename decltype(x_type)::type;
     call.log_prob != nullptr ? write_gradient<true, compute_t, x_t>(call) : write_gradient<false, compute_t, x_t>(call);

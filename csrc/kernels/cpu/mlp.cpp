@@ -3,19 +3,9 @@
 #include "summed_rows.h"
 
 namespace wakesleep::cpu {
-namespace {
-
-// Calls body(f, Type<scalar_t>{}).
-template <typename Call, typename Body>
-void dispatch(const Call& call, const Body& body) {
-  dispatch_activation(call.activation,
-                      [&](auto f) { dispatch_floating(call.dtype, [&](auto type) { body(f, type); }); });
-}
-
-}  // namespace
 
 void compute(const MlpOutput& call, Stream) {
-  dispatch(call, [&](auto activation, auto type) {
+  dispatch_activation_and_floating(call.activation, call.dtype, [&](auto activation, auto type) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = Compute<scalar_t>;
     const auto* products = static_cast<const compute_t*>(call.products);
@@ -39,7 +29,7 @@ void compute(const MlpOutput& call, Stream) {
 }
 
 void compute(const MlpGradient& call, Stream) {
-  dispatch(call, [&](auto activation, auto type) {
+  dispatch_activation_and_floating(call.activation, call.dtype, [&](auto activation, auto type) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = Compute<scalar_t>;
     const auto* grad = static_cast<const scalar_t*>(call.grad);

@@ -97,13 +97,6 @@ struct LinearBernoulliLogProbBackwardRows {
   }
 };
 
-// Calls body(Type<compute_t>{}, Type<x_t>{}).
-template <typename Call, typename Body>
-void dispatch(const Call& call, const Body& body) {
-  dispatch_computed(call.dtype,
-                    [&](auto type) { call.x_dtype == Dtype::uint8 ? body(type, Type<uint8_t>{}) : body(type, type); });
-}
-
 // Calls body(Type<grad_t>{}), where grad_t is compute_t or, if compute_t is float, a 16-bit type.
 template <typename compute_t, typename Body>
 void dispatch_gradient(Dtype dtype, const Body& body) {
@@ -140,7 +133,7 @@ void write_gradient(const LinearBernoulliGradient& call, Stream stream) {
 }  // namespace
 
 void compute(const LinearBernoulliLogProb& call, Stream stream) {
-  dispatch(call, [&](auto type, auto x_type) {
+  dispatch_computed_and_value(call.dtype, call.x_dtype, [&](auto type, auto x_type) {
     using compute_t = typename decltype(type)::type;
     using x_t = typename decltype(x_type)::type;
     launch_rows(stream, call.count, call.D,
@@ -152,7 +145,7 @@ void compute(const LinearBernoulliLogProb& call, Stream stream) {
 }
 
 void compute(const LinearBernoulliGradient& call, Stream stream) {
-  dispatch(call, [&](auto type, auto x_type) {
+  dispatch_computed_and_value(call.dtype, call.x_dtype, [&](auto type, auto x_type) {
     using compute_t = typename decltype(type)::type;
     using x_t = typename decltype(x_type)::type;
     dispatch_gradient<compute_t>(call.grad_dtype, [&](auto grad_type) {

@@ -74,17 +74,10 @@ struct MlpBackwardRows {
   }
 };
 
-// Calls body(f, Type<scalar_t>{}).
-template <typename Call, typename Body>
-void dispatch(const Call& call, const Body& body) {
-  dispatch_activation(call.activation,
-                      [&](auto f) { dispatch_floating(call.dtype, [&](auto type) { body(f, type); }); });
-}
-
 }  // namespace
 
 void compute(const MlpOutput& call, Stream stream) {
-  dispatch(call, [&](auto activation, auto type) {
+  dispatch_activation_and_floating(call.activation, call.dtype, [&](auto activation, auto type) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = Compute<scalar_t>;
     launch_rows(stream, call.rows, call.D,
@@ -95,7 +88,7 @@ void compute(const MlpOutput& call, Stream stream) {
 }
 
 void compute(const MlpGradient& call, Stream stream) {
-  dispatch(call, [&](auto activation, auto type) {
+  dispatch_activation_and_floating(call.activation, call.dtype, [&](auto activation, auto type) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = Compute<scalar_t>;
     const auto launch_for = [&](auto written_type) {

@@ -39,15 +39,13 @@ void compute(const SmallBatchProducts& call, Stream stream) {
 }
 
 void compute(const SmallBatchOutput& call, Stream stream) {
-  dispatch_activation(call.activation, [&](auto activation) {
-    dispatch_floating(call.layer.dtype, [&](auto type) {
-      using scalar_t = typename decltype(type)::type;
-      using compute_t = Compute<scalar_t>;
-      launch_layer<scalar_t>(
-          stream, call.layer,
-          WriteOutput<compute_t, scalar_t, decltype(activation)>{
-              static_cast<const compute_t*>(call.bias), static_cast<scalar_t*>(call.output), call.layer.D, activation});
-    });
+  dispatch_activation_and_floating(call.activation, call.layer.dtype, [&](auto activation, auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = Compute<scalar_t>;
+    launch_layer<scalar_t>(
+        stream, call.layer,
+        WriteOutput<compute_t, scalar_t, decltype(activation)>{
+            static_cast<const compute_t*>(call.bias), static_cast<scalar_t*>(call.output), call.layer.D, activation});
   });
 }
 

@@ -220,20 +220,18 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 void compute(const SmallBatchGradients& call, Stream stream) {
   const SmallBatchLayer& layer = call.layer;
-  dispatch_activation(call.activation, [&](auto activation) {
-    dispatch_floating(layer.dtype, [&](auto type) {
-      using scalar_t = typename decltype(type)::type;
-      dispatch_packet<scalar_t>({{layer.h, layer.H}, {layer.weight, layer.H}, {call.grad, layer.D}}, [&](auto n) {
-        using Gradients = LayerGradientsOf<decltype(n)::value, scalar_t, decltype(activation)>;
-        const Gradients gradients = {operands_of<scalar_t>(layer),
-                                     static_cast<const scalar_t*>(call.grad),
-                                     static_cast<scalar_t*>(call.grad_weight),
-                                     static_cast<scalar_t*>(call.grad_bias),
-                                     static_cast<scalar_t*>(call.grad_a),
-                                     activation};
-        const int64_t of_weight = gradients.blocks_of_weight(), blocks = of_weight + gradients.blocks_of_h();
-        launch(stream, layer_gradients_kernel<Gradients>, blocks, kBlockThreads, gradients, of_weight, blocks);
-      });
+  dispatch_activation_and_floating(call.activation, layer.dtype, [&](auto activation, auto type) {
+    using scalar_t = typename decltype(type)::type;
+    dispatch_packet<scalar_t>({{layer.h, layer.H}, {layer.weight, layer.H}, {call.grad, layer.D}}, [&](auto n) {
+      using Gradients = LayerGradientsOf<decltype(n)::value, scalar_t, decltype(activation)>;
+      const Gradients gradients = {operands_of<scalar_t>(layer),
+                                   static_cast<const scalar_t*>(call.grad),
+                                   static_cast<scalar_t*>(call.grad_weight),
+                                   static_cast<scalar_t*>(call.grad_bias),
+                                   static_cast<scalar_t*>(call.grad_a),
+                                   activation};
+      const int64_t of_weight = gradients.blocks_of_weight(), blocks = of_weight + gradients.blocks_of_h();
+      launch(stream, layer_gradients_kernel<Gradients>, blocks, kBlockThreads, gradients, of_weight, blocks);
     });
   });
 }
