@@ -233,11 +233,12 @@ def save_machine(path, machine, **model):
 
 def test_a_machine_comes_back_as_it_was(path, machine):
     save_machine(path, machine)
-    loaded, description = checkpoint.load_machine(path)
+    held = checkpoint.load(path)
+    loaded = checkpoint.machine_of(path, held)
     assert repr(loaded) == repr(machine)
     assert bits(loaded.state_dict()) == bits(machine.state_dict())
     assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
-    assert description["step"] == 3
+    assert held.description["step"] == 3
     x = torch.ones(2, 6)
     assert torch.equal(loaded.recognition[0](x).mu, machine.recognition[0](x).mu)
 
@@ -255,11 +256,11 @@ def test_a_machine_comes_back_as_it_was(path, machine):
 def test_weights_that_do_not_fit_the_description_are_refused(path, machine, model, reason):
     save_machine(path, machine, **model)
     with pytest.raises(CheckpointError, match=f"(?s){path.name}: does not hold the model.*{reason}"):
-        checkpoint.load_machine(path)
+        checkpoint.machine_of(path, checkpoint.load(path))
 
 
 def test_loading_a_machine_draws_no_random_numbers(path, machine):
     save_machine(path, machine)
     before = torch.get_rng_state()
-    checkpoint.load_machine(path)
+    checkpoint.machine_of(path, checkpoint.load(path))
     assert torch.equal(torch.get_rng_state(), before)

@@ -80,16 +80,6 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def load_machine(path: Path) -> tuple[HelmholtzMachine, dict[str, Any]]:
-    """Load the Helmholtz machine of a training run to the CPU, and return it with the run's description.
-
-    Raises:
-        CheckpointError: as for :func:`load`, or the weights do not fit the described model.
-    """
-    held = load(path)
-    return machine_of(path, held), held.description
-
-
 def machine_of(path: Path, held: Checkpoint) -> HelmholtzMachine:
     """Build the Helmholtz machine that a checkpoint contains, on the CPU.
 
