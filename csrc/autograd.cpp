@@ -4,6 +4,7 @@
 #include "autograd/autocast.cpp"
 #include "autograd/bernoulli_log_prob.cpp"
 #include "autograd/gaussian_kl.cpp"
+#include "autograd/gaussian_kl_between.cpp"
 #include "autograd/gaussian_log_prob.cpp"
 #include "autograd/gaussian_parameters.cpp"
 #include "autograd/gaussian_rsample.cpp"

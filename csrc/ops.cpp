@@ -6,6 +6,7 @@
 #include "ops/binarize.cpp"
 #include "ops/draw_key.cpp"
 #include "ops/gaussian_kl.cpp"
+#include "ops/gaussian_kl_between.cpp"
 #include "ops/gaussian_log_prob.cpp"
 #include "ops/gaussian_rsample.cpp"
 #include "ops/gemm.cpp"

@@ -44,6 +44,9 @@ constexpr Operator kOperators[] = {
     {"standard_gaussian_log_prob_backward(Tensor grad, Tensor z) -> Tensor"},
     {"gaussian_kl(Tensor mu, Tensor logvar) -> Tensor"},
     {"gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar) -> Tensor"},
+    {"gaussian_kl_between(Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar) -> Tensor"},
+    {"gaussian_kl_between_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar, "
+     "bool with_grad, bool with_grad_prior) -> (Tensor, Tensor)"},
     {"bernoulli_log_prob(Tensor logits, Tensor x) -> Tensor"},
     {"bernoulli_log_prob_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor"},
 

@@ -60,6 +60,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             OPS.format("gaussian_rsample and float64"),
         ),
         Fault(
+            "log-ratio-is-product",
+            "csrc/kernels/densities.h",
+            "log_ratio(logvar - prior_logvar)",
+            "log_ratio(logvar + prior_logvar)",
+            OPS.format("gaussian_kl_between and float64"),
+        ),
+        Fault(
             "stream-in-wrong-bits",
             "csrc/kernels/philox.h",
             "(uint32_t(stream) << 28)",
@@ -111,6 +118,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "element.store(row_mu, upstream * mean);",
             "element.store(row_mu, mean);",
             OPS.format("gaussian_kl"),
+        ),
+        Fault(
+            "gradient-of-prior-mu-with-wrong-sign",
+            "csrc/kernels/cpu/gaussian_kl_between.cpp",
+            "put<adds>(grad.prior_mu, -of_mu);",
+            "put<adds>(grad.prior_mu, of_mu);",
+            OPS.format("gaussian_kl_between"),
         ),
         Fault(
             "log-prob-without-logvar",
@@ -218,6 +232,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "sum_like(grad_logvar, logvar)",
             "sum_like(grad_mu, logvar)",
             OPS.format("gaussian_rsample"),
+        ),
+        Fault(
+            "gradient-of-prior-asked-for-by-prior-mu",
+            "csrc/autograd/gaussian_kl_between.cpp",
+            "needs(2) || needs(3)",
+            "needs(2)",
+            "tests/test_ops.py -k test_gradients_only_where_asked",
         ),
         Fault(
             "gradient-of-x-is-x",
@@ -334,6 +355,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "kl[row] = compute_t(0.5) * sum;",
             "kl[row] = sum;",
             ON_CUDA.format("gaussian_kl"),
+        ),
+        Fault(
+            "cuda-gradient-of-prior-of-last-row-alone",
+            "csrc/kernels/cuda/gaussian_kl_between.cu",
+            "total_mu.value[i] -= m.value[i];",
+            "total_mu.value[i] = -m.value[i];",
+            ON_CUDA.format("gaussian_kl_between"),
         ),
         Fault(
             "cuda-gradient-of-last-row-alone",
@@ -494,10 +522,10 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "tests/test_distributions.py -k test_shapes_and_densities",
         ),
         Fault(
-            "means-in-units-of-variance",
+            "divergence-of-the-second-from-the-first",
             "wakesleep_ext/distributions.py",
-            "(_widened(p.mu) - q.mu) * (-logvar / 2).exp()",
-            "(_widened(p.mu) - q.mu) * (-logvar).exp()",
+            "gaussian_kl_between(p.mu, p.logvar, q.mu, q.logvar)",
+            "gaussian_kl_between(q.mu, q.logvar, p.mu, p.logvar)",
             "tests/test_distributions.py -k test_divergences_are_those_of_torch",
         ),
         Fault(

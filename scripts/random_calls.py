@@ -149,6 +149,10 @@ OPERATORS: dict[str, Callable[[Maker], list[Any]]] = {
     "standard_gaussian_log_prob_backward": lambda m: [m.compute("SB"), m.floats("SBK")],
     "gaussian_kl": lambda m: [m.floats("BK"), m.floats("BK")],
     "gaussian_kl_backward": lambda m: [m.compute("B"), m.floats("BK"), m.floats("BK")],
+    "gaussian_kl_between": lambda m: [m.floats("SBK"), m.floats("BK"), m.floats("BK"), m.floats("K")],
+    "gaussian_kl_between_backward": lambda m: [
+        m.compute("SB"), m.floats("SBK"), m.floats("BK"), m.floats("BK"), m.floats("K"), m.flag(), m.flag(),
+    ],
     "bernoulli_log_prob": lambda m: [m.floats("SBD"), m.observed("BD")],
     "bernoulli_log_prob_backward": lambda m: [m.compute("SB"), m.floats("SBD"), m.observed("BD")],
     "mlp": lambda m: [*_layers(m), *_names(m)],

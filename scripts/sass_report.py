@@ -30,6 +30,8 @@ OPERANDS = {
     "BinarizeRows": (0,),
     "GaussianKlRows": (0, 0),
     "GaussianKlBackwardRows": (0, 0),
+    "GaussianKlBetweenRows": (0, 0, 0, 0),
+    "GaussianKlBetweenBackwardRows": (0, 0, 0, 0),
     "GaussianLogProbRows": (0, 0, 0),
     "GaussianLogProbBackwardRows": (0, 0, 0),
     "GaussianRsampleRows": (0, 0),

@@ -197,6 +197,14 @@ _TRIPLES = (
     ((4, 9), (4, 9), (5, 1, 9)),
 )
 
+_QUADRUPLES = (
+    *((*pair, *pair) for pair in _PAIRS),
+    ((150, 9), (9,), (9,), (9,)),  # many rows for one prior
+    ((9,), (9,), (150, 9), (150, 9)),  # and for one Gaussian
+    ((2, 1, 9), (4, 9), (2, 1, 9), (9,)),
+    ((5, 1, 9), (4, 9), (3, 1, 1, 9), (3, 5, 1, 9)),  # more rows on both sides
+)
+
 # h, weight, bias and x of a head
 _HEADS = (
     ((1,), (1, 1), (1,), (1,)),
@@ -216,6 +224,7 @@ SHAPES = (
     *(Case("gaussian_rsample_log_prob", ((3, 13), (3, 13)), shape) for shape in _SAMPLE_SHAPES),
     *(Case("gaussian_rsample", ((3, 1030), (3, 1030)), shape) for shape in _SAMPLE_SHAPES),
     *(Case("gaussian_kl", pair) for pair in _PAIRS),
+    *(Case("gaussian_kl_between", quadruple) for quadruple in _QUADRUPLES),
     *(Case("gaussian_log_prob", triple) for triple in _TRIPLES),
     *(Case("standard_gaussian_log_prob", (pair[0],)) for pair in _PAIRS),
     *(Case("bernoulli_log_prob", pair) for pair in _PAIRS),
@@ -256,6 +265,7 @@ SHAPES = (
             Case("gaussian_log_prob", ((4, 3, 21), (4, 3, 21), (2, 4, 3, 21))),
             Case("standard_gaussian_log_prob", ((4, 3, 21),)),
             Case("gaussian_kl", ((4, 3, 21), (4, 3, 21))),
+            Case("gaussian_kl_between", 4 * ((4, 3, 21),)),
             Case("bernoulli_log_prob", ((2, 4, 3, 21), (4, 3, 21)), x_dtype=torch.uint8),
             Case("bernoulli_sample", ((4, 3, 21),), (2,)),
             Case("linear_bernoulli_log_prob", ((2, 4, 3, 5), (21, 5), (21,), (4, 3, 21)), x_dtype=torch.uint8),

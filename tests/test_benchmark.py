@@ -293,7 +293,7 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
     status = cli.main(["bench", *shlex.split(options), "--json", str(file), "--plot", str(picture)])
     out, err = capsys.readouterr()
     assert status == 0
-    assert "4/4" in err  # a progress bar
+    assert "6/6" in err  # a progress bar
     assert torch.get_num_threads() == before
 
     written = json.loads(file.read_text())
@@ -316,7 +316,7 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
         assert each["launches"] is None  # on a CPU
     assert [(r["op"], r["pass"], r["shape"], r["candidate"]) for r in written["records"]] == [
         (op, backward, [40, 64], candidate)
-        for op in ("gaussian_log_prob", "gaussian_kl")
+        for op in ("gaussian_log_prob", "gaussian_kl", "gaussian_kl_between")
         for backward in ("forward", "forward+backward")
         for candidate in ("fused", "eager")
     ]

@@ -27,6 +27,13 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
      r"bernoulli_sample: expected logits to have at least one dimension"),
     (lambda: ws.gaussian_kl(f(2, 3), f(2, 4)), ValueError,
      r"gaussian_kl: expected the last dimension of logvar to be 3, that of mu, got 4"),
+    (lambda: ws.gaussian_kl_between(f(2, 3), f(2, 3), f(2, 3), f(2, 4)), ValueError,
+     r"gaussian_kl_between: expected the last dimension of prior_logvar to be 3, that of prior_mu, got 4"),
+    (lambda: ws.gaussian_kl_between(f(2, 3), f(2, 3), f(4), f(4)), ValueError,
+     r"gaussian_kl_between: expected the last dimension of prior_mu to be 3, that of mu, got 4"),
+    (lambda: ws.gaussian_kl_between(f(2, 3), f(2, 3), f(4, 3), f(3)), ValueError,
+     r"gaussian_kl_between: expected the leading dimensions of mu and logvar and prior_mu and prior_logvar to "
+     r"broadcast, got \[2\] and \[4\]"),
     (lambda: ws.gaussian_rsample(f(2, 3), f(2, 4)), ValueError,
      r"gaussian_rsample: expected the last dimension of logvar to be 3, that of mu, got 4"),
     (lambda: ws.gaussian_log_prob(f(3), f(3), f(4)), ValueError,
@@ -70,6 +77,8 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
      r"linear_bernoulli_sample: expected dtype to be bool, uint8 or floating, got Int"),
     (lambda: ws.gaussian_kl(f(3, dtype=torch.int64), f(3)), TypeError,
      r"gaussian_kl: expected mu to be float64, float32, bfloat16 or float16, got Long"),
+    (lambda: ws.gaussian_kl_between(f(3), f(3), f(3), f(3, dtype=torch.int64)), TypeError,
+     r"gaussian_kl_between: expected prior_logvar to be float64, float32, bfloat16 or float16, got Long"),
     (lambda: ws.gaussian_rsample(f(3), f(3, dtype=torch.bool)), TypeError,
      r"gaussian_rsample: expected logvar to be float64"),
     (lambda: ws.gaussian_log_prob(f(3), f(3), f(3, dtype=torch.uint8)), TypeError,
@@ -89,6 +98,8 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # gradients handed to the operators directly
     (lambda: torch.ops.wakesleep_ext.bernoulli_log_prob_backward(f(2), f(3, 5), f(3, 5)), ValueError,
      r"bernoulli_log_prob_backward: expected grad to have shape \[3\], got \[2\]"),
+    (lambda: torch.ops.wakesleep_ext.gaussian_kl_between_backward(f(2), f(3), f(3), f(4, 3), f(3), True, True),
+     ValueError, r"gaussian_kl_between_backward: expected grad to have shape \[4\], got \[2\]"),
     (lambda: torch.ops.wakesleep_ext.linear_bernoulli_log_prob_backward(
         f(3), f(2, 3), f(5, 3), f(5), f(2, 5), None, True, True), ValueError,
      r"linear_bernoulli_log_prob_backward: expected grad to broadcast to \[2\], the rows, got \[3\]"),

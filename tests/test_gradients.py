@@ -19,6 +19,8 @@ BROADCAST = [
     Case("gaussian_log_prob", ((4, 3), (3,), (2, 4, 3))),
     Case("gaussian_log_prob", ((2, 4, 3), (4, 3), (3,))),
     Case("gaussian_kl", ((3,), (4, 3))),
+    Case("gaussian_kl_between", ((4, 3), (3,), (2, 1, 3), (3,))),
+    Case("gaussian_kl_between", ((3,), (3,), (4, 3), (2, 4, 3))),
     Case("bernoulli_log_prob", ((2, 3), (4, 1, 3))),
     Case("linear_bernoulli_log_prob", ((2, 1, 3), (5, 3), (5,), (4, 5))),
     Case("linear_bernoulli_log_prob", ((3,), (5, 3), (5,), (2, 4, 5))),
@@ -80,6 +82,9 @@ def test_opcheck_backward_operators(device: str) -> None:
         (o.gaussian_log_prob_backward, (grad, mu, logvar, z, False)),
         (o.standard_gaussian_log_prob_backward, (grad, z)),
         (o.gaussian_kl_backward, (grad[0], mu, logvar)),
+        (o.gaussian_kl_between_backward, (grad, z, logvar, mu, logvar[0], True, True)),
+        (o.gaussian_kl_between_backward, (grad, z, logvar, mu, logvar[0], True, False)),
+        (o.gaussian_kl_between_backward, (grad, z, logvar, mu, logvar[0], False, True)),
         (o.bernoulli_log_prob_backward, (grad, z, z)),
         (o.mlp_with_hidden, (z, [z[0], z[1].mT], [grad[0], mu[0]], "relu", None)),
         (
@@ -113,6 +118,8 @@ PACKED = {
     "log_prob": ws.gaussian_log_prob,
     "log_prob of many": lambda mu, logvar, z: ws.gaussian_log_prob(mu, logvar, z.repeat(70, 1, 1)),
     "kl": lambda mu, logvar, z: ws.gaussian_kl(mu, logvar),
+    "kl to a prior": lambda mu, logvar, z: ws.gaussian_kl_between(mu, logvar, z, z.sin()),
+    "kl to many priors": lambda mu, logvar, z: ws.gaussian_kl_between(z.repeat(70, 1, 1), z.sin(), mu, logvar),
 }
 
 

@@ -124,6 +124,26 @@ def test_extreme_logvar(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_equal_gaussians_do_not_diverge(dtype: torch.dtype, device: str) -> None:
+    """The divergence and its gradients are exactly 0, for log-variances of any size."""
+    mu = torch.randn(5, 37, dtype=dtype, device=device, requires_grad=True)
+    logvar = torch.linspace(-170, 170, 37, dtype=dtype, device=device).requires_grad_()
+    value = ws.gaussian_kl_between(mu, logvar, mu.detach(), logvar.detach())
+    assert not value.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(value.sum(), (mu, logvar)))
+
+
+@pytest.mark.parametrize("logvar", [-170.0, -80.0, 80.0, 170.0])
+def test_extreme_logvar_of_both_gaussians(logvar: float, device: str) -> None:
+    prior_logvar = torch.tensor([[logvar]], device=device)
+    prior_mu = torch.ones_like(prior_logvar)
+    mu = prior_mu + 0.5 * (0.5 * prior_logvar).exp()
+    arguments = (mu, prior_logvar + 0.5, prior_mu, prior_logvar)
+    expected = reference.gaussian_kl_between(*(tensor.double() for tensor in arguments))
+    torch.testing.assert_close(ws.gaussian_kl_between(*arguments).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_nan_comes_through(dtype: torch.dtype, device: str) -> None:
     nan = torch.full((2, 3), torch.nan, dtype=dtype, device=device)
     one = torch.ones_like(nan)
@@ -137,6 +157,7 @@ def test_nan_comes_through(dtype: torch.dtype, device: str) -> None:
         ws.standard_gaussian_log_prob(nan),
         ws.gaussian_kl(nan, one),
         ws.gaussian_kl(one, nan),
+        *(ws.gaussian_kl_between(*(nan if i == place else one for i in range(4))) for place in range(4)),
         ws.bernoulli_log_prob(nan, one),
         ws.bernoulli_log_prob(one, nan),
     ):
@@ -195,6 +216,11 @@ def test_gradients_only_where_asked() -> None:
     mu.requires_grad_()
     (grad,) = torch.autograd.grad(ws.gaussian_log_prob(mu, logvar, z).sum(), mu)
     torch.testing.assert_close(grad, (z - mu.detach()) * (-logvar).exp())
+    for place in range(4):  # of the argument that requires a gradient
+        arguments = [*torch.randn(4, 4, 5).unbind()]
+        leaf = arguments[place].requires_grad_()
+        (grad,) = torch.autograd.grad(ws.gaussian_kl_between(*arguments).sum(), leaf)
+        torch.testing.assert_close(grad, *torch.autograd.grad(reference.gaussian_kl_between(*arguments).sum(), leaf))
     z_only, log_prob = ws.gaussian_rsample_log_prob(mu, logvar, (3,))
     (grad,) = torch.autograd.grad(z_only.sum(), mu, retain_graph=True)
     torch.testing.assert_close(grad, torch.full_like(grad, 3))

@@ -117,6 +117,7 @@ OPS = {
         Op("gaussian_log_prob", {**_MOMENTS, "z": "S B D"}, {"log_prob": "S B"}),
         Op("standard_gaussian_log_prob", {"z": "S B D"}, {"log_prob": "S B"}),
         Op("gaussian_kl", _MOMENTS, {"kl": "B"}),
+        Op("gaussian_kl_between", {**_MOMENTS, "prior_mu": "B D", "prior_logvar": "B D"}, {"kl": "B"}),
         Op("bernoulli_log_prob", {"logits": "S B D", "x": "B D"}, {"log_prob": "S B"}),
         Op("bernoulli_sample", {"logits": "B D"}, {"x": "S B D"}, draws=True, probability=torch.sigmoid),
         Op(

@@ -227,10 +227,9 @@ class BernoulliVector(Distribution):
 
 @register_kl(DiagonalGaussian, DiagonalGaussian)
 def _kl_gaussian_gaussian(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
-    """Shift and scale both distributions so that q becomes N(0, I), then apply `gaussian_kl`."""
+    """Return the divergence, in float32 for half types; see :func:`wakesleep_ext.ops.gaussian_kl_between`."""
     _check_events(p, q)
-    logvar = _widened(q.logvar)
-    return ops.gaussian_kl((_widened(p.mu) - q.mu) * (-logvar / 2).exp(), p.logvar - logvar)
+    return ops.gaussian_kl_between(p.mu, p.logvar, q.mu, q.logvar)
 
 
 @register_kl(BernoulliVector, BernoulliVector)

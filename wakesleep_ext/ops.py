@@ -36,6 +36,7 @@ __all__ = [
     "bernoulli_sample",
     "binarize",
     "gaussian_kl",
+    "gaussian_kl_between",
     "gaussian_log_prob",
     "gaussian_parameters",
     "gaussian_rsample",
@@ -178,6 +179,26 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     Source: Kingma & Welling, "Auto-encoding variational Bayes" (2014), appendix B.
     """
     return call(_ops.gaussian_kl.default, mu, logvar)
+
+
+def gaussian_kl_between(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
+    r"""Return the KL divergence from a diagonal Gaussian to another one, its prior, in nats,
+    :math:`KL(N(\mu, e^\ell)\,\|\,N(m, e^p)) = \tfrac12 \sum_k [(\mu_k-m_k)^2 e^{-p_k} + e^{\ell_k-p_k} - 1 -
+    (\ell_k-p_k)]`.
+
+    Args:
+        mu: means :math:`\mu`, ``[*B, K]``.
+        logvar: log-variances :math:`\ell`, ``[*B, K]``.
+        prior_mu: means :math:`m` of the prior, ``[*B, K]``.
+        prior_logvar: log-variances :math:`p` of the prior, ``[*B, K]``.
+
+    Returns:
+        ``[*B]``, float32 or float64; exactly 0 if both Gaussians are equal.
+
+    Gradients: with :math:`d = (\mu-m)e^{-p}` and :math:`r = e^{\ell-p}`, they are d for mu, :math:`\tfrac12(r - 1)` for
+    logvar, -d for prior_mu and :math:`-\tfrac12[(\mu-m)d + r - 1]` for prior_logvar.
+    """
+    return call(_ops.gaussian_kl_between.default, mu, logvar, prior_mu, prior_logvar)
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:

@@ -72,6 +72,13 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
 
 
+def gaussian_kl_between(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
+    """Return 1/2 sum [(mu - prior_mu)^2 exp(-prior_logvar) + exp(d) - 1 - d], where d = logvar - prior_logvar."""
+    mu, logvar, prior_mu, prior_logvar = map(_compute, _promote(mu, logvar, prior_mu, prior_logvar))
+    d = logvar - prior_logvar
+    return 0.5 * ((mu - prior_mu).square() * (-prior_logvar).exp() + d.exp() - 1 - d).sum(-1)
+
+
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     """Return sum [x logits - softplus(logits)]."""
     logits = _compute(logits)

@@ -8,6 +8,7 @@
 #include "bernoulli_sample.h"
 #include "binarize.h"
 #include "gaussian_kl.h"
+#include "gaussian_kl_between.h"
 #include "gaussian_log_prob.h"
 #include "gaussian_rsample.h"
 #include "linear_bernoulli_log_prob.h"
@@ -27,11 +28,11 @@ template <typename... Calls>
 using KernelsFor = std::tuple<Kernel<Calls>...>;
 
 // The kernels that every backend has.
-using Kernels =
-    KernelsFor<WriteKey, GaussianRsample, GaussianRsampleBackward, BernoulliSample, Binarize, GaussianLogProb,
-               GaussianLogProbBackward, StandardGaussianLogProb, StandardGaussianLogProbBackward, GaussianKl,
-               GaussianKlBackward, BernoulliLogProb, BernoulliLogProbBackward, MlpOutput, MlpGradient,
-               LinearBernoulliLogProb, LinearBernoulliGradient, LinearBernoulliSample, Adam>;
+using Kernels = KernelsFor<WriteKey, GaussianRsample, GaussianRsampleBackward, BernoulliSample, Binarize,
+                           GaussianLogProb, GaussianLogProbBackward, StandardGaussianLogProb,
+                           StandardGaussianLogProbBackward, GaussianKl, GaussianKlBackward, GaussianKlBetween,
+                           GaussianKlBetweenBackward, BernoulliLogProb, BernoulliLogProbBackward, MlpOutput,
+                           MlpGradient, LinearBernoulliLogProb, LinearBernoulliGradient, LinearBernoulliSample, Adam>;
 
 // The kernels that compute a layer of a small batch at once: the GEMM and the operations before and after it.
 using SmallBatchKernels = KernelsFor<SmallBatchProducts, SmallBatchOutput, SmallBatchSample, SmallBatchGradients>;

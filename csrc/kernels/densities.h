@@ -44,6 +44,23 @@ WAKESLEEP_FUNCTION T gaussian_kl_grad_logvar(T logvar) {
   return T(0.5) * (exp(logvar) - T(1));
 }
 
+// KL(N(mu, e^l) || N(m, e^p)) = KL(N(t, e^d) || N(0, 1)) with t = (mu - m) e^(-p/2) and d = l - p. The code squares t,
+// as in GaussianTerm, and subtracts the log-variances before it takes the exponential. So only a large ratio of the
+// variances overflows, and equal Gaussians give exactly 0.
+template <typename T>
+struct GaussianKlTerm {
+  GaussianTerm<T> mean;  // t, and the e^(-p/2) of the prior
+  T log_ratio;           // d
+  WAKESLEEP_FUNCTION GaussianKlTerm(T mu, T logvar, T prior_mu, T prior_logvar)
+      : mean(prior_mu, prior_logvar, mu), log_ratio(logvar - prior_logvar) {}
+  WAKESLEEP_FUNCTION T twice_kl() const { return twice_gaussian_kl(mean.standardized, log_ratio); }
+  WAKESLEEP_FUNCTION T grad_mu() const { return mean.grad_mu(); }  // = -grad_prior_mu
+  WAKESLEEP_FUNCTION T grad_logvar() const { return gaussian_kl_grad_logvar(log_ratio); }
+  WAKESLEEP_FUNCTION T grad_prior_logvar() const {
+    return T(-0.5) * (mean.standardized * mean.standardized) - grad_logvar();
+  }
+};
+
 // log p(x; a) = x a - softplus(a) = [x a - max(a, 0)] - log(1 + e^-|a|). The factors 1 + e^-|a| lie in (1, 2], so the
 // code multiplies many factors and takes one logarithm of their product.
 template <typename T>

@@ -12,15 +12,18 @@ struct GaussianParameters {
   at::DimVector batch;
   int64_t K;
 
-  GaussianParameters(const char* op, const at::Tensor& mu_in, const at::Tensor& logvar_in)
-      : mu(mu_in), logvar(logvar_in) {
-    check_floating(op, {"mu", mu});
-    check_floating(op, {"logvar", logvar});
-    check_same_event(op, {"mu", mu}, {"logvar", logvar});
-    batch = broadcast_batch(op, {"mu", mu}, {"logvar", logvar});
+  GaussianParameters(const char* op, const Argument& mu_in, const Argument& logvar_in)
+      : mu(mu_in.tensor), logvar(logvar_in.tensor) {
+    check_floating(op, mu_in);
+    check_floating(op, logvar_in);
+    check_same_event(op, mu_in, logvar_in);
+    batch = broadcast_batch(op, mu_in, logvar_in);
     K = mu.size(-1);
     promote_to(c10::promoteTypes(mu.scalar_type(), logvar.scalar_type()));
   }
+
+  GaussianParameters(const char* op, const at::Tensor& mu_in, const at::Tensor& logvar_in)
+      : GaussianParameters(op, Argument{"mu", mu_in}, Argument{"logvar", logvar_in}) {}
 
   void promote_to(at::ScalarType dtype) {
     mu = with_contiguous_events(mu.to(dtype));
@@ -29,6 +32,9 @@ struct GaussianParameters {
 
   // Returns [*B, 2K]. Both gradients have this shape when they are packed like a network output [mu | logvar].
   at::DimVector packed_shape() const { return concat(batch, {2 * K}); }
+
+  // Returns a view whose leading dimensions are the batch.
+  at::Tensor expanded_mu() const { return mu.expand(concat(batch, {K})); }
 
   at::ScalarType dtype() const { return mu.scalar_type(); }
   at::TensorOptions compute_options() const { return mu.options().dtype(compute_dtype(dtype())); }
@@ -45,7 +51,25 @@ struct GaussianOperands : GaussianParameters {
     check_same_event(op, {"mu", mu}, {"z", z_in});
     promote_to(c10::promoteTypes(dtype(), z_in.scalar_type()));
     z = with_contiguous_events(z_in.to(dtype()));
-    value_batch = broadcast_batch(op, {"mu and logvar", mu.expand(concat(batch, {K}))}, {"z", z});
+    value_batch = broadcast_batch(op, {"mu and logvar", expanded_mu()}, {"z", z});
+  }
+};
+
+// The parameters of a Gaussian and of the prior that it is compared with. Their leading dimensions broadcast.
+struct GaussianWithPrior : GaussianParameters {
+  GaussianParameters prior;
+  at::DimVector joint_batch;  // broadcast shape of the leading dimensions of all parameters
+
+  GaussianWithPrior(const char* op, const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& prior_mu_in,
+                    const at::Tensor& prior_logvar_in)
+      : GaussianParameters(op, mu_in, logvar_in),
+        prior(op, Argument{"prior_mu", prior_mu_in}, Argument{"prior_logvar", prior_logvar_in}) {
+    joint_batch =
+        broadcast_batch(op, {"mu and logvar", expanded_mu()}, {"prior_mu and prior_logvar", prior.expanded_mu()});
+    check_same_event(op, {"mu", mu}, {"prior_mu", prior.mu});
+    const auto common = c10::promoteTypes(dtype(), prior.dtype());
+    promote_to(common);
+    prior.promote_to(common);
   }
 };
 

@@ -22,7 +22,7 @@ def check_devices(op: str, named: Mapping[str, Any]) -> None:
             raise ValueError(f"{op}: expected {name} on {tensor.device}, the device of {first}, got {other.device}")
 
 
-_FLOATING = {"mu", "logvar", "z", "logits", "h", "weight", "bias", "sample_weight"}
+_FLOATING = {"mu", "logvar", "prior_mu", "prior_logvar", "z", "logits", "h", "weight", "bias", "sample_weight"}
 _HALF_OR_MORE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext._registrations.checks import (
+    broadcast,
     check_devices,
     check_event,
     check_head,
@@ -160,6 +161,43 @@ def _(mu: Tensor, logvar: Tensor) -> Tensor:
 def _(grad: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     check_shape("gaussian_kl_backward", "grad", grad, check_event("gaussian_kl_backward", mu=mu, logvar=logvar))
     return _packed("gaussian_kl_backward", mu, logvar)
+
+
+def _joint_batch(op: str, mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> tuple[int, ...]:
+    """Check the parameters of a Gaussian and its prior. Return the broadcast leading dimensions."""
+    batch = torch.Size(check_event(op, mu=mu, logvar=logvar))
+    prior_batch = torch.Size(check_event(op, prior_mu=prior_mu, prior_logvar=prior_logvar))
+    joint = broadcast(op, "mu and logvar", batch, "prior_mu and prior_logvar", prior_batch)
+    check_event(op, mu=mu, prior_mu=prior_mu)
+    return tuple(joint)
+
+
+@_fake("gaussian_kl_between")
+def _(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
+    batch = _joint_batch("gaussian_kl_between", mu, logvar, prior_mu, prior_logvar)
+    return mu.new_empty(batch, dtype=_compute_dtype(_promoted(mu, logvar, prior_mu, prior_logvar)))
+
+
+@_fake("gaussian_kl_between_backward")
+def _(
+    grad: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor,
+    prior_logvar: Tensor,
+    with_grad: bool,
+    with_grad_prior: bool,
+) -> tuple[Tensor, Tensor]:
+    op = "gaussian_kl_between_backward"
+    batch = _joint_batch(op, mu, logvar, prior_mu, prior_logvar)
+    check_shape(op, "grad", grad, batch)
+    prior_batch = check_event(op, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    like = mu.new_empty((), dtype=_promoted(mu, logvar, prior_mu, prior_logvar))
+    packed = 2 * mu.shape[-1]
+    return (
+        like.new_empty((*batch, packed if with_grad else 0)),
+        like.new_empty((*prior_batch, packed if with_grad_prior else 0)),
+    )
 
 
 @_fake("bernoulli_log_prob")

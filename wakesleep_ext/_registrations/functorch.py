@@ -84,6 +84,11 @@ def _gaussian_kl(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Ten
     return tuple(map(_sum_like, packed.chunk(2, -1), arguments))
 
 
+def _gaussian_kl_between(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    packed, packed_prior = _ops.gaussian_kl_between_backward.default(grads[0], *arguments, True, True)
+    return tuple(map(_sum_like, (*packed.chunk(2, -1), *packed_prior.chunk(2, -1)), arguments))
+
+
 def _bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     logits, x = arguments
     grad_logits = _ops.bernoulli_log_prob_backward.default(grads[0], logits, x)
@@ -147,6 +152,7 @@ _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
         _ops.gaussian_log_prob.default: _gaussian_log_prob,
         _ops.standard_gaussian_log_prob.default: _standard_gaussian_log_prob,
         _ops.gaussian_kl.default: _gaussian_kl,
+        _ops.gaussian_kl_between.default: _gaussian_kl_between,
         _ops.bernoulli_log_prob.default: _bernoulli_log_prob,
         _ops.linear_bernoulli_log_prob.default: _linear_bernoulli_log_prob,
     }.items()

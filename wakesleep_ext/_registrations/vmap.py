@@ -98,6 +98,7 @@ for _op in (
     _ops.gaussian_log_prob.default,
     _ops.standard_gaussian_log_prob.default,
     _ops.gaussian_kl.default,
+    _ops.gaussian_kl_between.default,
     _ops.bernoulli_log_prob.default,
 ):
     torch.library.register_vmap(_op, _batch_leading(_op))
@@ -111,6 +112,7 @@ for _op in (
     _ops.gaussian_log_prob_backward.default,
     _ops.standard_gaussian_log_prob_backward.default,
     _ops.gaussian_kl_backward.default,
+    _ops.gaussian_kl_between_backward.default,
     _ops.bernoulli_log_prob_backward.default,
     _ops.mlp_backward.default,
     _ops.linear_bernoulli_sample.default,

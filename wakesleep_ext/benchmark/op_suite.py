@@ -39,6 +39,7 @@ class Traffic:
 
 _OBSERVED, _LATENT = (784, 785), (64, 50)
 _MOMENTS = ("mu", "logvar")
+_BOTH_MOMENTS = (*_MOMENTS, "prior_mu", "prior_logvar")
 TRAFFIC = {
     "bernoulli_log_prob": Traffic(_OBSERVED, gradients=("logits",), reread=("logits", "x")),
     "bernoulli_sample": Traffic(_OBSERVED),
@@ -47,6 +48,7 @@ TRAFFIC = {
     "gaussian_log_prob": Traffic(_LATENT, _MOMENTS, reread=("mu", "logvar", "z")),
     "standard_gaussian_log_prob": Traffic(_LATENT, gradients=("z",), reread=("z",)),
     "gaussian_kl": Traffic(_LATENT, _MOMENTS, reread=_MOMENTS),
+    "gaussian_kl_between": Traffic(_LATENT, _BOTH_MOMENTS, reread=_BOTH_MOMENTS),
 }
 """Widths and memory traffic of each op. `OPS` defines its inputs and outputs."""
 

@@ -35,11 +35,11 @@ class Tile {
   }
 
   // Returns the address where the caller should write the values for `to`. If this address is not `to` itself, store()
-  // then converts the values to scalar_t and copies them to `to`.
+  // then converts the values to scalar_t and copies them to `to`. If `to` is null, the values are discarded.
   template <typename scalar_t>
   WAKESLEEP_INLINE compute_t* place_for(scalar_t* to) {
     if constexpr (std::is_same_v<scalar_t, compute_t>) {
-      return to;
+      return to == nullptr ? value_ : to;
     } else {
       return value_;
     }
@@ -48,6 +48,9 @@ class Tile {
   template <typename scalar_t>
   WAKESLEEP_INLINE void store(scalar_t* to, int64_t count) const {
     if constexpr (!std::is_same_v<scalar_t, compute_t>) {
+      if (to == nullptr) {
+        return;
+      }
       for_lanes<scalar_t>(
           count, [&](auto element, compute_t value) { element.store(to, static_cast<scalar_t>(value)); }, value_);
     }

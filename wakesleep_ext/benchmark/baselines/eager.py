@@ -37,6 +37,11 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
 
 
+def gaussian_kl_between(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
+    log_ratio = logvar - prior_logvar
+    return 0.5 * ((mu - prior_mu).square() * (-prior_logvar).exp() + log_ratio.exp() - 1 - log_ratio).sum(-1)
+
+
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     x = x.to(logits.dtype).expand_as(logits)
     return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)

@@ -30,6 +30,10 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return kl_divergence(q, Normal(0.0, 1.0, validate_args=False)).sum(-1)
 
 
+def gaussian_kl_between(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
+    return kl_divergence(_gaussian(mu, logvar), _gaussian(prior_mu, prior_logvar))
+
+
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     return _bernoulli(logits).log_prob(x.to(logits.dtype))
 
