@@ -53,7 +53,6 @@ struct GaussianKlBetweenBackwardRows {
     const auto& first = piece.offset;
     const scalar_t* prior_m_row = prior_mu + first.of[2];
     const scalar_t* prior_l_row = prior_logvar + first.of[3];
-    grad_t* out = grad_prior + index * 2 * K;
     const bool on_boundaries = !summed && aligned<n>(K, prior_m_row, prior_l_row, mu + first.of[0],
                                                      logvar + first.of[1], grad_parameters, grad_prior);
     for_spans<n>(team, K, past_boundary<n>(prior_m_row), on_boundaries, [&](auto span) {
@@ -78,8 +77,8 @@ struct GaussianKlBetweenBackwardRows {
         }
       });
       if (grad_prior != nullptr) {
-        store(span, total_mu, out);
-        store(span, total_logvar, out + K);
+        store(span, total_mu, grad_prior + index * 2 * K);
+        store(span, total_logvar, grad_prior + index * 2 * K + K);
       }
     });
   }
