@@ -134,7 +134,7 @@ $(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: $(VENV)/.environment
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.environment $(VENV)/.train $(SOURCES)
-	@echo "Compiling the kernels (4 minutes on two cores; later, only what changed)"
+	@echo "Compiling the kernels (3 minutes on two cores; later, only what changed)"
 	@$(VENV)/bin/python $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 

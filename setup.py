@@ -94,8 +94,8 @@ def extension_and_commands() -> dict[str, Any]:
             (ROOT / "build" / "last-build").write_text(plan.summary + "\n")
 
     csrc = ROOT / "csrc"
-    # ops.cpp and autograd.cpp include ops/*.cpp and autograd/*.cpp.
-    patterns = ["*.cpp", "kernels/cpu/*.cpp", "runtime/*.cpp"]
+    # The other host files are included by these.
+    patterns = ["autograd.cpp", "backend.cpp", "module.cpp", "ops.cpp", "kernels/cpu/*.cpp"]
     cxx_flags = [*CXX_FLAGS, *OPENMP_FLAGS]
     nvcc_flags = [*NVCC_FLAGS]
     include_dirs: list[str] = []

@@ -6,8 +6,9 @@
 
 #include "backend.h"
 #include "ops/gemm.h"
-#include "runtime/recording.h"
-#include "runtime/watch.h"
+// One translation unit, because torch's headers take most of the compile time.
+#include "runtime/recording.cpp"
+#include "runtime/watch.cpp"
 
 namespace {
 
