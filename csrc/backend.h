@@ -8,8 +8,7 @@
 
 namespace wakesleep {
 
-// Returns the backend for tensors on this device. An operator whose kernel needs CUDA is not registered in a build
-// without CUDA.
+// Returns the backend for tensors on this device. A build without CUDA refuses CUDA tensors earlier (schemas.cpp).
 const Backend& backend_of(at::Device device);
 
 // Makes a backend compute on CPU tensors: the tests run the CUDA kernels in this way. Null restores the CPU's own.

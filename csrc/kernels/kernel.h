@@ -1,5 +1,5 @@
 // A kernel is a function compute(call, stream) of a backend. The call is a struct of pointers, sizes and row maps,
-// which the host code has checked and allocated. A kernel checks nothing and allocates nothing. This folder is plain
+// which the host code has checked and allocated. A kernel checks nothing and allocates no tensor. This folder is plain
 // C++ and CUDA, so that it compiles fast and alone.
 #pragma once
 

@@ -44,10 +44,19 @@ inline void check_same_event(const char* op, const Argument& first, const Argume
                     " to be ", first.tensor.size(-1), ", that of ", first.name, ", got ", other.tensor.size(-1));
 }
 
-// Returns the shape to which the leading dimensions of both arguments broadcast.
-inline at::DimVector broadcast_batch(const char* op, const Argument& first, const Argument& other) {
-  const auto a = first.tensor.sizes().slice(0, first.tensor.dim() - 1);
-  const auto b = other.tensor.sizes().slice(0, other.tensor.dim() - 1);
+// The leading dimensions of an argument, or of several arguments that broadcast.
+struct Batch {
+  const char* name;
+  at::IntArrayRef sizes;
+};
+
+inline Batch batch_of(const Argument& argument) {
+  return {argument.name, argument.tensor.sizes().slice(0, argument.tensor.dim() - 1)};
+}
+
+// Returns the shape to which both batches broadcast.
+inline at::DimVector broadcast_batch(const char* op, const Batch& first, const Batch& other) {
+  const auto a = first.sizes, b = other.sizes;
   const size_t dims = std::max(a.size(), b.size());
   at::DimVector shape(dims);
   for (size_t i = 0; i < dims; ++i) {  // from the last dimension to the first
@@ -60,13 +69,17 @@ inline at::DimVector broadcast_batch(const char* op, const Argument& first, cons
   return shape;
 }
 
+inline at::DimVector broadcast_batch(const char* op, const Argument& first, const Argument& other) {
+  return broadcast_batch(op, batch_of(first), batch_of(other));
+}
+
 // Checks the gradient of a log-probability, which has one element per row of the batch. Returns the gradient in the
 // compute type.
 inline at::Tensor check_row_gradient(const char* op, const char* name, const at::Tensor& grad, at::IntArrayRef batch,
-                                     const Argument& beside) {
-  check_same_device(op, beside, {name, grad});
+                                     const Argument& operand) {
+  check_same_device(op, operand, {name, grad});
   TORCH_CHECK_VALUE(grad.sizes() == batch, op, ": expected ", name, " to have shape ", batch, ", got ", grad.sizes());
-  return grad.to(compute_dtype(beside.tensor.scalar_type()));
+  return grad.to(compute_dtype(operand.tensor.scalar_type()));
 }
 
 // Checks a tensor of weights, which must broadcast to the batch shape.
@@ -82,11 +95,11 @@ inline void check_row_weights(const char* op, const Argument& argument, c10::Sym
                     sizes);
 }
 
-inline void check_key(const char* op, const at::Tensor& key, const Argument& beside) {
+inline void check_key(const char* op, const at::Tensor& key, const Argument& operand) {
   TORCH_CHECK_TYPE(key.scalar_type() == at::kLong, op, ": expected key to be int64, got ", key.scalar_type());
   TORCH_CHECK_VALUE(key.dim() == 1 && key.size(0) == 2, op, ": expected key to have shape [2], (seed, offset), got ",
                     key.sizes());
-  check_same_device(op, beside, {"key", key});
+  check_same_device(op, operand, {"key", key});
 }
 
 inline void check_sample_shape(const char* op, at::IntArrayRef sample_shape) {

@@ -33,9 +33,6 @@ struct GaussianParameters {
   // Returns [*B, 2K]. Both gradients have this shape when they are packed like a network output [mu | logvar].
   at::DimVector packed_shape() const { return concat(batch, {2 * K}); }
 
-  // Returns a view whose leading dimensions are the batch.
-  at::Tensor expanded_mu() const { return mu.expand(concat(batch, {K})); }
-
   at::ScalarType dtype() const { return mu.scalar_type(); }
   at::TensorOptions compute_options() const { return mu.options().dtype(compute_dtype(dtype())); }
 };
@@ -51,7 +48,7 @@ struct GaussianOperands : GaussianParameters {
     check_same_event(op, {"mu", mu}, {"z", z_in});
     promote_to(c10::promoteTypes(dtype(), z_in.scalar_type()));
     z = with_contiguous_events(z_in.to(dtype()));
-    value_batch = broadcast_batch(op, {"mu and logvar", expanded_mu()}, {"z", z});
+    value_batch = broadcast_batch(op, Batch{"mu and logvar", batch}, batch_of({"z", z}));
   }
 };
 
@@ -64,8 +61,7 @@ struct GaussianWithPrior : GaussianParameters {
                     const at::Tensor& prior_logvar_in)
       : GaussianParameters(op, mu_in, logvar_in),
         prior(op, Argument{"prior_mu", prior_mu_in}, Argument{"prior_logvar", prior_logvar_in}) {
-    joint_batch =
-        broadcast_batch(op, {"mu and logvar", expanded_mu()}, {"prior_mu and prior_logvar", prior.expanded_mu()});
+    joint_batch = broadcast_batch(op, Batch{"mu and logvar", batch}, Batch{"prior_mu and prior_logvar", prior.batch});
     check_same_event(op, {"mu", mu}, {"prior_mu", prior.mu});
     const auto common = c10::promoteTypes(dtype(), prior.dtype());
     promote_to(common);

@@ -51,8 +51,7 @@ at::Tensor skinny_product(const at::Tensor& a, const at::Tensor& b) {
   return y;
 }
 
-// ---- oneDNN
-// ----------------------------------------------------------------------------------------------------------
+// ---- oneDNN --------------------------------------------------------------------------------------------------------
 
 // Returns true if the processor has AVX-512 but MKL does not use it.
 bool blas_leaves_out_avx512() {

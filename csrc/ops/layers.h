@@ -26,8 +26,7 @@ struct BelowAutograd {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// ---- rows
-// ------------------------------------------------------------------------------------------------------------
+// ---- rows ----------------------------------------------------------------------------------------------------------
 
 // Returns rows first .. first + count - 1. If these are all rows, it returns the tensor itself, because creating a view
 // takes as long as processing a small chunk.
@@ -73,8 +72,7 @@ struct Rows {
   }
 };
 
-// ---- calls
-// -----------------------------------------------------------------------------------------------------------
+// ---- calls ---------------------------------------------------------------------------------------------------------
 
 // The parameters of a layer, converted to the dtypes in which the layer computes.
 struct Layer {
@@ -118,8 +116,7 @@ struct LayerCall {
   }
 };
 
-// ---- layers of small batches, computed at once
-// -----------------------------------------------------------------------
+// ---- layers of small batches, computed at once ---------------------------------------------------------------------
 
 // The operands of a layer, made contiguous and converted to one dtype for the kernels.
 struct SmallBatch {
@@ -137,8 +134,7 @@ struct SmallBatch {
   }
 };
 
-// ---- gradients
-// -------------------------------------------------------------------------------------------------------
+// ---- gradients -----------------------------------------------------------------------------------------------------
 
 // The gradients of a layer's weight and bias, accumulated chunk by chunk from g, the gradient of the products h
 // weight^T. A chunk takes two steps:
@@ -158,7 +154,7 @@ class LayerGradients {
   at::Tensor sums(int64_t first, int64_t rows);
 
   // The chunk starts at row `first`. Its layer input is h = f(a) [rows, H]. If `with_input` is true, the function
-  // returns the gradient of a in a small batch, and otherwise the gradient of h. If not, it returns an empty tensor.
+  // returns the gradient of a in a small batch, and the gradient of h in a chunk. Callers ignore any other result.
   at::Tensor add(int64_t first, const at::Tensor& h, Activation f, const at::Tensor& g, bool with_input);
 
  private:

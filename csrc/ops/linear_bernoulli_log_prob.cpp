@@ -35,8 +35,7 @@ void* element(const at::Tensor& tensor, int64_t row) {
   return tensor.defined() ? static_cast<char*>(tensor.mutable_data_ptr()) + row * tensor.element_size() : nullptr;
 }
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
 // Also returns the logits [N, D] without their bias if they take at most `kept_bytes`, otherwise [0, D].
 std::tuple<at::Tensor, at::Tensor> linear_bernoulli_log_prob_and_logits(const at::Tensor& h,       // [*S, *B, H]
@@ -66,8 +65,7 @@ at::Tensor linear_bernoulli_log_prob(const at::Tensor& h, const at::Tensor& weig
   return std::get<0>(linear_bernoulli_log_prob_and_logits(h, weight, bias, x, kKeepNone));
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
 // The gradients of sum_n upstream_n log p(x_n | h_n).
 struct HeadGradients : HeadAndX {

@@ -45,8 +45,7 @@ struct Mlp : LayerCall {
   Activation activation(size_t l) const { return l == last() ? output_activation : hidden_activation; }
 };
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
 // Returns the output of layer l for a chunk of rows. The output is written to `place`, unless that is undefined.
 at::Tensor layer_output(const Mlp& call, size_t l, const at::Tensor& h, at::Tensor place) {
@@ -108,8 +107,7 @@ std::tuple<at::Tensor, Tensors> mlp_with_hidden(const at::Tensor& h, at::TensorL
   return {output, hidden};
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
 void check_result(const Mlp& call, const Argument& argument, at::IntArrayRef shape) {
   check_same_device(call.op, {"h", call.h}, argument);
