@@ -1,21 +1,46 @@
-"""Check the machine code of the CUDA kernels, for every compiled architecture; needs no GPU."""
+"""Check the machine code of the kernels: of the CPU's, and of CUDA's for every compiled architecture; needs no GPU."""
 
 from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
 
 import checkout
 import pytest
 
-from wakesleep_ext import _build
-
-if _build.CUDA_VERSION is None:
-    pytest.skip("built without CUDA", allow_module_level=True)
-
+from wakesleep_ext import _C, _build
 
 sass_report = checkout.load("sass_report", "scripts")
+
+_FUNCTION = re.compile(r"^[0-9a-f]+ <(\S+)>:$")
+_CALL = re.compile(r"\t(?:call|jmp) +[0-9a-f]+ <([^>+]+)>$")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not an x86-64 processor")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_cpu_kernels_are_inlined_into_the_function_of_each_instruction_set() -> None:
+    """A function that is called instead is compiled for the baseline, and takes twice the time or more."""
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", _C.__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    callers, called, caller = set(), set(), ""
+    for line in code.splitlines():
+        if function := _FUNCTION.match(line):
+            caller = function[1]
+        elif re.search(r"(run|fill)_avx(2|512)I", caller):
+            callers.add(caller)
+            if call := _CALL.search(line):
+                called.add(call[1])
+    assert len(callers) > 100
+    ours = [name for name in called if "wakesleep" in name and not name.endswith(".cold")]
+    assert [name for name in ours if not re.search(r"fill_avx(2|512)I|15instruction_setEv", name)] == []
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list:
+    if _build.CUDA_VERSION is None:
+        pytest.skip("built without CUDA")
     if sass_report.disassembler() is None:
         pytest.skip("no cuobjdump, neither on the PATH nor in the triton package")
     return sass_report.read_kernels(sass_report.installed_binary())
