@@ -20,10 +20,12 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 # Floating-point contraction is off, so that every instruction set returns the same bits (csrc/kernels/cpu/vec.h). Jump
 # threading and partial redundancy elimination are off because they turn selects into branches, which prevents
 # vectorisation. Interprocedural constant propagation and scalar replacement are off because they clone functions, and
-# `flatten` cannot inline a clone. A kernel's body would then be compiled for the baseline instruction set.
+# `flatten` cannot inline a clone. A kernel's body would then be compiled for the baseline instruction set. Scheduling
+# interleaves the vectors of an unrolled loop, because the processor's own window holds only two of them.
 CXX_FLAGS = [
     *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fno-thread-jumps", "-fno-tree-pre", "-fno-ipa-cp", "-fno-ipa-sra"),
+    *("-fschedule-insns", "-fsched-pressure"),
     # With this macro, torch's headers include only the operators that they use, which halves their compile time.
     "-DAT_PER_OPERATOR_HEADERS",
     # -Wno-psabi: only inlined functions take vectors that are wider than those of the baseline instruction set.
