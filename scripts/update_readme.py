@@ -64,8 +64,7 @@ def _likelihoods(path: Path) -> str:
 def _speed(path: Path, result: Result) -> str:
     suite = suite_of(result)
     picture = f"![Bars: speed-up of each {suite.noun}]({path.with_suffix('.png')})"
-    headline: Result = {**result, "records": suite.headline(result["records"])}
-    return f"{picture}\n\n{report.text(headline, suite, narrow=True)}"
+    return f"{picture}\n\n{report.text(result, suite, narrow=True)}"
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
@@ -95,6 +94,7 @@ _BASELINES = {
     "distributions": ("torch.distributions", "#777777", "s"),
     "compile": ("torch.compile", "#0072b2", "o"),
     "compile with graphs": ("torch.compile with CUDA graphs", "#56b4e9", "D"),
+    "torch fused": ("torch.optim, fused", "#cc79a7", "^"),
 }
 """Names, colours and markers. The palette of Okabe and Ito suits colour-blind readers."""
 
@@ -136,7 +136,8 @@ def overview(path: Path, figures: Sequence[Result]) -> None:
         axes.axvline(1, color="black", linewidth=1.2)
         axes.set_yticks(range(len(rows)), list(rows), size=8.5)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_title(f"{noun.capitalize()}s, {place(result)}", size=9.5)
+        lost, total = report.losses(result["records"], suite_of(result))
+        axes.set_title(f"{noun.capitalize()}s, {place(result)}\nslower in {lost} of {total} comparisons", size=9.5)
     for axes in grid.flat:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -172,10 +173,12 @@ def _cases(result: Result) -> dict[str, Row]:
     for _, rows in suite.sections(suite.headline(result["records"])):
         for row in rows:
             record = row["fused"]
-            if suite.noun == "op" and record["bandwidth_fraction"] is not None:
-                backward = " + backward" if record["pass"] != "forward" else ""
-                chosen[record["op"]] = (f"{record['op']}{backward}", row)
-            elif suite.noun != "op":
+            if suite.noun == "op":
+                _, largest = chosen.get(record["op"], ("", row))
+                if "eager" in row and record["bytes"] >= largest["fused"]["bytes"]:
+                    backward = " + backward" if record["pass"] != "forward" else ""
+                    chosen[record["op"]] = (f"{record['op']}{backward}", row)
+            else:
                 samples, batch, _ = record["shape"]
                 few = min(other["fused"]["shape"][0] for other in rows)
                 many = max(other["fused"]["shape"][0] for other in rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from wakesleep_ext import cli, ops
-from wakesleep_ext._op_table import OPS
+from wakesleep_ext import cli
 from wakesleep_ext.benchmark import goals, measure, report, run, step_suite
 from wakesleep_ext.benchmark import result as results
-from wakesleep_ext.benchmark.op_suite import TRAFFIC
 from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, StepCase, cases
 from wakesleep_ext.helmholtz.objectives import sleep_phi_loss, wake_theta_loss
 from wakesleep_ext.random import draw_key
@@ -50,26 +47,6 @@ def test_the_suite_has_every_size() -> None:
     assert {case.candidates for case in cases("cuda")} == {
         ("fused", "eager", "distributions", "compile", "compile with graphs", "products")
     }
-
-
-def test_every_op_is_measured_by_itself_or_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = set()
-
-    def spy(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            called.add(name)
-            return function(*arguments, **keywords)
-
-        return call
-
-    for name in OPS:
-        monkeypatch.setattr(ops, name, spy(name, getattr(ops, name)))
-    call_of(SMALL, "fused")()
-    not_measured = {
-        "linear",  # an MLP of one layer
-        "linear_bernoulli_log_prob",  # training takes linear_bernoulli_log_prob_sum
-    }
-    assert set(OPS) - set(TRAFFIC) - called == not_measured
 
 
 def test_a_step_is_not_compared_with_a_copy() -> None:
@@ -251,6 +228,10 @@ A step of 784-200-200-50:
 | 20    | 1 | 1.50 ± 0.01 ms  | 1.67×       | –                   | 1.60×         | 1.50×             | 1.5 MB (4.0 MB) | 2e-07 (–)     |
 | 100   | 5 | 20.00 ± 0.01 ms | 1.30×       | 1.50×               | 0.90×         | 1.38×             | 1.5 MB (4.0 MB) | 2e-07 (–)     |
 
+A baseline is faster in 1 of 5 comparisons:
+
+- `784-200-200-50` wake+sleep, compile: 0.90× at float32 5 × 100 × 784, 1 of 2 cases.
+
 At this rate the whole of Burda's protocol, 9.84 million steps of batch 20 with L = 1, takes: fused 4.1 h, eager 6.8 h, compile 6.6 h, products 2.7 h.
 
 Abacus 3000, AVX2, 1 thread; torch 2.13.0, commit 0123456; copies at 20.0 GB/s. Measured by `wakesleep bench --suite step`.
@@ -262,10 +243,6 @@ Abacus 3000, AVX2, 1 thread; torch 2.13.0, commit 0123456; copies at 20.0 GB/s. 
 | 100   | 50 | –                  | ≤ 1.35×, better 1.25× | not measured |
 
 1 of 3 goals are met; they are set for 1 or 2 threads of a CPU, this is AVX2, 1 thread.
-0 of 2 cases are slower than eager.
-0 of 1 cases are slower than distributions.
-1 of 2 cases are slower than compile:
-1.11 times as long: 784-200-200-50 wake+sleep float32 [5, 100, 784]
 """  # noqa: E501, RUF001
 
 
@@ -290,7 +267,7 @@ def test_goals_of_a_gpu() -> None:
     )
     records = tuple({**record, "launches": 40} for record in records)
     found = goals.text(result(*records, device="cuda", gpu="Abacus 9000"), step_suite.SUITE)
-    assert found.startswith(GPU_GOALS)
+    assert f"{found}\n" == GPU_GOALS
 
 
 def test_a_result_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

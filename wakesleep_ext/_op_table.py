@@ -84,8 +84,8 @@ def values(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype:
     match name:
         case "logits":
             return 3 * normal  # includes probabilities close to 0 and 1
-        case "next_weight":
-            return normal / shape[-1] ** 0.5  # so that the rounding errors of the previous layer do not grow
+        case "weight" | "next_weight":
+            return normal / shape[-1] ** 0.5  # so that activations do not saturate, and rounding errors do not grow
         case "x":
             return (normal > 0).to(dtype)
         case "grey":

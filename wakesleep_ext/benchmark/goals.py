@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from wakesleep_ext.benchmark.report import markdown
-from wakesleep_ext.benchmark.result import Result, ratio, rows, title
+from wakesleep_ext.benchmark.result import Result
 from wakesleep_ext.benchmark.suite import Suite
 
 
 def text(result: Result, suite: Suite) -> str:
-    """Format a Markdown table of measured and expected values, and list the cases where a baseline is faster."""
+    """Format a Markdown table of measured and expected values, and count the goals that are met."""
     outcomes = suite.goals(result)
     verdicts = {None: "not measured", True: "met", False: "missed"}
     lines = [(*outcomes[0].cells, ""), *((*one.cells.values(), verdicts[one.met]) for one in outcomes)]
@@ -17,15 +17,4 @@ def text(result: Result, suite: Suite) -> str:
     here = machine["gpu"] if machine["device"] == "cuda" else f"{machine['simd']}, {threads}"
     summary = f"{sum(one.met is True for one in outcomes)} of {len(outcomes)} goals are met; they are set for "
     summary += f"{suite.goals_are_for[machine['device']]}, this is {here}."
-    return "\n".join([markdown(lines), "", summary, *_slower(result, suite)])
-
-
-def _slower(result: Result, suite: Suite) -> list[str]:
-    lines = []
-    for baseline in suite.faster_than:
-        compared = [(row, found) for row in rows(result["records"]) if (found := ratio(row, baseline)) is not None]
-        if not compared:
-            continue
-        slower = [f"{1 / found:.2f} times as long: {title(row['fused'])}" for row, found in compared if found < 1]
-        lines += [f"{len(slower)} of {len(compared)} cases are slower than {baseline}{':' if slower else '.'}", *slower]
-    return lines
+    return f"{markdown(lines)}\n\n{summary}"

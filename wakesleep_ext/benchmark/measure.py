@@ -44,14 +44,18 @@ _BANDWIDTH_BOUND_FROM = {"cpu": 2**22, "cuda": 2**25}
 class Case(ABC, Generic[Inputs]):
     """A benchmark case. It provides the inputs, a callable for each implementation, and the error of each result."""
 
-    candidates: ClassVar[tuple[str, ...]]
-    """Names of the implementations; the first is ours."""
-
-    arithmetic_bound: ClassVar[bool] = False
-    """True if arithmetic dominates at every array size. Times are then not compared with the time of a copy."""
-
     block_seconds: ClassVar[float] = 1e-2
     """Minimum duration of a block."""
+
+    @property
+    @abstractmethod
+    def candidates(self) -> tuple[str, ...]:
+        """Names of the implementations; the first is ours."""
+
+    @property
+    def arithmetic_bound(self) -> bool:
+        """True if arithmetic dominates at every array size. Times are then not compared with the time of a copy."""
+        return False
 
     @property
     @abstractmethod
@@ -108,7 +112,7 @@ def take(
 
     Args:
         cases: the cases to measure.
-        candidates: names of the implementations to measure.
+        candidates: names of the implementations to measure, where a case has them.
         device: the device to run on.
         blocks: time limit per case, as a multiple of `Case.block_seconds`. Each implementation runs at
             least five blocks.
@@ -121,7 +125,8 @@ def take(
     found: list[tuple[Case[Any], str, Measurement]] = []
     for case in cases:
         copy.sample()
-        measured = measure(case, candidates, device, blocks, warn)
+        chosen = [candidate for candidate in case.candidates if candidate in candidates]
+        measured = measure(case, chosen, device, blocks, warn)
         found += [(case, candidate, measurement) for candidate, measurement in measured.items()]
 
     def fraction(case: Case[Any], median_us: float) -> float | None:

@@ -26,10 +26,10 @@ class Plan:
     threads: int | None = None
     """CPU threads for every implementation; torch's default if not given."""
     quick: bool = False
-    """Measure only a few cases, which takes about a minute. All cases take six minutes or more."""
+    """Measure only a few cases, which takes about two minutes. All cases take 20 minutes or more."""
     candidates: tuple[str, ...] = ()
-    """Implementations to measure; all by default. The choices are fused, eager, distributions and compile.
-    For steps, they also include products (only the GEMMs) and, on a GPU, "compile with graphs"."""
+    """Implementations to measure; all by default. The choices are fused, eager, distributions and compile, and for
+    Adam "torch fused". For steps, they also include products (only the GEMMs) and, on a GPU, "compile with graphs"."""
 
     def command(self, device: torch.device, threads: int) -> str:
         """Return the command that repeats the measurement on the same computer."""

@@ -6,19 +6,20 @@ import hashlib
 import io
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from wakesleep_ext._files import write_atomically
 from wakesleep_ext.benchmark.result import Record, Result, ResultError, Row, place, ratio, rows
-from wakesleep_ext.benchmark.suite import NONE, TIMES, Section, Suite
+from wakesleep_ext.benchmark.suite import NONE, TIMES, Section, Suite, shape
 
 _BARS = {
     "fused": ("wakesleep_ext", "#d55e00"),
     "distributions": ("torch.distributions", "#999999"),
     "compile": ("torch.compile", "#0072b2"),
     "compile with graphs": ("torch.compile with graphs", "#56b4e9"),
+    "torch fused": ("torch.optim, fused", "#cc79a7"),
     "products": ("its matrix products alone", "#009e73"),
 }
 """Names and colours of the bars. Colour-blind readers can distinguish these colours (Okabe and Ito)."""
@@ -40,19 +41,20 @@ _KIND = ("pass", "dtype")
 
 
 def text(result: Result, suite: Suite, *, narrow: bool = False) -> str:
-    """Format all records of a suite in Markdown, with notes and a description of the hardware.
+    """Format all records of a suite in Markdown, with the cases where a baseline is faster, notes and a caption.
 
     Args:
         result: The records, and the hardware.
         suite: The suite that the records belong to.
-        narrow: Limit lines to 100 characters. Paragraphs are wrapped. Each pass and dtype has its own table, which
-            contains only medians and ratios.
+        narrow: Limit lines to 100 characters. Paragraphs are wrapped. The tables show only the suite's headline. Each
+            pass and dtype has its own table, which contains only medians and ratios.
     """
-    sections = suite.sections(result["records"])
-    paragraphs = [*suite.notes(rows(result["records"])), caption(result)]
+    records = result["records"]
+    sections = suite.sections(suite.headline(records) if narrow else records)
+    paragraphs = [*slower(records, suite), *suite.notes(rows(records)), caption(result)]
     if narrow:
         sections = [part for section in sections for part in _by_kind(*section, suite)]
-        paragraphs = [textwrap.fill(paragraph, _WIDTH, break_on_hyphens=False) for paragraph in paragraphs]
+        paragraphs = ["\n".join(map(_wrapped, paragraph.splitlines())) for paragraph in paragraphs]
     tables = [f"{heading}\n\n{table(part, suite, narrow=narrow)}" for heading, part in sections]
     return "\n\n".join([*tables, *paragraphs])
 
@@ -99,6 +101,60 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     written = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     return "\n".join([written[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *written[1:]])
+
+
+def slower(records: Iterable[Record], suite: Suite) -> list[str]:
+    """Return a paragraph and a list that name every case in which a baseline is faster than our implementation.
+
+    The list has a line for each op, pass and baseline. Returns nothing if no baseline was measured.
+    """
+    groups = comparisons(records, suite)
+    if not groups:
+        return []
+    lines = [
+        f"- `{name}` {pass_name}, {baseline}: {_range(faster, baseline)}, {len(faster)} of {len(compared)} cases."
+        for (name, pass_name, baseline), compared in groups.items()
+        if (faster := [row for row in compared if is_faster(row, baseline)])
+    ]
+    lost, total = losses(records, suite)
+    heading = f"A baseline is faster in {lost or 'none'} of {total} comparisons"
+    return [f"{heading}:", "\n".join(lines)] if lines else [f"{heading}."]
+
+
+def losses(records: Iterable[Record], suite: Suite) -> tuple[int, int]:
+    """Return the number of comparisons in which a baseline is faster, and the number of all comparisons."""
+    compared = [(row, baseline) for (_, _, baseline), part in comparisons(records, suite).items() for row in part]
+    return sum(is_faster(row, baseline) for row, baseline in compared), len(compared)
+
+
+def comparisons(records: Iterable[Record], suite: Suite) -> dict[tuple[str, str, str], list[Row]]:
+    """Return the cases that compare our implementation with a baseline, by op, pass and baseline."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows(records):
+        for baseline in suite.baselines:
+            if ratio(row, baseline) is not None:
+                groups.setdefault((row["fused"]["op"], row["fused"]["pass"], baseline), []).append(row)
+    return groups
+
+
+def is_faster(row: Row, baseline: str) -> bool:
+    """Return True if the baseline's time divided by ours rounds to less than 1.00."""
+    found = ratio(row, baseline)
+    return found is not None and round(found, 2) < 1
+
+
+def _range(cases: Sequence[Row], baseline: str) -> str:
+    """Return the range of a baseline's times as multiples of ours, and the range of sizes."""
+    ratios = sorted(row[baseline]["median_us"] / row["fused"]["median_us"] for row in cases)
+    by_size = sorted((row["fused"] for row in cases), key=lambda record: record["bytes"])
+    times = [f"{found:.2f}{TIMES}" for found in ratios]
+    sizes = [f"{record['dtype']} {shape(record)}" for record in by_size]
+    return " at ".join(" to ".join(dict.fromkeys((ends[0], ends[-1]))) for ends in (times, sizes))
+
+
+def _wrapped(line: str) -> str:
+    hanging = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, _WIDTH, subsequent_indent=hanging, break_on_hyphens=False)
 
 
 def caption(result: Result) -> str:

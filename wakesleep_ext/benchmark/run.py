@@ -43,13 +43,13 @@ def run(
     every = _SUITES[plan.suite].cases(device.type, plan.quick)
     cases = [case for case in every if fnmatchcase(case.labels["op"], plan.op)]
     if not cases:
-        known = dict.fromkeys(case.labels["op"] for case in every)
-        raise UsageError(f"expected --op to match one of {', '.join(known)}, got {plan.op}")
-    candidates = tuple(dict.fromkeys(plan.candidates)) or cases[0].candidates
-    if unknown := set(candidates) - set(cases[0].candidates):
-        raise UsageError(
-            f"expected --candidates to be among {', '.join(cases[0].candidates)}, got {', '.join(sorted(unknown))}"
-        )
+        ops = dict.fromkeys(case.labels["op"] for case in every)
+        raise UsageError(f"expected --op to match one of {', '.join(ops)}, got {plan.op}")
+    known = dict.fromkeys(candidate for case in cases for candidate in case.candidates)
+    if unknown := set(plan.candidates) - set(known):
+        raise UsageError(f"expected --candidates to be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    candidates = plan.candidates or tuple(known)
+    cases = [case for case in cases if not set(candidates).isdisjoint(case.candidates)]
     blocks = (_QUICK_BLOCKS_PER_CASE if plan.quick else _BLOCKS_PER_CASE)[device.type]
     machine = result.machine(device, threads, plan.command(device, threads))
     keep_freed_memory()

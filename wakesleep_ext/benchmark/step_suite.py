@@ -361,7 +361,6 @@ SUITE = Suite(
     noun="step",
     cases=cases,
     baselines=_BASELINES,
-    faster_than=_BASELINES,
     sections=sections,
     headline=list,
     columns={"batch": lambda record: f"{record['shape'][1]:,}", "L": lambda record: str(record["shape"][0])},

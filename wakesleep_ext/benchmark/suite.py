@@ -34,8 +34,6 @@ class Suite:
     """Returns the cases for a device type, `"cpu"` or `"cuda"`. If the second argument is true, returns only a few."""
     baselines: tuple[str, ...]
     """The baselines, whose times are reported as multiples of ours."""
-    faster_than: tuple[str, ...]
-    """The baselines that every case should beat."""
     sections: Callable[[Iterable[Record]], list[Section]]
     """Groups the cases into sections, none of which is empty."""
     headline: Callable[[Iterable[Record]], list[Record]]

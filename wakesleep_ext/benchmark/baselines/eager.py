@@ -6,12 +6,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _LOG_TWO_PI = math.log(2 * math.pi)
+
+
+def gaussian_parameters(packed: Tensor) -> tuple[Tensor, Tensor]:
+    mu, logvar = packed.chunk(2, -1)
+    return mu, logvar
 
 
 def gaussian_rsample(mu: Tensor, logvar: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
@@ -52,6 +58,55 @@ def bernoulli_sample(logits: Tensor, sample_shape: tuple[int, ...] = (), dtype: 
     return x if dtype is None else x.to(dtype)
 
 
+def binarize(grey: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.bernoulli(grey / 255).to(dtype)
+
+
+def linear(h: Tensor, weight: Tensor, bias: Tensor, activation: str | None = None) -> Tensor:
+    y = F.linear(h, weight, bias)
+    return y if activation is None else getattr(torch, activation)(y)
+
+
+def mlp(h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str | None = None) -> Tensor:
+    *hidden, last = zip(weights, biases, strict=True)
+    for weight, bias in hidden:
+        h = linear(h, weight, bias, activation)
+    return linear(h, *last)
+
+
+def linear_bernoulli_log_prob(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return bernoulli_log_prob(_logits(h, weight, bias), x)
+
+
+def linear_bernoulli_log_prob_sum(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, sample_weight: Tensor) -> Tensor:
+    return (sample_weight * linear_bernoulli_log_prob(h, weight, bias, x)).sum()
+
+
+def linear_bernoulli_sample(h: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    logits = F.linear(h, weight, bias)
+    return torch.bernoulli(logits.sigmoid()).to(dtype or logits.dtype)
+
+
+def adam_(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: Tensor,
+    lr: Tensor,
+) -> None:
+    """Call the operators of `torch.optim.Adam(foreach=True)`, without the Python code of the optimizer."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, (1 - beta2**step).sqrt())
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_div_(denominators, -lr / (1 - beta1**step))
+    torch._foreach_addcdiv_(parameters, exp_avgs, denominators)
+
+
 def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samples: int) -> Tensor:
     """Compute :func:`wakesleep_ext.helmholtz.objectives.wake_theta_loss`."""
     with torch.no_grad():
@@ -68,3 +123,9 @@ def sleep_loss(recognition: nn.Module, generative: nn.Module, num_dreams: int, l
         x = bernoulli_sample(generative(z))
     mu, logvar = recognition(x).chunk(2, -1)
     return -gaussian_log_prob(mu, logvar, z).mean()
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return logits of at least float32, so that log-likelihoods are not summed in a half type."""
+    logits = F.linear(h, weight, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
