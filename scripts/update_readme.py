@@ -20,7 +20,7 @@ from pathlib import Path
 import mnist_objectives
 
 from wakesleep_ext._files import write_atomically
-from wakesleep_ext.benchmark import report
+from wakesleep_ext.benchmark import losses, report
 from wakesleep_ext.benchmark.result import Result, Row, place, read
 from wakesleep_ext.benchmark.run import suite_of
 from wakesleep_ext.benchmark.suite import TIMES
@@ -136,7 +136,7 @@ def overview(path: Path, figures: Sequence[Result]) -> None:
         axes.axvline(1, color="black", linewidth=1.2)
         axes.set_yticks(range(len(rows)), list(rows), size=8.5)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        lost, total = report.losses(result["records"], suite_of(result))
+        lost, total = losses.count(result["records"], suite_of(result))
         axes.set_title(f"{noun.capitalize()}s, {place(result)}\nslower in {lost} of {total} comparisons", size=9.5)
     for axes in grid.flat:
         axes.set_xscale("log")

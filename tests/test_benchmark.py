@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wakesleep_ext import cli, ops
 from wakesleep_ext._op_table import OPS
-from wakesleep_ext.benchmark import goals, measure, report, run
+from wakesleep_ext.benchmark import goals, losses, measure, report, run
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.command import bench
 from wakesleep_ext.benchmark.op_case import OpCase
@@ -314,13 +314,21 @@ class Addition(measure.Case[float]):
 
 def test_any_case_can_be_measured() -> None:
     said: list[str] = []
-    bandwidth, records = measure.take([Addition()], ["fused", "broken", "eager"], CPU, 0, said.append)
+    bandwidth, records = measure.take([Addition()], ["fused", "compile", "broken", "eager"], CPU, 0, said.append)
     assert [record["candidate"] for record in records] == ["fused", "eager"]
     assert said == ["broken left out: no working C++ compiler"]
     for record in records:
         assert list(record) == list(results.Record.__annotations__)
         assert (record["op"], record["max_error"], record["bytes"]) == ("addition", 0.0, 3 * 2**20)
         assert record["bandwidth_fraction"] == pytest.approx(3 * 2**20 / record["median_us"] / 1e3 / bandwidth)
+
+
+def test_cases_without_the_chosen_candidates_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[OpCase] = []
+    monkeypatch.setattr(run, "take", lambda cases, *rest: (chosen.extend(cases), (1.0, []))[1])
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)  # would outlast the test
+    run.run(Plan(device="cpu", threads=1, candidates=("torch fused",)))
+    assert [case.op.name for case in chosen] == ["adam_"]
 
 
 def test_what_is_ours_is_never_left_out() -> None:
@@ -525,15 +533,16 @@ def test_every_loss_is_listed() -> None:
         *kl(100, 50.0, 60.0, dtype="float16"),
     ]
     backward = kl(1, 80.0, 100.0, **{"pass": "forward+backward"})
-    assert report.slower([*records, *backward], SUITE) == [
+    assert losses.slower([*records, *backward], SUITE) == [
         "A baseline is faster in 6 of 10 comparisons:",
         "- `gaussian_kl` forward, eager: 0.50× to 0.99× at float32 100 × 64 to float16 100 × 64, 2 of 4 cases.\n"  # noqa: RUF001
         "- `gaussian_kl` forward, compile: 0.60× to 0.90× at float32 20 × 64 to float32 1,000 × 64, 3 of 4 cases.\n"  # noqa: RUF001
         "- `gaussian_kl` forward+backward, eager: 0.80× at float32 1 × 64, 1 of 1 cases.",  # noqa: RUF001
     ]
+    assert losses.count([*records, *backward], SUITE) == (6, 10)
     faster = [record("fused", 1.0), record("eager", 2.0), record("compile", 3.0)]
-    assert report.slower(faster, SUITE) == ["A baseline is faster in none of 2 comparisons."]
-    assert report.slower(faster[:1], SUITE) == []
+    assert losses.slower(faster, SUITE) == ["A baseline is faster in none of 2 comparisons."]
+    assert losses.slower(faster[:1], SUITE) == []
 
 
 def test_the_headline_is_float32_small_and_large() -> None:

@@ -7,7 +7,7 @@ nothing to fuse: a single product, views, and objects of distributions. For Adam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -72,11 +72,15 @@ def _density(op: str, **fields: Any) -> Measured:
 
 
 def _layer(
-    op: str, name: str = "", widths: Any = _LAYERS, gradients: tuple[str, ...] = _LAYER, **options: Any
+    op: str,
+    name: str = "",
+    widths: Sequence[tuple[int, int]] = _LAYERS,
+    gradients: tuple[str, ...] = _LAYER,
+    **options: str,
 ) -> Measured:
-    changed = replace(OPS[op], options=options)
+    """Measure a layer or a stack of layers with these options of the op."""
     return Measured(
-        changed,
+        replace(OPS[op], options=options),
         widths,
         _LAYER_ROWS,
         name,
@@ -87,7 +91,7 @@ def _layer(
     )
 
 
-def _head(op: str, gradients: tuple[str, ...] = (), variants: Any = _OBSERVED_VARIANTS) -> Measured:
+def _head(op: str, gradients: tuple[str, ...] = (), variants: Sequence[Mapping[str, Any]] = ()) -> Measured:
     baselines = ("eager", "compile")
     return Measured(OPS[op], _HEADS, _HEAD_ROWS, gradients=gradients, baselines=baselines, variants=variants)
 
