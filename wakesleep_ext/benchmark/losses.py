@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from wakesleep_ext.benchmark.result import Record, Row, ratio, rows
 from wakesleep_ext.benchmark.suite import TIMES, Suite, shape
 
 
-def slower(records: Iterable[Record], suite: Suite) -> list[str]:
+def slower(records: Sequence[Record], suite: Suite) -> list[str]:
     """Return a paragraph and a list that name every case in which a baseline is faster than our implementation.
 
     The list has a line for each op, pass and baseline. Returns nothing if no baseline was measured.
@@ -26,13 +26,13 @@ def slower(records: Iterable[Record], suite: Suite) -> list[str]:
     return [f"{heading}:", "\n".join(lines)] if lines else [f"{heading}."]
 
 
-def count(records: Iterable[Record], suite: Suite) -> tuple[int, int]:
+def count(records: Sequence[Record], suite: Suite) -> tuple[int, int]:
     """Return the number of comparisons in which a baseline is faster, and the number of all comparisons."""
     compared = [(row, baseline) for (_, _, baseline), part in comparisons(records, suite).items() for row in part]
     return sum(is_faster(row, baseline) for row, baseline in compared), len(compared)
 
 
-def comparisons(records: Iterable[Record], suite: Suite) -> dict[tuple[str, str, str], list[Row]]:
+def comparisons(records: Sequence[Record], suite: Suite) -> dict[tuple[str, str, str], list[Row]]:
     """Return the cases that compare our implementation with a baseline, by op, pass and baseline."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows(records):
