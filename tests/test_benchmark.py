@@ -218,7 +218,9 @@ def test_candidates_take_turns_and_sets_rotate() -> None:
         "fused": [lambda turn=turn: called.append(("fused", turn)) for turn in range(3)],
         "eager": [lambda turn=turn: called.append(("eager", turn)) for turn in range(3)],
     }
-    times = measure.interleave(calls, CPU, blocks=0, block_seconds=1e-2)
+    rotation = measure.Rotation(3, CPU)
+    implementations = {candidate: measure.Here(own, rotation) for candidate, own in calls.items()}
+    times = measure.interleave(implementations, 3, blocks=0, block_seconds=1e-2)
     assert [len(times[candidate]) for candidate in ("fused", "eager")] == [5, 5]
     assert all(second == (first + 1) % 3 for (_, first), (_, second) in pairwise(called))
     changes = sum(first != second for (first, _), (second, _) in pairwise(called))

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import cycle, repeat
 from pathlib import Path
@@ -80,6 +80,10 @@ class Case(ABC, Generic[Inputs]):
     def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
         """Return callables that run an implementation, one for each set of inputs."""
 
+    def implementation(self, candidate: str, inputs: Sequence[Inputs], rotation: Rotation) -> Implementation:
+        """Return an implementation, ready to run its first call."""
+        return Here(self.calls(candidate, inputs), rotation)
+
     @abstractmethod
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
         """Return the :func:`relative_error` of a result, compared with float64, or None if it cannot be determined.
@@ -89,6 +93,62 @@ class Case(ABC, Generic[Inputs]):
 
     def __str__(self) -> str:
         return " ".join(map(str, self.labels.values()))
+
+
+class Implementation(ABC):
+    """An implementation of a case, bound to its inputs."""
+
+    @abstractmethod
+    def first(self) -> object:
+        """Run the first call, which also compiles, and return its result."""
+
+    @abstractmethod
+    def seconds(self, count: int) -> float:
+        """Return the seconds that this many calls take, one after the other."""
+
+    @abstractmethod
+    def peak_bytes(self) -> int:
+        """Return the peak bytes that a call allocates, including its results but not its inputs."""
+
+    @abstractmethod
+    def launches(self) -> int | None:
+        """Return the number of kernels that a call launches on a GPU, or None if it is unknown or on a CPU."""
+
+    def close(self) -> None:  # noqa: B027
+        """Release everything that the implementation holds outside this process."""
+
+
+class Rotation:
+    """The sets of inputs of a case, which the calls of all implementations use in turn. It keeps the last results."""
+
+    def __init__(self, sets: int, device: torch.device) -> None:
+        self.sets, self.device = sets, device
+        self._turns = cycle(range(sets))
+        self._kept: dict[int, object] = {}
+
+    def run(self, calls: Sequence[Call], count: int) -> None:
+        for _ in repeat(None, count):
+            turn = next(self._turns)
+            self._kept[turn] = calls[turn]()
+
+
+class Here(Implementation):
+    """An implementation that runs in this process."""
+
+    def __init__(self, calls: Sequence[Call], rotation: Rotation) -> None:
+        self._calls, self._rotation = calls, rotation
+
+    def first(self) -> object:
+        return self._calls[0]()
+
+    def seconds(self, count: int) -> float:
+        return duration(partial(self._rotation.run, self._calls, count), self._rotation.device)
+
+    def peak_bytes(self) -> int:
+        return peak_bytes(self._calls[0], self._rotation.device)
+
+    def launches(self) -> int | None:
+        return launches(self._calls[0], self._rotation.device)
 
 
 class Measurement(NamedTuple):
@@ -157,31 +217,29 @@ def measure(
 ) -> dict[str, Measurement]:
     """Time the implementations of a case alternately. The arguments are as for :func:`take`."""
     inputs = working_sets(case, device)
-    calls: dict[str, list[Call]] = {}
+    rotation = Rotation(len(inputs), device)
     errors: dict[str, float | None] = {}
-    peaks: dict[str, int] = {}
-    launched: dict[str, int | None] = {}
-    for candidate in candidates:
-        try:
-            bound = case.calls(candidate, inputs)
-            result = bound[0]()  # the first call also compiles
-        except Exception as failure:
-            if candidate == case.candidates[0]:
-                raise
-            warn(f"{candidate} left out: {_first_line(failure)}")
-            continue
-        error = case.error(candidate, inputs[0], result)
-        if error is not None and not math.isfinite(error):
-            raise ArithmeticError(f"{candidate} gives NaN or infinity: {case}")
-        del result
-        calls[candidate], errors[candidate], peaks[candidate] = bound, error, peak_bytes(bound[0], device)
-        launched[candidate] = launches(bound[0], device)
-    times = interleave(calls, device, blocks, case.block_seconds)
+    with ExitStack() as closing:
+        implementations: dict[str, Implementation] = {}
+        for candidate in candidates:
+            try:
+                implementation = case.implementation(candidate, inputs, rotation)
+                closing.callback(implementation.close)
+                result = implementation.first()
+            except Exception as failure:
+                if candidate == case.candidates[0]:
+                    raise
+                warn(f"{candidate} left out: {_first_line(failure)}")
+                continue
+            error = case.error(candidate, inputs[0], result)
+            if error is not None and not math.isfinite(error):
+                raise ArithmeticError(f"{candidate} gives NaN or infinity: {case}")
+            del result
+            implementations[candidate], errors[candidate] = implementation, error
+        allocated = {name: (each.peak_bytes(), each.launches()) for name, each in implementations.items()}
+        times = interleave(implementations, rotation.sets, blocks, case.block_seconds)
     return {
-        candidate: Measurement(
-            *median_and_spread(times[candidate]), errors[candidate], peaks[candidate], launched[candidate]
-        )
-        for candidate in calls
+        name: Measurement(*median_and_spread(times[name]), errors[name], *allocated[name]) for name in implementations
     }
 
 
@@ -199,35 +257,23 @@ def working_sets(case: Case[Inputs], device: torch.device) -> list[Inputs]:
 
 
 def interleave(
-    calls: Mapping[str, Sequence[Call]], device: torch.device, blocks: int, block_seconds: float
+    implementations: Mapping[str, Implementation], sets: int, blocks: int, block_seconds: float
 ) -> dict[str, list[float]]:
-    """Return the seconds per call in each block of each implementation. A block cycles through the calls."""
-    turns = cycle(range(max(map(len, calls.values()), default=1)))
-    kept: dict[int, object] = {}
-
-    def block(candidate: str, count: int) -> float:
-        own = calls[candidate]
-
-        def run() -> None:
-            for _ in repeat(None, count):
-                turn = next(turns)
-                kept[turn] = own[turn]()
-
-        return duration(run, device) / count
-
-    times: dict[str, list[float]] = {candidate: [] for candidate in calls}
+    """Return the seconds per call in each block of each implementation, whose calls use so many sets of inputs."""
+    times: dict[str, list[float]] = {candidate: [] for candidate in implementations}
     with _no_garbage_collection():
         counts = {
-            candidate: _calls_in_a_block(partial(block, candidate), len(own), block_seconds)
-            for candidate, own in calls.items()
+            candidate: _calls_in_a_block(implementation, sets, block_seconds)
+            for candidate, implementation in implementations.items()
         }
-        order = list(calls)
+        order = list(implementations)
         end = perf_counter() + blocks * block_seconds
         for round_ in range(_ROUNDS[1]):
             if round_ >= _ROUNDS[0] and perf_counter() > end:
                 break
             for candidate in order:
-                times[candidate].append(block(candidate, counts[candidate]))
+                count = counts[candidate]
+                times[candidate].append(implementations[candidate].seconds(count) / count)
             order.reverse()  # so that no implementation always runs after the slowest one
     return times
 
@@ -359,11 +405,11 @@ def on_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _calls_in_a_block(block: Callable[[int], float], sets: int, block_seconds: float) -> int:
+def _calls_in_a_block(implementation: Implementation, sets: int, block_seconds: float) -> int:
     """Return how many calls fill a block. The trial calls use every set of inputs, and so serve as warm-up."""
-    block(sets)
+    implementation.seconds(sets)
     count = 1
-    while (seconds := count * block(count)) < block_seconds:
+    while (seconds := implementation.seconds(count)) < block_seconds:
         count = math.ceil(count * min(10, 1.2 * block_seconds / seconds))
     return count
 

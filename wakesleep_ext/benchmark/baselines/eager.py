@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _LOG_TWO_PI = math.log(2 * math.pi)
+
+Network = Callable[[Tensor], Tensor]
 
 
 def gaussian_parameters(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +109,7 @@ def adam_(
     torch._foreach_addcdiv_(parameters, exp_avgs, denominators)
 
 
-def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samples: int) -> Tensor:
+def wake_loss(recognition: Network, generative: Network, x: Tensor, num_samples: int) -> Tensor:
     """Compute :func:`wakesleep_ext.helmholtz.objectives.wake_theta_loss`."""
     with torch.no_grad():
         mu, logvar = recognition(x).chunk(2, -1)
@@ -116,7 +118,7 @@ def wake_loss(recognition: nn.Module, generative: nn.Module, x: Tensor, num_samp
     return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="sum") / (num_samples * len(x))
 
 
-def sleep_loss(recognition: nn.Module, generative: nn.Module, num_dreams: int, latent: int) -> Tensor:
+def sleep_loss(recognition: Network, generative: nn.Module, num_dreams: int, latent: int) -> Tensor:
     """Compute :func:`wakesleep_ext.helmholtz.objectives.sleep_phi_loss`."""
     with torch.no_grad():
         z = torch.randn(num_dreams, latent, device=next(generative.parameters()).device)
