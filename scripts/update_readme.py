@@ -90,14 +90,6 @@ def relink(text: str, address: str | None) -> str:
 
 # ---- overview --------------------------------------------------------------------------------------------------------
 
-_BASELINES = {
-    "distributions": ("torch.distributions", "#777777", "s"),
-    "compile": ("torch.compile", "#0072b2", "o"),
-    "compile with graphs": ("torch.compile with CUDA graphs", "#56b4e9", "D"),
-    "torch fused": ("torch.optim, fused", "#cc79a7", "^"),
-}
-"""Names, colours and markers. The palette of Okabe and Ito suits colour-blind readers."""
-
 
 def overview(path: Path, figures: Sequence[Result]) -> None:
     """Plot several results in one picture, with a column for each kind of device and a row for each suite.
@@ -129,7 +121,9 @@ def overview(path: Path, figures: Sequence[Result]) -> None:
             axes.annotate(
                 f"{speedup:.1f}{TIMES}", (beyond, at), (5, 0), textcoords="offset points", va="center", size=8.5
             )
-        for name, (label, colour, marker) in _BASELINES.items():
+        for name, (label, colour, marker) in report.CANDIDATES.items():
+            if name in ("fused", "products"):
+                continue
             if points := [(_speedup(row, name), at) for at, row in enumerate(rows.values()) if name in row]:
                 style = {"color": colour, "edgecolor": "white", "linewidth": 0.5, "zorder": 3}
                 axes.scatter(*zip(*points, strict=True), 26, marker=marker, label=label, **style)
@@ -151,9 +145,14 @@ def overview(path: Path, figures: Sequence[Result]) -> None:
     figure.supxlabel(f"times as fast as eager PyTorch (logarithmic; the line at 1{TIMES} is eager)", size=9.5)
     drawn = [pair for axes in grid.flat for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     handles = {label: handle for handle, label in drawn}
-    names = [name for name in ("wakesleep_ext", *(label for label, *_ in _BASELINES.values())) if name in handles]
+    names = [label for label, *_ in report.CANDIDATES.values() if label in handles]
     figure.legend(
-        [handles[n] for n in names], names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9
+        [handles[n] for n in names],
+        names,
+        loc="outside upper center",
+        ncols=min(len(names), 4),
+        frameon=False,
+        fontsize=9,
     )
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture, metadata={report.DIGEST: digest(figures)})

@@ -28,8 +28,9 @@ class Plan:
     quick: bool = False
     """Measure only a few cases, which takes about two minutes. All cases take 20 minutes or more."""
     candidates: tuple[str, ...] = ()
-    """Implementations to measure; all by default. The choices are fused, eager, distributions and compile, and for
-    Adam "torch fused". For steps, they also include products (only the GEMMs) and, on a GPU, "compile with graphs"."""
+    """Implementations to measure; all by default. For ops: fused, eager, distributions, compile, "torch fused" (Adam).
+    For steps: fused, jax, eager, distributions, "compiled step", max-autotune, products (only the GEMMs), and on a GPU
+    "eager in a graph" and "compiled in a graph"."""
 
     def command(self, device: torch.device, threads: int) -> str:
         """Return the command that repeats the measurement on the same computer."""

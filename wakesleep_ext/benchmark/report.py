@@ -15,15 +15,20 @@ from wakesleep_ext.benchmark.losses import slower
 from wakesleep_ext.benchmark.result import Record, Result, ResultError, Row, place, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Section, Suite
 
-_BARS = {
-    "fused": ("wakesleep_ext", "#d55e00"),
-    "distributions": ("torch.distributions", "#999999"),
-    "compile": ("torch.compile", "#0072b2"),
-    "compile with graphs": ("torch.compile with graphs", "#56b4e9"),
-    "torch fused": ("torch.optim, fused", "#cc79a7"),
-    "products": ("its matrix products alone", "#009e73"),
+CANDIDATES = {
+    "fused": ("wakesleep_ext", "#d55e00", "o"),
+    "jax": ("JAX", "#e69f00", "P"),
+    "distributions": ("torch.distributions", "#777777", "s"),
+    "compile": ("torch.compile", "#0072b2", "o"),
+    "compile with graphs": ("torch.compile with graphs", "#56b4e9", "D"),
+    "compiled step": ("torch.compile of the whole step", "#0072b2", "v"),
+    "max-autotune": ("torch.compile, max-autotune", "#56b4e9", "X"),
+    "eager in a graph": ("eager in one CUDA graph", "#777777", "h"),
+    "compiled in a graph": ("compiled in one CUDA graph", "#cc79a7", "D"),
+    "torch fused": ("torch.optim, fused", "#cc79a7", "^"),
+    "products": ("its matrix products alone", "#009e73", "|"),
 }
-"""Names and colours of the bars. Colour-blind readers can distinguish these colours (Okabe and Ito)."""
+"""Labels, colours and markers in pictures. Colour-blind readers can distinguish the colours (Okabe and Ito)."""
 
 DIGEST = "SHA-256 of the records"
 """The key in a picture's metadata under which its :func:`digest` is stored."""
@@ -34,7 +39,16 @@ DIGEST = "SHA-256 of the records"
 _WIDTH = 100
 """Characters per line of a narrow report."""
 
-_SHORT = {"distributions": "distrib.", "compile with graphs": "with graphs", "of copy speed": "of copy"}
+_SHORT = {
+    "distributions": "distrib.",
+    "compile with graphs": "with graphs",
+    "compiled step": "compiled",
+    "max-autotune": "autotuned",
+    "eager in a graph": "graph",
+    "compiled in a graph": "compiled graph",
+    "of copy speed": "of copy",
+    "over its products": "over products",
+}
 """Shorter column titles for narrow tables."""
 
 _KIND = ("pass", "dtype")
@@ -198,7 +212,7 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
             panels.append((heading, compared))
     if not panels:
         raise ResultError("nothing to draw: expected float32 results of eager and another implementation")
-    drawn = [name for name in _BARS if any(name in row for _, part in panels for row in part)]
+    drawn = [name for name in CANDIDATES if any(name in row for _, part in panels for row in part)]
     width = 0.81 / max(len(drawn), 3)
     height = 1.2 + 0.5 * max(len(part) for _, part in panels)
     figure = Figure(figsize=(5.5 * len(panels), height), dpi=150, layout="constrained")
@@ -209,7 +223,7 @@ def plot(path: Path, result: Result, suite: Suite) -> None:
             speedups = [part[i]["eager"]["median_us"] / part[i][candidate]["median_us"] for i in here]
             heights = [index + width * (place_ - (len(drawn) - 1) / 2) for index in here]
             # bars start at 1, so that the bar of a slowdown points to the left
-            name, colour = _BARS[candidate]
+            name, colour, _ = CANDIDATES[candidate]
             axes.barh(heights, [s - 1 for s in speedups], 0.93 * width, 1, color=colour, label=name)
             axes.plot(speedups, heights, "o", color=colour, markersize=3.5)  # a bar that ends at 1 has no length
             if candidate == "fused":

@@ -75,7 +75,7 @@ class StepCase(Case[Inputs]):
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """Names of the implementations. On a CPU, max-autotune changes no GEMM but compiles for as long: a few cases do."""
+        """Names of the implementations. On a CPU, max-autotune tunes no GEMM of training, so few cases compile it."""
         steps = tuple(_STEPS)
         if self.device != "cuda":
             is_autotuned = (self.batch, self.num_samples) in _FEW
