@@ -49,8 +49,6 @@ _STEPS: Mapping[str, Callable[[steps.Problem], steps.Step]] = {
     "compiled in a graph": lambda problem: steps.captured(steps.compiled(problem)),
 }
 """The steps in plain PyTorch."""
-_FEW = ((20, 1), (100, 5))
-"""Batch sizes and numbers of samples of the quick cases."""
 
 
 class Inputs(NamedTuple):
@@ -78,7 +76,7 @@ class StepCase(Case[Inputs]):
         """Names of the implementations. On a CPU, max-autotune tunes no GEMM of training, so few cases compile it."""
         steps = tuple(_STEPS)
         if self.device != "cuda":
-            is_autotuned = (self.batch, self.num_samples) in _FEW
+            is_autotuned = self in cases(self.device, quick=True)
             steps = ("eager", "distributions", "compiled step", *("max-autotune",) * is_autotuned)
         return ("fused", "jax", *steps, "products")
 
@@ -180,7 +178,7 @@ class StepCase(Case[Inputs]):
 def cases(device: str = "cpu", quick: bool = False) -> list[StepCase]:
     """Return all cases for a device type, `"cpu"` or `"cuda"`. If quick, return two cases of the narrow network."""
     if quick:
-        return [StepCase(NET, *sizes, device) for sizes in _FEW]
+        return [StepCase(NET, 20, 1, device), StepCase(NET, 100, 5, device)]
     narrow = [StepCase(NET, batch, samples, device) for batch in _BATCHES for samples in _NUM_SAMPLES]
     return [*narrow, *(StepCase(WIDE_NET, 100, samples, device) for samples in _NUM_SAMPLES)]
 
