@@ -1,10 +1,12 @@
-"""Test the CPU's own GEMMs of small batches through the layers that use them."""
+"""Test the CPU's own GEMMs through the layers that use them."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 import wakesleep_ext as ws
 from wakesleep_ext import _C
 
-SMALL_BATCH = 64
+SMALL_BATCH = 64  # in float64
 # rows, features and width of a layer: whole tiles and vectors, and every kind of remainder
 SHAPES = [
     (1, 1, 1),
@@ -27,7 +29,24 @@ SHAPES = [
     (33, 97, 65),
     (63, 100, 5),
     (64, 16, 48),
+    (65, 200, 50),
+    (209, 257, 47),  # several blocks of rows and of features
 ]
+
+
+@pytest.fixture(params=[None, 0], ids=["skinny up to the limit", "packed"])
+def limit(request: pytest.FixtureRequest) -> Iterator[int | None]:
+    """Let the packed GEMM compute every float32 product, or only those of larger batches."""
+    _C.set_small_batch(request.param)
+    yield request.param
+    _C.set_small_batch(None)
+
+
+@pytest.fixture
+def always_packed() -> Iterator[None]:
+    _C.set_small_batch(0)
+    yield
+    _C.set_small_batch(None)
 
 
 def _layer(rows: int, features: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +63,10 @@ def _results(layer: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor]:
 
 def _multiplies_itself() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def _packs() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _assert_exact(found: list[Tensor], layer: tuple[Tensor, ...], upstream: Tensor) -> None:
@@ -63,22 +86,43 @@ def _assert_exact(found: list[Tensor], layer: tuple[Tensor, ...], upstream: Tens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_of_a_small_batch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_products_of_a_layer(shape: tuple[int, int, int], dtype: torch.dtype, limit: int | None) -> None:
     layer = _layer(*shape, dtype)
     upstream = torch.randn(shape[0], shape[2], dtype=dtype)
     _assert_exact(_results(layer, upstream), layer, upstream)
 
 
-def test_sums_of_integers_are_exact() -> None:
-    layer = tuple(tensor.round() for tensor in _layer(20, 75, 50, torch.float64))
-    upstream = torch.randn(20, 50, dtype=torch.float64).round()
+def test_products_of_every_ragged_size(always_packed: None) -> None:
+    """Cover all numbers of rows and columns up to a tile and beyond it, for each of the three products."""
+    for rows, features, width in itertools.product((*range(1, 9), 13), (1, 2, 7, 8, 9, 17), range(1, 18)):
+        layer, upstream = _layer(rows, features, width), torch.randn(rows, width)
+        _assert_exact(_results(layer, upstream), layer, upstream)
+
+
+def test_gradients_add_up_over_chunks(one_thread: None, always_packed: None) -> None:
+    layer = _layer(71, 3, 2**20 // 4 // 32 - 3)  # in chunks of 32 rows
+    upstream = torch.randn(len(layer[0]), len(layer[1]))
+    _assert_exact(_results(layer, upstream), layer, upstream)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+def test_activations_of_products(activation: str, always_packed: None) -> None:
+    layer = _layer(50, 30, 41)
+    expected = getattr(torch, activation)(F.linear(*layer))
+    torch.testing.assert_close(ws.linear(*layer, activation), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_of_integers_are_exact(dtype: torch.dtype, limit: int | None) -> None:
+    layer = tuple(tensor.round() for tensor in _layer(20, 75, 50, dtype))
+    upstream = torch.randn(20, 50, dtype=dtype).round()
     h, weight, bias = layer
     expected = h @ weight.t() + bias, upstream @ weight, upstream.t() @ h, upstream.sum(0)
     assert all(map(torch.equal, _results(layer, upstream), expected))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "gaps", "expanded", "backwards"])
-def test_products_of_operands_however_they_lie(layout: str) -> None:
+def test_products_of_operands_however_they_lie(layout: str, limit: int | None) -> None:
     rows, features, width = 20, 30, 17
     h, weight, bias = _layer(rows, features, width)
     h, weight = {
@@ -92,17 +136,19 @@ def test_products_of_operands_however_they_lie(layout: str) -> None:
         _assert_exact(_results((h, weight, bias), given), (h, weight, bias), given)
 
 
-def test_infinity_stays_where_it_is() -> None:
-    """The padding of a vector is not multiplied with the values."""
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+def test_a_value_that_is_not_finite_stays_in_its_row(value: float, limit: int | None) -> None:
+    """The padding of a vector or a tile is not multiplied with the values."""
     h, weight, bias = _layer(5, 11, 7)
-    h[2, 10] = torch.inf
+    h[2, 10] = value
     found, finite = ws.linear(h, weight, bias), torch.tensor([0, 1, 3, 4])
-    assert torch.equal(found[2], torch.inf * weight[:, 10].sign())
+    assert torch.equal(found[2].nan_to_num(7, 8, 9), (value * weight[:, 10].sign()).nan_to_num(7, 8, 9))
     torch.testing.assert_close(found[finite], F.linear(h[finite], weight, bias))
 
 
-def test_products_are_the_same_on_any_number_of_threads() -> None:
-    layer, upstream = _layer(SMALL_BATCH, 400, 300), torch.randn(SMALL_BATCH, 300)
+@pytest.mark.parametrize("rows", [SMALL_BATCH, 250])
+def test_products_are_the_same_on_any_number_of_threads(rows: int) -> None:
+    layer, upstream = _layer(rows, 400, 300), torch.randn(rows, 300)
     threads, results = torch.get_num_threads(), []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
@@ -113,20 +159,38 @@ def test_products_are_the_same_on_any_number_of_threads() -> None:
 
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
-def test_a_row_is_the_same_by_itself() -> None:
-    h, weight, bias = _layer(SMALL_BATCH, 50, 30)
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float64, SMALL_BATCH), (torch.float32, 24)], ids=str)
+def test_a_row_is_the_same_by_itself(dtype: torch.dtype, rows: int) -> None:
+    h, weight, bias = _layer(rows, 50, 30, dtype)
     whole = ws.linear(h, weight, bias)
-    for row in range(SMALL_BATCH):
+    for row in range(rows):
         assert torch.equal(ws.linear(h[row : row + 1], weight, bias), whole[row : row + 1])
+
+
+@pytest.mark.skipif(not _packs(), reason="the packed GEMM needs AVX2 and is not used with AVX-512")
+def test_a_row_of_a_packed_product_is_the_same_by_itself(always_packed: None) -> None:
+    h, weight, bias = _layer(250, 300, 30)
+    whole = ws.linear(h, weight, bias)
+    for row in (0, 5, 6, 249):
+        assert torch.equal(ws.linear(h[row : row + 1], weight, bias), whole[row : row + 1])
+
+
+@pytest.mark.skipif(not _packs(), reason="the packed GEMM needs AVX2 and is not used with AVX-512")
+@pytest.mark.parametrize("rows", [24, 25, 500])
+def test_torch_multiplies_no_layer_in_float32(rows: int) -> None:
+    layer, upstream = _layer(rows, 70, 90), torch.randn(rows, 90)
+    with torch.profiler.profile() as profile:
+        _results(layer, upstream)
+    assert not any(event.name == "aten::mm" for event in profile.events())
 
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
 @pytest.mark.parametrize(("rows", "chosen"), [(SMALL_BATCH, None), (SMALL_BATCH + 1, None), (20, 0), (200, 200)])
 def test_who_multiplies(rows: int, chosen: int | None, request: pytest.FixtureRequest) -> None:
-    """Our kernels take up to 64 rows, or as many as are chosen; torch takes more."""
+    """In float64, our kernel takes up to 64 rows, or as many as are chosen; torch takes more."""
     request.addfinalizer(lambda: _C.set_small_batch(None))
     _C.set_small_batch(chosen)
-    layer, upstream = _layer(rows, 70, 90), torch.randn(rows, 90)
+    layer, upstream = _layer(rows, 70, 90, torch.float64), torch.randn(rows, 90, dtype=torch.float64)
     with torch.profiler.profile() as profile:
         found = _results(layer, upstream)
     by_torch = sum(event.name == "aten::mm" for event in profile.events())
@@ -146,6 +210,7 @@ def test_what_is_no_number_of_rows() -> None:
 def test_products_are_those_of_torch_without_vectors_or_by_choice(variable: dict[str, str]) -> None:
     program = """
 import torch, wakesleep_ext as ws
+torch.set_default_dtype(torch.float64)
 h, weight, bias = torch.randn(20, 30), torch.randn(17, 30), torch.randn(17)
 print(torch.equal(ws.linear(h, weight, bias), torch.mm(h, weight.t()) + bias))
 """

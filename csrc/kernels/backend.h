@@ -11,10 +11,10 @@
 #include "gaussian_kl_between.h"
 #include "gaussian_log_prob.h"
 #include "gaussian_rsample.h"
+#include "gemm.h"
 #include "linear_bernoulli_log_prob.h"
 #include "linear_bernoulli_sample.h"
 #include "mlp.h"
-#include "skinny_gemm.h"
 #include "small_batch.h"
 #include "standard_gaussian_log_prob.h"
 #include "write_key.h"
@@ -41,7 +41,8 @@ struct Backend {
   Kernels kernels;
   const SmallBatchKernels* small_batch;   // null if the backend has none
   Kernel<SkinnyGemm> skinny_gemm;         // null if the backend has none
-  int64_t small_batch_rows;               // the largest batch for which the kernels above were measured to be faster
+  Kernel<PackedGemm> packed_gemm;         // null if the backend has none
+  int64_t small_batch_rows;               // the largest batch for which small_batch or skinny_gemm beats the library
   int64_t (*rows_of_sum)(Dtype compute);  // the number of rows in each partial sum of MlpGradient and the like
 };
 

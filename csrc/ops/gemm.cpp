@@ -27,28 +27,47 @@ int64_t small_batch_in_environment() {
   return rows;
 }
 
-bool is_small_batch(const Backend& backend, int64_t rows) {
+// Returns whether the rows are at most the chosen limit, or else the measured limit.
+bool is_small_batch(int64_t rows, int64_t measured) {
   int64_t limit = small_batch_set.load(std::memory_order_relaxed);
   limit = limit == kNotSet ? small_batch_in_environment() : limit;
-  return rows <= (limit == kNotSet ? backend.small_batch_rows : limit);
+  return rows <= (limit == kNotSet ? measured : limit);
+}
+
+// ---- our GEMMs -----------------------------------------------------------------------------------------------------
+
+bool is_empty(const Gemm& gemm) { return gemm.M * gemm.K * gemm.N == 0; }
+
+bool suits_packed_gemm(const Backend& backend, const Gemm& gemm) {
+  return backend.packed_gemm != nullptr && cpu::instruction_set() == cpu::InstructionSet::avx2 &&
+         gemm.a_dtype == at::kFloat && gemm.b_dtype == at::kFloat && !is_empty(gemm);
 }
 
 bool suits_skinny_gemm(const Backend& backend, const Gemm& gemm) {
+  constexpr int64_t kFewerThanPacked = 24;
   if (backend.skinny_gemm == nullptr || cpu::instruction_set() == cpu::InstructionSet::baseline ||
-      gemm.a_dtype != gemm.b_dtype || gemm.M * gemm.K * gemm.N == 0) {
+      gemm.a_dtype != gemm.b_dtype || is_empty(gemm)) {
     return false;
   }
-  const bool has_few_rows = is_small_batch(backend, gemm.M), sums_few_rows = is_small_batch(backend, gemm.K);
+  const int64_t measured = suits_packed_gemm(backend, gemm) ? kFewerThanPacked : backend.small_batch_rows;
+  const bool has_few_rows = is_small_batch(gemm.M, measured), sums_few_rows = is_small_batch(gemm.K, measured);
   return gemm.b_column == 1 ? has_few_rows || (gemm.a_row == 1 && sums_few_rows)
                             : gemm.b_row == 1 && gemm.a_column == 1 && has_few_rows;
 }
 
+Matrix matrix(const at::Tensor& of) { return {read(of), of.stride(0), of.stride(1)}; }
+
 at::Tensor skinny_product(const at::Tensor& a, const at::Tensor& b) {
   const at::Tensor y = at::empty({a.size(0), b.size(1)}, a.options());
-  const auto matrix = [](const at::Tensor& of) { return SkinnyGemm::Matrix{read(of), of.stride(0), of.stride(1)}; };
   launch(a.device(), backend_of(a.device()).skinny_gemm,
          SkinnyGemm{dtype_of(a), matrix(a), matrix(b), write(y), a.size(0), a.size(1), b.size(1)});
   return y;
+}
+
+void packed_product(const at::Tensor& y, const at::Tensor& a, const at::Tensor& b, bool adds) {
+  launch(a.device(), backend_of(a.device()).packed_gemm,
+         PackedGemm{matrix(a), matrix(b), static_cast<float*>(write(y)), a.size(0), a.size(1), b.size(1), adds, nullptr,
+                    Activation::identity});
 }
 
 // ---- oneDNN --------------------------------------------------------------------------------------------------------
@@ -96,11 +115,14 @@ void set_small_batch(std::optional<int64_t> rows) {
 
 Method method_for(const Gemm& gemm) {
   const Backend& backend = backend_of(gemm.device);
-  if (gemm.is_layer && backend.small_batch != nullptr && is_small_batch(backend, gemm.M)) {
+  if (gemm.is_layer && backend.small_batch != nullptr && is_small_batch(gemm.M, backend.small_batch_rows)) {
     return Method::small_batch;
   }
   if (suits_skinny_gemm(backend, gemm)) {
     return Method::skinny_gemm;
+  }
+  if (suits_packed_gemm(backend, gemm)) {
+    return Method::packed_gemm;
   }
   return suits_onednn(gemm) ? Method::onednn : Method::blas;
 }
@@ -109,6 +131,11 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type
   switch (method_for(Gemm::of(a, b))) {
     case Method::skinny_gemm:
       return in_type(skinny_product(a, b), type);
+    case Method::packed_gemm: {
+      const at::Tensor y = at::empty({a.size(0), b.size(1)}, a.options());
+      packed_product(y, a, b, false);
+      return in_type(y, type);
+    }
     case Method::onednn:
       return in_type(onednn_linear()->call(a, b.t(), {}, "none", c10::List<std::optional<at::Scalar>>(), {}), type);
     default:
@@ -117,11 +144,30 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type
 }
 
 void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
-  if (sum.scalar_type() == a.scalar_type() && !suits_onednn(Gemm::of(a, b))) {
+  const Method method = method_for(Gemm::of(a, b));
+  if (sum.scalar_type() == a.scalar_type() && method == Method::packed_gemm) {
+    packed_product(sum, a, b, true);
+  } else if (sum.scalar_type() == a.scalar_type() && method != Method::onednn) {
     sum.addmm_(a, b);
   } else {
     sum.add_(product(a, b, sum.scalar_type()));
   }
+}
+
+bool has_layer_output(const Gemm& gemm) { return method_for(gemm) == Method::packed_gemm; }
+
+void layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
+                  const at::Tensor& y) {
+  launch(gemm.device, backend_of(gemm.device).packed_gemm,
+         PackedGemm{{read(h), gemm.a_row, gemm.a_column},
+                    {read(weight), gemm.b_row, gemm.b_column},
+                    static_cast<float*>(write(y)),
+                    gemm.M,
+                    gemm.K,
+                    gemm.N,
+                    false,
+                    static_cast<const float*>(read(bias)),
+                    f});
 }
 
 }  // namespace wakesleep

@@ -48,7 +48,7 @@ struct Mlp : LayerCall {
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 // Returns the output of layer l for a chunk of rows. The output is written to `place`, unless that is undefined.
-at::Tensor layer_output(const Mlp& call, size_t l, const at::Tensor& h, at::Tensor place) {
+at::Tensor chunk_output(const Mlp& call, size_t l, const at::Tensor& h, at::Tensor place) {
   const Layer& layer = call.layers[l];
   const auto options = call.h.options().dtype(call.dtype);
   if (call.method == Method::small_batch) {
@@ -56,6 +56,12 @@ at::Tensor layer_output(const Mlp& call, size_t l, const at::Tensor& h, at::Tens
     const at::Tensor y = at::empty({h.size(0), layer.D}, options);
     small.compute(SmallBatchOutput{small.layer(), call.activation(l), read(layer.bias), write(y)});
     return y;
+  }
+  const Gemm gemm = Gemm::of_layer(h, layer.weight);
+  if (call.dtype == at::kFloat && has_layer_output(gemm)) {
+    place = place.defined() ? place : at::empty({h.size(0), layer.D}, options);
+    layer_output(gemm, call.activation(l), h, layer.weight, layer.bias, place);
+    return place;
   }
   const at::Tensor products = product(h, layer.weight.t(), call.compute);
   if (!place.defined()) {
@@ -79,7 +85,7 @@ at::Tensor forward(const Mlp& call, Tensors* hidden) {
       const int64_t rows = h_rows.size(0);
       const bool at_once = whole == nullptr || rows == call.N;
       const at::Tensor place = at_once ? at::Tensor() : whole->place(first, {rows, call.layers[l].D}, call.h.options());
-      const at::Tensor y = layer_output(call, l, below, place);
+      const at::Tensor y = chunk_output(call, l, below, place);
       if (at_once && whole != nullptr) {
         whole->tensor = y;
       }

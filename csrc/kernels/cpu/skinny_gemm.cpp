@@ -2,9 +2,7 @@
 // Packing pays off if each packed copy is read many times. With 20 rows, however, a weight matrix is read only five
 // times, and its gradient is a sum of only 20 outer products. So these kernels read the operands without packing, and
 // write the output once. They keep the sums of a tile in registers and prefetch the operands of the next tiles.
-#include "../skinny_gemm.h"
-
-#include "vector.h"
+#include "gemm.h"
 
 namespace wakesleep::cpu {
 namespace {
@@ -14,26 +12,6 @@ namespace {
 // vector in the backward kernel.
 constexpr int kRegisterRows = 4, kRegisterColumns = 3;
 
-// Calls body(n) with n = min(count, most) as a compile-time constant.
-template <int most, typename Body>
-WAKESLEEP_INLINE void for_at_most(int64_t count, const Body& body) {
-  if constexpr (most > 1) {
-    if (count < most) {
-      return for_at_most<most - 1>(count, body);
-    }
-  }
-  body(std::integral_constant<int, most>{});
-}
-
-template <typename T>
-struct Strided {
-  T* data;
-  int64_t row, column;  // strides
-
-  WAKESLEEP_INLINE T* at(int64_t m, int64_t n) const { return data + m * row + n * column; }
-  WAKESLEEP_INLINE Strided from(int64_t m, int64_t n) const { return {at(m, n), row, column}; }
-};
-
 template <typename T>
 WAKESLEEP_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last, int64_t column, int64_t columns) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -42,12 +20,6 @@ WAKESLEEP_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last,
       __builtin_prefetch(a.at(row, at));
     }
   }
-}
-
-// Returns the smallest number of tiles that is worth a separate thread.
-inline int64_t grain_of(int64_t multiplications) {
-  constexpr int64_t kGrain = 1 << 18;
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiplications));
 }
 
 // ---- forward: a b^T, both row-major --------------------------------------------------------------------------------
@@ -229,11 +201,6 @@ void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int6
                                          : Part{0, M, begin * kWidest, std::min(N, end * kWidest)};
     multiply_part<T, bytes>(a, b, M, K, y, part);
   });
-}
-
-template <typename T>
-Strided<const T> strided(const SkinnyGemm::Matrix& matrix) {
-  return {static_cast<const T*>(matrix.data), matrix.row, matrix.column};
 }
 
 }  // namespace

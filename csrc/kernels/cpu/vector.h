@@ -81,6 +81,17 @@ struct Vector {
     return c;
   }
 
+  // Returns elements of a (indices 0 .. width - 1) and of b (indices width .. 2 width - 1).
+  template <int... index>
+  static WAKESLEEP_INLINE Lanes shuffle(Lanes a, Lanes b) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, index...);
+#else
+    using Index = decltype(a < b);
+    return __builtin_shuffle(a, b, Index{index...});
+#endif
+  }
+
   static constexpr int group = 16 / static_cast<int>(sizeof(T));
 
   // Sums the lanes of each vector in a group, and writes one sum per vector. Each step adds neighbouring lanes in all
@@ -106,12 +117,7 @@ struct Vector {
 
   template <int... lane>
   static WAKESLEEP_INLINE Lanes of_neighbours(Lanes a, Lanes b, std::integer_sequence<int, lane...>) {
-#if __has_builtin(__builtin_shufflevector)
-    return __builtin_shufflevector(a, b, pair(lane)...) + __builtin_shufflevector(a, b, (pair(lane) + 1)...);
-#else
-    using Index = decltype(a < b);
-    return __builtin_shuffle(a, b, Index{pair(lane)...}) + __builtin_shuffle(a, b, Index{(pair(lane) + 1)...});
-#endif
+    return shuffle<pair(lane)...>(a, b) + shuffle<(pair(lane) + 1)...>(a, b);
   }
 
   // Returns the index of the first of the two neighbouring lanes whose sum goes to `lane`. The indices of the second
