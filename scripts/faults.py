@@ -225,11 +225,11 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "tests/test_products.py -k test_products_of_a_layer",
         ),
         Fault(
-            "bias-added-at-every-depth",
+            "activation-at-every-depth",
             "csrc/kernels/cpu/packed_gemm.cpp",
-            "call.bias != nullptr && d == depths - 1",
-            "call.bias != nullptr",
-            "tests/test_products.py -k test_products_of_a_layer",
+            "call.activation != Activation::identity && d == depths.number - 1",
+            "call.activation != Activation::identity",
+            "tests/test_products.py -k test_activations_of_products",
         ),
         Fault(
             "chunk-overwrites-the-gradient",

@@ -4,14 +4,10 @@
 //
 // The sum of an element runs over k in an order that depends on K alone. So the result does not depend on the other
 // rows, nor on the number of threads.
-#include "gemm.h"
+#include "packing.h"
 
 namespace wakesleep::cpu {
 namespace {
-
-// The register tile has enough accumulators to hide the latency of multiply-adds if the processor starts two per cycle.
-// With a panel's vectors and one element of a, they fit in 16 registers.
-constexpr int kTileRows = 6, kTileVectors = 2;
 
 // A block of a has at most this many rows and columns. Its packed copy and a panel are on the stack, so they take
 // 120 kB. We measured depths of 128 to 384 on a Zen 3, which make no difference.
@@ -20,95 +16,12 @@ constexpr int64_t kBlockRows = 34 * kTileRows, kDepth = 128;
 template <typename T, int bytes>
 constexpr int64_t kPanelWidth = kTileVectors * Vector<T, bytes>::width;
 
-// The part i of `count` that is divided evenly into parts of at most `most`.
-struct Part {
-  int64_t first, count;
-
-  static WAKESLEEP_INLINE int64_t number(int64_t count, int64_t most) { return (count + most - 1) / most; }
-  static WAKESLEEP_INLINE Part of(int64_t count, int64_t most, int64_t i) {
-    const int64_t parts = number(count, most), first = count * i / parts;
-    return {first, count * (i + 1) / parts - first};
-  }
-};
-
-// ---- packing -------------------------------------------------------------------------------------------------------
-
-// Exchanges the off-diagonal blocks of size `step` of the matrix with rows a and b.
-template <typename V, int step, int... lane>
-WAKESLEEP_INLINE void exchange(typename V::Lanes& a, typename V::Lanes& b, std::integer_sequence<int, lane...>) {
-  const typename V::Lanes low = V::template shuffle<((lane & step) != 0 ? V::width + lane - step : lane)...>(a, b);
-  b = V::template shuffle<((lane & step) != 0 ? V::width + lane : lane + step)...>(a, b);
-  a = low;
-}
-
-template <typename V, int step = 1>
-WAKESLEEP_INLINE void transpose(typename V::Lanes (&rows)[V::width]) {
-  if constexpr (step < V::width) {
-    WAKESLEEP_UNROLL
-    for (int i = 0; i < V::width; ++i) {
-      if ((i & step) == 0) {
-        exchange<V, step>(rows[i], rows[i + step], std::make_integer_sequence<int, V::width>());
-      }
-    }
-    transpose<V, 2 * step>(rows);
-  }
-}
-
-// Copies b [K, columns], for at most a vector of columns. Row k of the copy is a vector at to + k * stride, with zeros
-// after the last column.
-template <typename V, typename T>
-WAKESLEEP_INLINE void pack_vectors(const Strided<const T>& b, int64_t K, int64_t columns, T* to, int64_t stride) {
-  int64_t k = 0;
-  if (columns >= V::width && b.column == 1) {
-    for (; k < K; ++k) {
-      V::store(to + k * stride, V::load(b.at(k, 0)));
-    }
-  } else if (columns >= V::width && b.row == 1) {
-    for (; k + V::width <= K; k += V::width) {
-      typename V::Lanes of_b[V::width];
-      WAKESLEEP_UNROLL
-      for (int l = 0; l < V::width; ++l) {
-        of_b[l] = V::load(b.at(k, l));
-      }
-      transpose<V>(of_b);
-      WAKESLEEP_UNROLL
-      for (int l = 0; l < V::width; ++l) {
-        V::store(to + (k + l) * stride, of_b[l]);
-      }
-    }
-  }
-  for (; k < K; ++k) {
-    for (int l = 0; l < V::width; ++l) {
-      to[k * stride + l] = l < columns ? *b.at(k, l) : T(0);
-    }
-  }
-}
-
-// Copies a block of a, tile by tile. A tile of R rows is stored as [K, R]. A vector may overlap the following column or
-// tile, which is stored later. After the last tile, there must be room for a vector.
-template <typename V, typename T>
-WAKESLEEP_INLINE void pack_tiles(const Strided<const T>& a, int64_t M, int64_t K, T* to) {
-  for (int64_t t = 0; t < Part::number(M, kTileRows); ++t) {
-    const auto [m, rows] = Part::of(M, kTileRows, t);
-    const bool has_vectors = a.row == 1 && m + V::width <= M;
-    for (int64_t k = 0; k < K; ++k, to += rows) {
-      if (has_vectors) {
-        V::store(to, V::load(a.at(m, k)));
-      } else {
-        for (int64_t r = 0; r < rows; ++r) {
-          to[r] = *a.at(m + r, k);
-        }
-      }
-    }
-  }
-}
-
 // ---- multiplying ---------------------------------------------------------------------------------------------------
 
-// Computes y = a panel, or adds it to y, for a tile of y [rows, vectors].
+// Computes y = a panel + from for a tile of y [rows, vectors]. `from` may be y, and its data null for zero.
 template <typename V, int rows, int vectors, typename T>
-WAKESLEEP_INLINE void multiply_tile(const Strided<const T>& a, const T* panel, int64_t K, const Strided<T>& y,
-                                    bool adds) {
+WAKESLEEP_INLINE void multiply_tile(const Strided<const T>& a, const T* panel, int64_t K, const Strided<const T>& from,
+                                    const Strided<T>& y) {
   typename V::Lanes sum[rows][vectors];
   WAKESLEEP_UNROLL
   for (int r = 0; r < rows; ++r) {
@@ -139,11 +52,33 @@ WAKESLEEP_INLINE void multiply_tile(const Strided<const T>& a, const T* panel, i
   for (int r = 0; r < rows; ++r) {
     WAKESLEEP_UNROLL
     for (int v = 0; v < vectors; ++v) {
-      T* to = y.at(r, v * V::width);
-      V::store(to, adds ? V::load(to) + sum[r][v] : sum[r][v]);
+      V::store(y.at(r, v * V::width), from.data != nullptr ? V::load(from.at(r, v * V::width)) + sum[r][v] : sum[r][v]);
     }
   }
 }
+
+// The columns of b that are packed next. While a panel is multiplied, each tile prefetches its share of them, because a
+// training step finds b in the L3 cache.
+template <typename T>
+struct Next {
+  Strided<const T> b;
+  int64_t K, columns;
+
+  // Prefetches rows or columns first .. first + count - 1, whichever are contiguous.
+  WAKESLEEP_INLINE void prefetch(int64_t first, int64_t count) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t length = has_rows() ? columns : K;
+    for (int64_t i = first; i < std::min(first + count, lines()); ++i) {
+      const T* line = has_rows() ? b.at(i, 0) : b.at(0, i);
+      for (int64_t at = 0; at < length; at += kLine) {
+        __builtin_prefetch(line + at);
+      }
+    }
+  }
+
+  WAKESLEEP_INLINE bool has_rows() const { return b.column == 1; }
+  WAKESLEEP_INLINE int64_t lines() const { return has_rows() ? K : columns; }
+};
 
 // A block of a: in place if its rows are contiguous, otherwise packed.
 template <typename T>
@@ -157,23 +92,31 @@ struct Block {
   }
 };
 
-// Computes the columns of y that belong to a panel. A tile that is wider than y goes through `whole`, because masks in
-// the loop above would need registers.
+// Computes y = block panel + from, for the columns of a panel. A tile that is wider than y goes through `whole`,
+// because masks in the loop above would need registers.
 template <typename V, int vectors, typename T>
-WAKESLEEP_INLINE void multiply_panel(const Block<T>& block, const T* panel, const Strided<T>& y, int64_t columns,
-                                     bool adds) {
+WAKESLEEP_INLINE void multiply_panel(const Block<T>& block, const T* panel, const Next<T>& next,
+                                     const Strided<const T>& from, const Strided<T>& y, int64_t columns) {
   constexpr int64_t width = vectors * V::width;
-  for (int64_t t = 0; t < Part::number(block.M, kTileRows); ++t) {
-    const Part part = Part::of(block.M, kTileRows, t);
+  const Parts tiles(block.M, kTileRows);
+  const int64_t share = (next.lines() + tiles.number - 1) / tiles.number;
+  for (int64_t t = 0; t < tiles.number; ++t) {
+    next.prefetch(t * share, share);
+    const Part part = tiles[t];
     alignas(64) T whole[kTileRows * width];
     const Strided<T> tile = y.from(part.first, 0), to = columns == width ? tile : Strided<T>{whole, width, 1};
-    if (columns < width && adds) {
+    Strided<const T> start = from.data == nullptr ? from : from.from(part.first, 0);
+    if (columns < width && from.data != nullptr) {
       for (int64_t r = 0; r < part.count; ++r) {
-        std::copy_n(tile.at(r, 0), columns, to.at(r, 0));
+        std::copy_n(start.at(r, 0), columns, to.at(r, 0));
       }
+      start = {whole, width, 1};
     }
-    for_at_most<kTileRows>(
-        part.count, [&](auto rows) { multiply_tile<V, rows, vectors>(block.tile(part), panel, block.K, to, adds); });
+    for_at_most<kTileRows>(part.count, [&](auto rows) {
+      run_apart<sizeof(typename V::Lanes)>(block.K, [a = block.tile(part), panel, start, to](auto, int64_t, int64_t K) {
+        multiply_tile<V, decltype(rows)::value, vectors>(a, panel, K, start, to);
+      });
+    });
     if (columns < width) {
       for (int64_t r = 0; r < part.count; ++r) {
         std::copy_n(to.at(r, 0), columns, tile.at(r, 0));
@@ -182,14 +125,16 @@ WAKESLEEP_INLINE void multiply_panel(const Block<T>& block, const T* panel, cons
   }
 }
 
-// Applies y = f(y + bias) to columns that have just been computed.
-template <typename T>
-WAKESLEEP_INLINE void finish(Activation activation, const T* bias, int64_t rows, int64_t columns, const Strided<T>& y) {
+// Applies y = f(y) to columns that have just been computed.
+template <int bytes, typename T>
+WAKESLEEP_INLINE void finish(Activation activation, int64_t rows, int64_t columns, const Strided<T>& y) {
   dispatch_activation(activation, [&](auto f) {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* out = y.at(r, 0);
-      for_lanes<T>(columns, [&](auto element, T product, T b) { element.store(out, f(product + b)); }, out, bias);
-    }
+    run_apart<bytes>(rows, [f, columns, y](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* out = y.at(r, 0);
+        for_lanes<T>(columns, [&](auto element, T a) { element.store(out, f(a)); }, out);
+      }
+    });
   });
 }
 
@@ -203,11 +148,11 @@ WAKESLEEP_INLINE void multiply_block(const PackedGemm& call, int64_t index, int6
   constexpr int64_t width = kPanelWidth<float, bytes>;
   const auto a = strided<float>(call.a), b = strided<float>(call.b);
   const Strided<float> y = {call.y, call.N, 1};
-  const Part rows = Part::of(call.M, kBlockRows, index);
+  const Part rows = Parts(call.M, kBlockRows)[index];
   alignas(64) float packed_b[kDepth * width], packed_a[kBlockRows * kDepth + V::width];
-  const int64_t depths = Part::number(call.K, kDepth);
-  for (int64_t d = 0; d < depths; ++d) {
-    const Part depth = Part::of(call.K, kDepth, d);
+  const Parts depths(call.K, kDepth);
+  for (int64_t d = 0; d < depths.number; ++d) {
+    const Part depth = depths[d];
     Block<float> block = {a.from(rows.first, depth.first), rows.count, depth.count, a.column != 1};
     if (block.is_packed) {
       pack_tiles<V>(block.a, block.M, block.K, packed_a);
@@ -216,15 +161,25 @@ WAKESLEEP_INLINE void multiply_block(const PackedGemm& call, int64_t index, int6
     for (int64_t n = first_column; n < last_column; n += width) {
       const int64_t columns = std::min(width, last_column - n);
       const Strided<float> to = y.from(rows.first, n);
+      const bool is_last = n + width >= last_column;
+      const Part next_depth = is_last ? depths[std::min(d + 1, depths.number - 1)] : depth;
+      const int64_t next_n = is_last ? first_column : n + width;
+      const Next<float> next = {b.from(next_depth.first, next_n), next_depth.count,
+                                std::min(width, last_column - next_n)};
       for_at_most<kTileVectors>((columns + V::width - 1) / V::width, [&](auto vectors) {
         for (int64_t v = 0; v < vectors; ++v) {
           pack_vectors<V>(b.from(depth.first, n + v * V::width), depth.count, columns - v * V::width,
                           packed_b + v * V::width, vectors * V::width);
         }
-        multiply_panel<V, vectors>(block, packed_b, to, columns, call.adds || d > 0);
+        const Strided<const float> sum_so_far = {to.data, to.row, 1}, bias = {call.bias + n, 0, 1}, zero = {};
+        multiply_panel<V, vectors>(block, packed_b, next,
+                                   call.adds || d > 0     ? sum_so_far
+                                   : call.bias != nullptr ? bias
+                                                          : zero,
+                                   to, columns);
       });
-      if (call.bias != nullptr && d == depths - 1) {
-        finish(call.activation, call.bias + n, rows.count, columns, to);
+      if (call.activation != Activation::identity && d == depths.number - 1) {
+        finish<bytes>(call.activation, rows.count, columns, to);
       }
     }
   }
@@ -234,7 +189,7 @@ WAKESLEEP_INLINE void multiply_block(const PackedGemm& call, int64_t index, int6
 
 // Threads divide the strips of columns of every block of rows.
 void compute(const PackedGemm& call, Stream) {
-  const int64_t blocks = Part::number(call.M, kBlockRows), strips = Part::number(call.N, kStrip);
+  const int64_t blocks = Parts(call.M, kBlockRows).number, strips = Parts(call.N, kStrip).number;
   const int64_t grain = grain_of(call.M * call.K * call.N / (blocks * strips));
   vectorized_parallel_for(blocks * strips, grain, [&](auto bytes, int64_t begin, int64_t end) {
     for (int64_t index = begin / strips; index * strips < end; ++index) {

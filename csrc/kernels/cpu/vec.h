@@ -49,6 +49,17 @@ WAKESLEEP_COMPILED_FOR(WAKESLEEP_AVX2)
 void run_avx2(const Body& body, int64_t begin, int64_t end) {
   run<32>(body, begin, end);
 }
+
+// Runs body on 0 .. count - 1 in a function of its own, where the compiler allocates registers for this body alone. The
+// caller runs in vectorized_parallel_for.
+template <int bytes, typename Body>
+WAKESLEEP_INLINE void run_apart(int64_t count, const Body& body) {
+  if constexpr (bytes == 64) {
+    run_avx512(body, 0, count);
+  } else {
+    run_avx2(body, 0, count);
+  }
+}
 #endif
 
 template <typename Body>
