@@ -284,8 +284,8 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     memory. Bias and activation are applied to the GEMM's result in place. The backward pass computes :math:`\delta` and
     the gradient of the bias, which is the sum of :math:`\delta`, in one pass over memory.
 
-    Small batches use custom kernels, and large batches use torch's BLAS. For float32 on a CPU, oneDNN replaces the
-    BLAS if the processor has AVX-512 but the BLAS does not use AVX-512.
+    Small batches use custom kernels, and so does float32 on a CPU with AVX2. Other large batches use torch's BLAS. For
+    float32 on a CPU, oneDNN replaces the BLAS if the processor has AVX-512 but the BLAS does not use AVX-512.
 
     Args:
         h: input, ``[*B, H]``.

@@ -25,7 +25,7 @@ struct PackedGemm {
   float* y;     // [M, N], contiguous
   int64_t M, K, N;
   bool adds;              // to y
-  const float* bias;      // [N]; null if there is neither bias nor f
+  const float* bias;      // [N]; null if there is none
   Activation activation;  // f
 };
 
