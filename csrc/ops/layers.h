@@ -4,9 +4,9 @@
 // For small networks, the overhead of a call matters. So the code avoids every view, conversion and allocation that is
 // not needed.
 //
-// The GEMM only multiplies h by weight^T. The row kernels add the bias when they read the product, which saves a pass
-// over memory. A CPU converts 16-bit operands to float32 first. The product and the sums of gradients are float32 on
-// every device.
+// The GEMM only multiplies h by weight^T, unless it is the packed one, which also adds the bias and applies the
+// activation. The row kernels add the bias when they read the product, which saves a pass over memory. A CPU converts
+// 16-bit operands to float32 first. The product and the sums of gradients are float32 on every device.
 #pragma once
 
 #include <ATen/Parallel.h>
