@@ -217,3 +217,14 @@ print(torch.equal(ws.linear(h, weight, bias), torch.mm(h, weight.t()) + bias))
     variables = {**os.environ, **variable}
     done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("rows", [8, 20, 100])
+def test_a_long_sum_is_added_in_parts(rows: int) -> None:
+    """One chain of 784 additions loses four times as much to rounding."""
+    torch.manual_seed(0)
+    weight, upstream = torch.randn(784, 200) / 200**0.5, torch.randn(rows, 784)
+    h = torch.randn(rows, 200, requires_grad=True)
+    (found,) = torch.autograd.grad(ws.linear(h, weight, torch.zeros(784)), h, upstream)
+    exact = upstream.double() @ weight.double()
+    assert (found - exact).abs().max() < 4e-7 * exact.abs().max()
