@@ -22,7 +22,7 @@ struct MlpGradient {
   Activation activation;
   const void *grad, *output;  // [rows, D], the gradient of y, and y
   Dtype written_dtype;        // `dtype` or its compute type
-  void* written;              // [rows, D]; may alias grad
+  void* written;              // [rows, D]; may alias grad; null if only the sums are needed
   void* sums;                 // [pieces, D], in the compute type, one for every rows_of_sum() rows; null if not needed
   int64_t rows, D;
   int64_t written_stride;  // between rows

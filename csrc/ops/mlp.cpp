@@ -137,16 +137,17 @@ void check_results(const Mlp& call, const at::Tensor& grad, const at::Tensor& ou
 // Returns the gradient of the products of layer l for a chunk of rows, given the gradient of its output y.
 at::Tensor gradient_of_products(const Mlp& call, size_t l, int64_t first, const at::Tensor& grad, const at::Tensor& y,
                                 LayerGradients& gradients) {
-  const bool is_small = call.method == Method::small_batch;
-  if (is_small && call.activation(l) == Activation::identity) {
-    return grad;
-  }
-  const auto dtype = is_small ? call.dtype : call.operand;
-  const bool in_place = l < call.last() && grad.scalar_type() == dtype;  // the caller's grad must not change
+  const auto dtype = call.method == Method::small_batch ? call.dtype : call.operand;
+  const bool has_dtype = grad.scalar_type() == dtype;
+  const bool is_same = has_dtype && call.activation(l) == Activation::identity;
+  const bool in_place = is_same || (has_dtype && l < call.last());  // the caller's grad must not change
   const at::Tensor written = in_place ? grad : at::empty(grad.sizes(), grad.options().dtype(dtype));
   const at::Tensor sums = gradients.sums(first, grad.size(0));
-  compute(call.device, MlpGradient{dtype_of(grad), call.activation(l), read(grad), read(y), dtype_of(written),
-                                   write(written), write(sums), grad.size(0), call.layers[l].D, written.stride(0)});
+  if (!is_same || sums.defined()) {
+    compute(call.device, MlpGradient{dtype_of(grad), call.activation(l), read(grad), read(y), dtype_of(written),
+                                     is_same ? nullptr : write(written), write(sums), grad.size(0), call.layers[l].D,
+                                     written.stride(0)});
+  }
   return written;
 }
 

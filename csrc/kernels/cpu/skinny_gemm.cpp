@@ -108,8 +108,8 @@ void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t
 constexpr int64_t kBlock = 32;
 
 // Computes to[r, :] = from[r, :] + sum_k a[k, r] b[k, :] for a tile. The sum over k is complete before it is added: one
-// chain of all additions would lose up to four times as much to rounding. If is_ragged is true, the last vector of a row
-// has only `last` elements.
+// chain of all additions would lose up to four times as much to rounding. If is_ragged is true, the last vector of a
+// row has only `last` elements.
 template <typename T, int bytes, int rows, int vectors, bool is_ragged>
 WAKESLEEP_INLINE void outer_tile(const T (&a)[kBlock][kRegisterRows], const Strided<const T>& b, int64_t K,
                                  const Strided<const T>& from, const Strided<T>& to, int64_t last) {

@@ -36,7 +36,7 @@ struct MlpBackwardRows {
   static constexpr int kSpan = kPacket<scalar_t>;
   const scalar_t* grad;
   const scalar_t* __restrict__ output;
-  grad_t* written;  // may alias grad
+  grad_t* written;  // may alias grad, or be null
   int64_t stride;   // row stride of written
   int64_t D;
   F activation;
@@ -61,7 +61,9 @@ struct MlpBackwardRows {
     for (int i = 0; i < kSpan; ++i) {
       values.value[i] = activation.gradient(of.upstream.value[i], of.y.value[i]);
     }
-    store(span, values, written + row * stride);
+    if (written != nullptr) {
+      store(span, values, written + row * stride);
+    }
     return values;
   }
 
