@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wakesleep_ext import cli, ops
 from wakesleep_ext._op_table import OPS
-from wakesleep_ext.benchmark import goals, losses, measure, report, run
+from wakesleep_ext.benchmark import goals, instruments, losses, measure, report, run
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.command import bench
 from wakesleep_ext.benchmark.op_case import OpCase
@@ -245,29 +245,29 @@ def test_forward_and_backward_are_listed_together() -> None:
 
 
 def test_median_and_interquartile_range() -> None:
-    assert measure.median_and_spread([5e-6, 1e-6, 2e-6, 4e-6, 3e-6]) == pytest.approx((3.0, 2.0))
+    assert instruments.median_and_spread([5e-6, 1e-6, 2e-6, 4e-6, 3e-6]) == pytest.approx((3.0, 2.0))
 
 
 def test_peak_bytes() -> None:
-    assert measure.peak_bytes(lambda: (torch.ones(1000) + torch.ones(1000)).sum(), CPU) == 3 * 4000
+    assert instruments.peak_bytes(lambda: (torch.ones(1000) + torch.ones(1000)).sum(), CPU) == 3 * 4000
     logits, x = torch.zeros(100, 784), torch.zeros(100, 784)
-    assert 400 <= measure.peak_bytes(lambda: ops.bernoulli_log_prob(logits, x), CPU) < logits.nbytes
+    assert 400 <= instruments.peak_bytes(lambda: ops.bernoulli_log_prob(logits, x), CPU) < logits.nbytes
 
 
 def test_launches_are_the_kernels_that_the_profiler_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure.launches(lambda: None, CPU) is None
+    assert instruments.launches(lambda: None, CPU) is None
     events = [{"cat": "kernel"}, {"cat": "gpu_memcpy"}, {"cat": "kernel"}, {"name": "[memory]"}]
-    monkeypatch.setattr(measure, "trace", lambda call, activity: events)
-    assert measure.launches(lambda: None, torch.device("cuda")) == 2
-    monkeypatch.setattr(measure, "trace", lambda call, activity: events[1::2][:1])
-    assert measure.launches(lambda: None, torch.device("cuda")) is None  # where the profiler has no access
+    monkeypatch.setattr(instruments, "trace", lambda call, activity: events)
+    assert instruments.launches(lambda: None, torch.device("cuda")) == 2
+    monkeypatch.setattr(instruments, "trace", lambda call, activity: events[1::2][:1])
+    assert instruments.launches(lambda: None, torch.device("cuda")) is None  # where the profiler has no access
 
 
 def test_copies_tell_the_bandwidth() -> None:
-    copy = measure.Copy(CPU)
+    copy = instruments.Copy(CPU)
     copy.seconds = [0.5, 0.25, 1.0]
     assert copy.bandwidth_gbs == pytest.approx(2 * copy.source.nbytes / 0.5 / 1e9)
-    assert copy.source.nbytes >= 2 * measure.last_level_cache(CPU)
+    assert copy.source.nbytes >= 2 * instruments.last_level_cache(CPU)
 
 
 def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("synchronize"))
-    assert measure.duration(lambda: happened.append("call"), torch.device("cuda")) == 2.5e-3
+    assert instruments.duration(lambda: happened.append("call"), torch.device("cuda")) == 2.5e-3
     assert happened == ["synchronize", "record", "call", "record", "synchronize"]
 
 

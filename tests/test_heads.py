@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import wakesleep_ext as ws
 from wakesleep_ext import reference
-from wakesleep_ext.benchmark.measure import peak_bytes
+from wakesleep_ext.benchmark.instruments import peak_bytes
 
 CHUNK = 32  # minimum rows per chunk; with one thread, a chunk takes 1 MiB
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import wakesleep_ext as ws
 from wakesleep_ext import replay
-from wakesleep_ext.benchmark.measure import peak_bytes
+from wakesleep_ext.benchmark.instruments import peak_bytes
 from wakesleep_ext.replay import Replay
 from wakesleep_ext.training.trainer import Trainer
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from wakesleep_ext import ops, reference
 from wakesleep_ext._op_table import Op, Sizes, values
 from wakesleep_ext.benchmark.baselines import eager, torch_distributions, torch_fused
-from wakesleep_ext.benchmark.measure import Call, Case, Labels, relative_error
+from wakesleep_ext.benchmark.instruments import Call, relative_error
+from wakesleep_ext.benchmark.measure import Case, Labels
 
 _HALF = (torch.bfloat16, torch.float16)
 _BASELINES = {"eager": eager, "distributions": torch_distributions, "torch fused": torch_fused}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wakesleep_ext._op_table import OPS
 from wakesleep_ext.benchmark import classes
-from wakesleep_ext.benchmark.measure import Call
+from wakesleep_ext.benchmark.instruments import Call
 from wakesleep_ext.benchmark.op_case import Measured, OpCase
 
 _OBSERVED, _LATENT = ((784,), (785,)), ((64,), (50,))

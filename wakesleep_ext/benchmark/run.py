@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from wakesleep_ext.benchmark import op_suite, result, step_suite
-from wakesleep_ext.benchmark.measure import Case, keep_freed_memory, on_threads, take
+from wakesleep_ext.benchmark.instruments import keep_freed_memory, on_threads
+from wakesleep_ext.benchmark.measure import Case, take
 from wakesleep_ext.benchmark.plan import Plan
 from wakesleep_ext.benchmark.suite import Suite
 from wakesleep_ext.usage import UsageError, find_device

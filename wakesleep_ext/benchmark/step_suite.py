@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from wakesleep_ext.benchmark import step_report
 from wakesleep_ext.benchmark.baselines import eager, products, steps, torch_distributions
 from wakesleep_ext.benchmark.elsewhere import Elsewhere
-from wakesleep_ext.benchmark.measure import Call, Case, Implementation, Labels, Rotation, relative_error
+from wakesleep_ext.benchmark.instruments import Call, relative_error
+from wakesleep_ext.benchmark.measure import Case, Implementation, Labels, Rotation
 from wakesleep_ext.benchmark.step_report import NET
 from wakesleep_ext.benchmark.suite import TIMES, Suite
 from wakesleep_ext.helmholtz.config import ModelConfig
