@@ -8,11 +8,11 @@ PYTHON ?= python3
 RUN ?= runs/digits
 TESTS ?= tests
 CUDA_ARCHITECTURES ?= 9.0
-RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen5-avx512-1-thread.json
-STEP_RESULT ?= benchmarks/results/0.1.0-amd-epyc-zen3-avx2-1-thread-step.json
+RESULT ?= benchmarks/results/0.2.0-amd-epyc-zen3-avx2-1-thread.json
+STEP_RESULT ?= benchmarks/results/0.2.0-amd-epyc-zen3-avx2-1-thread-step.json
 ON_EVERY_CORE := --numprocesses auto --dist loadgroup
 PIP := -m pip install --quiet --disable-pip-version-check
-EXTRAS := train test lint docs examples
+EXTRAS := train bench test lint docs examples
 BUILD_TOOLS := setuptools wheel ninja pybind11
 # Returns the packages of an extra. pyproject.toml lists each extra on one line.
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
@@ -31,7 +31,7 @@ help:
 	@echo "make mutants     plants one fault at a time and checks that a test fails, in 90 minutes; ONLY selects faults"
 	@echo "make lint        runs ruff, mypy and clang-format"
 	@echo "make format      formats the sources with ruff and clang-format"
-	@echo "make benchmark   measures ops and steps on one CPU thread, in minutes; writes RESULT, STEP_RESULT and docs/benchmarks.md"
+	@echo "make benchmark   measures ops and steps on one CPU thread, in half an hour; writes RESULT, STEP_RESULT and docs/benchmarks.md"
 	@echo "make readme      updates the tables and pictures of README.md and docs/benchmarks.md from committed results"
 	@echo "make mnist       trains every objective on the MNIST in the folder DATA, in hours; writes benchmarks/results/mnist"
 	@echo "make docs        builds the documentation, build/docs/index.html; a warning is an error"
@@ -47,7 +47,7 @@ train: $(VENV)/.installed
 	@echo "Training a Helmholtz machine on the digits (half a minute)"
 	@$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
 
-test: $(VENV)/.installed $(VENV)/.test
+test: $(VENV)/.installed $(VENV)/.bench $(VENV)/.test
 	@echo "Compiling the CUDA kernels to run on the CPU (a minute on two cores; later, only what changed)"
 	@PYTHONPATH=tests $(VENV)/bin/python tests/cuda_on_cpu/emulation.py
 	@echo "Running the everyday tests (6 minutes on two cores)"
@@ -62,7 +62,7 @@ test-thorough: $(VENV)/.examples docs
 mutants: $(VENV)/.installed $(VENV)/.test
 	@$(VENV)/bin/python scripts/mutants.py --only '$(ONLY)'
 
-lint: $(VENV)/.train $(VENV)/.lint
+lint: $(VENV)/.train $(VENV)/.bench $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -73,7 +73,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(shell find csrc -type f)
 
-benchmark: $(VENV)/.installed
+benchmark: $(VENV)/.installed $(VENV)/.bench
 	$(VENV)/bin/wakesleep bench --device cpu --threads 1 --goals --json $(RESULT)
 	$(VENV)/bin/wakesleep bench --suite step --device cpu --threads 1 --goals --json $(STEP_RESULT)
 	$(MAKE) readme

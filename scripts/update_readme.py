@@ -105,7 +105,8 @@ def overview(path: Path, figures: Sequence[Result]) -> None:
     suites = list(dict.fromkeys(suite_of(result).noun for result in figures))
     devices = sorted({result["machine"]["device"] for result in figures}, reverse=True)
     cases = {id(result): _cases(result) for result in figures}
-    heights = [max(len(cases[id(r)]) for r in figures if suite_of(r).noun == noun) for noun in suites]
+    labels = {noun: _labels([cases[id(r)] for r in figures if suite_of(r).noun == noun]) for noun in suites}
+    heights = [len(labels[noun]) for noun in suites]
     size = (8, 1.2 + 0.27 * sum(heights) + 0.7 * len(suites))
     figure = Figure(figsize=size, dpi=200, layout="constrained")
     grid = figure.subplots(
@@ -114,9 +115,10 @@ def overview(path: Path, figures: Sequence[Result]) -> None:
     for result in figures:
         noun, rows = suite_of(result).noun, cases[id(result)]
         axes = grid[suites.index(noun)][devices.index(result["machine"]["device"])]
+        places = [labels[noun].index(label) for label in rows]
         speedups = [_speedup(row, "fused") for row in rows.values()]
-        axes.barh(range(len(rows)), [s - 1 for s in speedups], 0.55, 1, color="#d55e00", label="wakesleep_ext")
-        for at, (speedup, row) in enumerate(zip(speedups, rows.values(), strict=True)):
+        axes.barh(places, [s - 1 for s in speedups], 0.55, 1, color="#d55e00", label="wakesleep_ext")
+        for at, speedup, row in zip(places, speedups, rows.values(), strict=True):
             beyond = max(_speedup(row, name) for name in row if name != "products")
             axes.annotate(
                 f"{speedup:.1f}{TIMES}", (beyond, at), (5, 0), textcoords="offset points", va="center", size=8.5
@@ -124,12 +126,14 @@ def overview(path: Path, figures: Sequence[Result]) -> None:
         for name, (label, colour, marker) in report.CANDIDATES.items():
             if name in ("fused", "products"):
                 continue
-            if points := [(_speedup(row, name), at) for at, row in enumerate(rows.values()) if name in row]:
+            if points := [
+                (_speedup(row, name), at) for at, row in zip(places, rows.values(), strict=True) if name in row
+            ]:
                 style = {"color": colour, "edgecolor": "white", "linewidth": 0.5, "zorder": 3}
                 axes.scatter(*zip(*points, strict=True), 26, marker=marker, label=label, **style)
         axes.axvline(1, color="black", linewidth=1.2)
-        axes.set_yticks(range(len(rows)), list(rows), size=8.5)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(labels[noun])), labels[noun], size=8.5)
+        axes.set_ylim(len(labels[noun]) - 0.4, -0.6)
         lost, total = losses.count(result["records"], suite_of(result))
         axes.set_title(f"{noun.capitalize()}s, {place(result)}\nslower in {lost} of {total} comparisons", size=9.5)
     for axes in grid.flat:
@@ -184,6 +188,11 @@ def _cases(result: Result) -> dict[str, Row]:
                 if samples in (few, many):
                     chosen[str(record)] = (f"{record['op']}, batch {batch:,}, L = {samples}", row)
     return dict(chosen.values())
+
+
+def _labels(cases: Sequence[dict[str, Row]]) -> list[str]:
+    """Return the labels of all results of a suite, in the order of the longest result, so that equal cases align."""
+    return list(dict.fromkeys(label for rows in sorted(cases, key=len, reverse=True) for label in rows))
 
 
 def _speedup(row: Row, candidate: str) -> float:

@@ -557,12 +557,14 @@ def test_the_headline_is_float32_small_and_large() -> None:
     assert headline([*layers, other, unknown]) == layers[1:]
 
 
-def test_cases_that_multiply_have_a_section() -> None:
+def test_layers_and_optimizers_have_sections() -> None:
     head = record("fused", 9.0, op="linear_bernoulli_sample", shape=[100, 200, 784])
-    assert [(heading, len(part)) for heading, part in sections([*RESULT["records"], head])] == [
+    adam = record("fused", 9.0, op="adam_", shape=[2124, 200], bandwidth_fraction=0.5)
+    assert [(heading, len(part)) for heading, part in sections([*RESULT["records"], head, adam])] == [
         ("Beyond the cache:", 1),
         ("Within the cache, where overhead counts:", 2),
         ("Layers and heads, where arithmetic counts:", 1),
+        ("Optimizers:", 1),
     ]
 
 
@@ -811,3 +813,9 @@ def test_pages_are_brought_up_to_date(update_readme: Any, tmp_path: Path, monkey
 
     results.write(tmp_path / "results/abacus.json", result(record("fused", 5.0), *RESULT["records"][1:]))
     assert update_readme.refresh(text, page.parent) != text
+
+
+@pytest.mark.source_tree
+def test_the_rows_of_the_overview_align_equal_cases() -> None:
+    labels = checkout.load("update_readme", "scripts")._labels
+    assert labels([{"c": {}}, {"a": {}, "b": {}, "c": {}}, {"b": {}, "d": {}}]) == ["a", "b", "c", "d"]

@@ -23,17 +23,23 @@ def _events(record: Record) -> int:
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
-    """Return the cases larger than the cache, the cases that fit in the cache, and those that multiply matrices."""
-    headings = (
-        "Beyond the cache:",
-        "Within the cache, where overhead counts:",
-        "Layers and heads, where arithmetic counts:",
-    )
-    parts: tuple[list[Row], ...] = ([], [], [])
+    """Return the cases larger than the cache, those that fit in it, those that multiply matrices, and optimizers."""
+    parts: dict[str, list[Row]] = {
+        "Beyond the cache:": [],
+        "Within the cache, where overhead counts:": [],
+        "Layers and heads, where arithmetic counts:": [],
+        "Optimizers:": [],
+    }
+    beyond, within, layers, optimizers = parts.values()
     for row in rows(records):
         record = _any(row)
-        parts[2 if _multiplies(record) else record["bandwidth_fraction"] is None].append(row)
-    return [(heading, part) for heading, part in zip(headings, parts, strict=True) if part]
+        if _multiplies(record):
+            layers.append(row)
+        elif record["op"] == "adam_":
+            optimizers.append(row)
+        else:
+            (within if record["bandwidth_fraction"] is None else beyond).append(row)
+    return [(heading, part) for heading, part in parts.items() if part]
 
 
 def headline(records: Iterable[Record]) -> list[Record]:

@@ -46,6 +46,7 @@ _SHORT = {
     "max-autotune": "autotuned",
     "eager in a graph": "graph",
     "compiled in a graph": "compiled graph",
+    "torch fused": "fused",
     "of copy speed": "of copy",
     "over its products": "over products",
 }
