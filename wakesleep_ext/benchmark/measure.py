@@ -236,8 +236,9 @@ def measure(
                 raise ArithmeticError(f"{candidate} gives NaN or infinity: {case}")
             del result
             implementations[candidate], errors[candidate] = implementation, error
-        allocated = {name: (each.peak_bytes(), each.launches()) for name, each in implementations.items()}
         times = interleave(implementations, rotation.sets, blocks, case.block_seconds)
+        # after the timing, because the first calls may also record or compile
+        allocated = {name: (each.peak_bytes(), each.launches()) for name, each in implementations.items()}
     return {
         name: Measurement(*median_and_spread(times[name]), errors[name], *allocated[name]) for name in implementations
     }
