@@ -218,7 +218,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "tests/test_products.py -k test_products_of_a_layer",
         ),
         Fault(
-            "second-depth-of-sums-starts-anew",
+            "earlier-depths-of-sums-dropped",
             "csrc/kernels/cpu/packed_gemm.cpp",
             "call.adds || d > 0",
             "call.adds",

@@ -27,6 +27,7 @@ from wakesleep_ext import cli
 from wakesleep_ext.benchmark import goals, measure, report, run, step_report, step_suite
 from wakesleep_ext.benchmark import result as results
 from wakesleep_ext.benchmark.baselines import products, steps
+from wakesleep_ext.benchmark.elsewhere import Elsewhere
 from wakesleep_ext.benchmark.step_suite import NET, WIDE_NET, StepCase, cases
 from wakesleep_ext.helmholtz.objectives import sleep_phi_loss, wake_theta_loss
 from wakesleep_ext.random import draw_key
@@ -184,6 +185,17 @@ def test_the_step_in_jax_is_timed_in_its_own_process() -> None:
         assert implementation.seconds(3) > 0
     finally:
         implementation.close()
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [("raise SystemExit('no GPU here')", "no GPU here"), ("raise SystemExit(3)", "ended with status 3")],
+)
+def test_a_process_that_fails_says_why(program: str, said: str) -> None:
+    implementation = Elsewhere([sys.executable, "-c", program], {}, b"inputs")
+    with pytest.raises(RuntimeError, match=said):
+        implementation.first()
+    implementation.close()
 
 
 def test_without_jax_the_other_steps_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

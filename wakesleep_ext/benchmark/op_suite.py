@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from wakesleep_ext.benchmark.op_sizes import MEASURED, cases
-from wakesleep_ext.benchmark.result import Record, Result, Row, ratio, rows, title
+from wakesleep_ext.benchmark.result import Record, Result, Row, any_record, ratio, rows, title
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Outcome, Section, Suite, shape
 
 _TYPICAL_EVENTS = (100, 128)
@@ -32,7 +32,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
     }
     beyond, within, layers, optimizers = parts.values()
     for row in rows(records):
-        record = _any(row)
+        record = any_record(row)
         if _multiplies(record):
             layers.append(row)
         elif record["op"] == "adam_":
@@ -142,10 +142,6 @@ def _outcome(goal: Goal, ours: Sequence[Row]) -> Outcome:
 
 
 # ---- the suite -------------------------------------------------------------------------------------------------------
-
-
-def _any(row: Row) -> Record:
-    return next(iter(row.values()))
 
 
 def _label(record: Record) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wakesleep_ext._files import write_atomically
 from wakesleep_ext.benchmark.losses import slower
-from wakesleep_ext.benchmark.result import Record, Result, ResultError, Row, place, ratio, rows
+from wakesleep_ext.benchmark.result import Record, Result, ResultError, Row, any_record, place, ratio, rows
 from wakesleep_ext.benchmark.suite import NONE, TIMES, Section, Suite
 
 CANDIDATES = {
@@ -107,7 +107,7 @@ def _by_kind(heading: str, cases: Sequence[Row], suite: Suite) -> list[Section]:
     """Split a section by pass and dtype, and add the pass and dtype to the headings."""
     parts: dict[str, list[Row]] = {}
     for row in cases:
-        kind = [suite.columns[title](_any(row)) for title in _KIND if title in suite.columns]
+        kind = [suite.columns[title](any_record(row)) for title in _KIND if title in suite.columns]
         parts.setdefault(", ".join([heading.removesuffix(":"), *kind]) + ":", []).append(row)
     return list(parts.items())
 
@@ -133,13 +133,8 @@ def caption(result: Result) -> str:
     return f"{where}; copies at {result['copy_bandwidth_gbs']:.1f} GB/s. Measured by `{about['command']}`."
 
 
-def _any(row: Row) -> Record:
-    """Return any record of a case. All records of a case have the same labels."""
-    return next(iter(row.values()))
-
-
 def _of_any(cell: Callable[[Record], str]) -> Callable[[Row], str]:
-    return lambda row: cell(_any(row))
+    return lambda row: cell(any_record(row))
 
 
 def _times_of(row: Row, name: str, decimals: int) -> str:

@@ -207,6 +207,11 @@ def rows(records: Iterable[Record]) -> list[Row]:
     return list(cases.values())
 
 
+def any_record(row: Row) -> Record:
+    """Return any record of a case. All records of a case have the same labels."""
+    return next(iter(row.values()))
+
+
 def ratio(row: Row, candidate: str) -> float | None:
     """Return an implementation's time divided by the fused op's; None if either was not measured."""
     if candidate not in row or "fused" not in row:

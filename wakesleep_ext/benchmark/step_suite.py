@@ -75,11 +75,11 @@ class StepCase(Case[Inputs]):
     @property
     def candidates(self) -> tuple[str, ...]:
         """Names of the implementations. On a CPU, max-autotune tunes no GEMM of training, so few cases compile it."""
-        steps = tuple(_STEPS)
+        by_hand = tuple(_STEPS)
         if self.device != "cuda":
             is_autotuned = self in cases(self.device, quick=True)
-            steps = ("eager", "distributions", "compiled step", *("max-autotune",) * is_autotuned)
-        return ("fused", "jax", *steps, "products")
+            by_hand = ("eager", "distributions", "compiled step", *("max-autotune",) * is_autotuned)
+        return ("fused", "jax", *by_hand, "products")
 
     @property
     def arithmetic_bound(self) -> bool:
