@@ -1,7 +1,8 @@
 """Build, test, sanitize and benchmark the package on a computer with a GPU: `make gpu-check`.
 
-Needs an installed torch, nvcc and pytest, but no network. Writes `gpu-check.json`, all output as `gpu-check.log`, and
-`benchmark.json` to the folder in the environment variable OUT. Exits with 0 if every step passed, 1 if a step failed,
+Needs an installed torch, nvcc, pytest and pytest-xdist, but no network. Writes `gpu-check.json`, all output as
+`gpu-check.log`, and the results of the benchmark, `step.json` and `ops.json`, to the folder in the environment variable
+OUT. Each file is written as soon as there is something to write. Exits with 0 if every step passed, 1 if a step failed,
 and 2 with a one-line reason if the check cannot start.
 """
 
@@ -10,16 +11,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 9 * 60.0  # seconds for all steps
+MEASURING = {"step": 120.0, "ops": 150.0}
+"""Seconds to measure each suite in."""
+COMPILERS = {"step": 4, "ops": 6}
+"""Number of processes that compile the baselines of each suite."""
 
 DEVICE_TESTS = (
     "test_cuda.py",
@@ -55,55 +63,73 @@ class Outcome:
     last_lines: list[str]
 
 
-def steps(python: str, site: Path, out: Path, capability: str) -> list[Step]:
-    """Return the steps in order. The first one installs the package into `site`."""
+def stages(python: str, site: Path, out: Path, capability: str) -> list[list[Step]]:
+    """Return the steps in order. The first one installs the package into `site`.
+
+    The steps of a stage run at the same time, so a step that measures has a stage of its own.
+    """
+    tests, scripts = ROOT / "tests", ROOT / "scripts"
     installed = {"PYTHONPATH": str(site)}
-    tests = ROOT / "tests"
+    # the tests fill all cores, with a process each
     pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--thorough", "-c", str(ROOT / "pyproject.toml"))
     # without torch's caching allocator, so that the sanitizer knows the bounds of every tensor
     sanitized = {**installed, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
-    small_pass = (python, str(ROOT / "scripts" / "gpu_small_pass.py"))
-    # calls functions, because the packages of the command line may be missing
-    bench = (
-        "import sys; from pathlib import Path; from wakesleep_ext.benchmark.command import bench; "
-        "from wakesleep_ext.benchmark.plan import Plan; from wakesleep_ext.benchmark.result import write; "
-        "from wakesleep_ext.benchmark.run import run; "
-        f"path = Path({str(out / 'benchmark.json')!r}); write(path, run(Plan(device='cuda', quick=True))); "
-        "sys.exit(bench(Plan(), show=path))"
-    )
+    small_pass = (python, str(scripts / "gpu_small_pass.py"))
+    benchmark = (python, str(scripts / "gpu_benchmark.py"))
+    compiling = {**installed, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     pip = (python, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps")
     return [
-        Step(
-            "build",
-            (*pip, "--target", str(site), str(ROOT)),
-            240,
-            environment={"WAKESLEEP_FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability},
-            required=True,
-        ),
-        Step("every operator has a CUDA kernel", (python, str(ROOT / "scripts/cuda_check.py")), 60, tests, installed),
-        Step(
-            "tests on the device",
-            (*pytest, "--rootdir", str(tests), "-k", "cuda", *(str(tests / name) for name in DEVICE_TESTS)),
-            180,
-            tests,
-            installed,
-        ),
-        *(
+        [
             Step(
-                f"compute-sanitizer {tool}",
-                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small_pass),
-                60,
-                tests,
-                sanitized,
+                "build",
+                (*pip, "--target", str(site), str(ROOT)),
+                240,
+                environment={"WAKESLEEP_FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability},
+                required=True,
             )
-            for tool in ("memcheck", "racecheck", "initcheck")
-        ),
-        Step(
-            "benchmark",
-            (python, "-c", bench),
-            240,
-            tests,
-            installed,
+        ],
+        [
+            Step("every operator has a CUDA kernel", (python, str(scripts / "cuda_check.py")), 60, tests, installed),
+            Step(
+                "tests on the device",
+                (*pytest, "-n", "6", "--rootdir", str(tests), "-k", "cuda", *(str(tests / f) for f in DEVICE_TESTS)),
+                180,
+                tests,
+                installed,
+            ),
+            *(
+                Step(
+                    f"compute-sanitizer {tool}",
+                    ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small_pass),
+                    120,
+                    tests,
+                    sanitized,
+                )
+                for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
+            ),
+            *(
+                Step(
+                    f"compile the baselines, {suite} {part}/{parts}",
+                    (*benchmark, suite, "--compile", f"{part}/{parts}"),
+                    120,
+                    tests,
+                    compiling,
+                )
+                for suite, parts in COMPILERS.items()
+                for part in range(1, parts + 1)
+            ),
+        ],
+        *(
+            [
+                Step(
+                    f"benchmark of {suite}",
+                    (*benchmark, suite, "--json", str(out / f"{suite}.json"), "--seconds", str(seconds)),
+                    seconds + 60,
+                    tests,
+                    installed,
+                )
+            ]
+            for suite, seconds in MEASURING.items()
         ),
     ]
 
@@ -114,45 +140,50 @@ def run(step: Step, log: TextIO, seconds: float) -> Outcome:
     if seconds <= 0 or shutil.which(step.command[0]) is None:
         reason = "no time was left" if seconds <= 0 else f"{step.command[0]}: not found"
         return Outcome(step.name, "skipped", 0.0, command, [reason])
-    print(f"== {step.name}\n{command}", file=log, flush=True)
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        process = subprocess.Popen(
+            step.command,
+            cwd=step.cwd,
+            env={**os.environ, **step.environment},
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            code: int | None = subprocess.run(
-                step.command,
-                cwd=step.cwd,
-                env={**os.environ, **step.environment},
-                stdout=printed,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            ).returncode
+            code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, since they would disturb the timings
+            process.wait()
         printed.seek(0)
         text = printed.read()
-    log.write(text)
+    print(f"== {step.name}\n{command}\n{text}", file=log, flush=True)
     status = {0: "passed", None: "timed out"}.get(code, "failed")
     return Outcome(step.name, status, round(time.monotonic() - start, 1), command, text.splitlines()[-12:])
 
 
-def run_all(plan: list[Step], log: TextIO, budget: float) -> list[Outcome]:
-    """Run all steps within the budget. After a required step fails, the rest are skipped."""
+def run_all(plan: Iterable[Sequence[Step]], log: TextIO, budget: float) -> Iterator[list[Outcome]]:
+    """Run all stages within the budget, and yield the outcomes of each. If a required step fails, skip the rest."""
     deadline = time.monotonic() + budget
-    outcomes: list[Outcome] = []
     broken = ""
-    for step in plan:
+    for stage in plan:
         if broken:
-            outcome = Outcome(step.name, "skipped", 0.0, " ".join(step.command), [f"{broken} failed"])
-        else:
-            outcome = run(step, log, min(step.seconds, deadline - time.monotonic()))
-        if step.required and outcome.status != "passed":
-            broken = step.name
-        print(f"{outcome.name:34} {outcome.status:10} {outcome.seconds:6.1f} s", flush=True)
-        if outcome.status != "passed":
-            print("\n".join(f"    {line}" for line in outcome.last_lines), flush=True)
-        outcomes.append(outcome)
-    return outcomes
+            yield [Outcome(step.name, "skipped", 0.0, " ".join(step.command), [f"{broken} failed"]) for step in stage]
+            continue
+        left = deadline - time.monotonic()
+        with ThreadPoolExecutor(len(stage)) as at_once:
+            outcomes = list(at_once.map(lambda step, left=left: run(step, log, min(step.seconds, left)), stage))
+        broken = "".join(
+            o.name for o, step in zip(outcomes, stage, strict=True) if step.required and o.status != "passed"
+        )
+        yield outcomes
+
+
+def show(outcome: Outcome) -> None:
+    print(f"{outcome.name:40} {outcome.status:10} {outcome.seconds:6.1f} s", flush=True)
+    if outcome.status != "passed":
+        print("\n".join(f"    {line}" for line in outcome.last_lines), flush=True)
 
 
 def machine() -> dict[str, str]:
@@ -201,9 +232,12 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     about = machine()
     with tempfile.TemporaryDirectory() as site, (out / "gpu-check.log").open("w") as log:
-        plan = steps(sys.executable, Path(site), out, about["compute_capability"])
-        outcomes = run_all(plan, log, BUDGET)
-    write(out / "gpu-check.json", {"machine": about, "steps": [asdict(outcome) for outcome in outcomes]})
+        outcomes: list[Outcome] = []
+        for finished in run_all(stages(sys.executable, Path(site), out, about["compute_capability"]), log, BUDGET):
+            outcomes += finished
+            for outcome in finished:
+                show(outcome)
+            write(out / "gpu-check.json", {"machine": about, "steps": [asdict(outcome) for outcome in outcomes]})
     return int(any(outcome.status != "passed" for outcome in outcomes))
 
 

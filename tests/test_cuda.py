@@ -171,7 +171,7 @@ def test_results_repeat_bit_for_bit() -> None:
 
 def test_a_replayed_step_is_one_launch() -> None:
     trainer = make_trainer(device="cuda")
-    batches = trainer._batches()
+    batches = trainer.take_step.batches()
     trainer.take_step(batches[0])
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -184,7 +184,7 @@ def test_a_replayed_step_is_one_launch() -> None:
 
 def test_a_replayed_step_does_not_wait_for_the_device() -> None:
     trainer = make_trainer(device="cuda", learning_rate_decay=0.1)
-    batches = trainer._batches()
+    batches = trainer.take_step.batches()
     trainer.take_step(batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_what_passes_and_what_does_not_is_recorded(tmp_path: Path) -> None:
         _step("slow", "print('begun', flush=True); import time; time.sleep(60)", 2),
         gpu_check.Step("absent", ("no-such-tool",), 60),
     ]
-    outcomes = gpu_check.run_all(plan, log, 60)
+    (outcomes,) = gpu_check.run_all([plan], log, 60)
     assert [(outcome.name, outcome.status) for outcome in outcomes] == [
         ("good", "passed"),
         ("bad", "failed"),
@@ -70,21 +71,31 @@ def test_what_passes_and_what_does_not_is_recorded(tmp_path: Path) -> None:
 
 
 def test_nothing_follows_a_failed_build_or_a_spent_budget() -> None:
-    broken = [_step("build", "raise SystemExit(1)", required=True), _step("tests", "")]
-    assert gpu_check.run_all(broken, io.StringIO(), 60)[1].last_lines == ["build failed"]
-    late = gpu_check.run_all([_step("tests", "")], io.StringIO(), 0)
-    assert (late[0].status, late[0].last_lines) == ("skipped", ["no time was left"])
+    broken = [[_step("build", "raise SystemExit(1)", required=True)], [_step("tests", "")]]
+    _, (tests,) = gpu_check.run_all(broken, io.StringIO(), 60)
+    assert (tests.status, tests.last_lines) == ("skipped", ["build failed"])
+    ((late,),) = gpu_check.run_all([[_step("tests", "")]], io.StringIO(), 0)
+    assert (late.status, late.last_lines) == ("skipped", ["no time was left"])
+
+
+def test_a_step_that_is_too_slow_leaves_no_process(tmp_path: Path) -> None:
+    """Its children would disturb the timings of later steps."""
+    sleep = f"import pathlib, time; time.sleep(4); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
+    assert gpu_check.run(_step("parent", parent), io.StringIO(), 1).status == "timed out"
+    time.sleep(4)
+    assert not (tmp_path / "late").exists()
 
 
 def test_the_plan(tmp_path: Path) -> None:
     """All files in the plan exist, and no step needs the network."""
-    plan = gpu_check.steps(sys.executable, tmp_path, tmp_path, "9.0")
-    names = [step.name for step in plan]
-    assert names[0] == "build"
-    assert names[-1] == "benchmark"
-    assert "compute-sanitizer racecheck" in names
-    assert "--no-index" in plan[0].command
-    for step in plan:
+    (build,), checks, *measurements = gpu_check.stages(sys.executable, tmp_path, tmp_path, "9.0")
+    assert build.name == "build"
+    assert build.required
+    assert "--no-index" in build.command
+    assert "compute-sanitizer racecheck" in [step.name for step in checks]
+    assert [[step.name for step in stage] for stage in measurements] == [["benchmark of step"], ["benchmark of ops"]]
+    for step in [build, *checks, *(step for stage in measurements for step in stage)]:
         assert step.cwd.is_dir()
         for part in step.command:
             assert not part.startswith(str(ROOT)) or Path(part).exists(), part
@@ -93,7 +104,7 @@ def test_the_plan(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_the_build_step_builds(tmp_path: Path) -> None:
     """Builds as on a computer with a GPU, but for the CPU: the result imports from a separate folder."""
-    step = gpu_check.steps(sys.executable, tmp_path / "site", tmp_path, "9.0")[0]
+    step = gpu_check.stages(sys.executable, tmp_path / "site", tmp_path, "9.0")[0][0]
     environment = {**step.environment, "WAKESLEEP_FORCE_CUDA": "", "WAKESLEEP_FORCE_CPU": "1"}
     outcome = gpu_check.run(
         gpu_check.Step(step.name, step.command, 600, step.cwd, environment), io.StringIO(), seconds=600

@@ -80,3 +80,17 @@ def test_adam_reads_and_writes_16_bytes_at_a_time(kernels: list) -> None:
 
 def test_no_float_atomics(kernels: list) -> None:
     assert not any(kernel.count(r"(REDG?|ATOM[GS]?)\b") for kernel in kernels)
+
+
+def test_every_kernel_waits_for_the_previous_one_before_it_touches_memory(kernels: list) -> None:
+    """Also, it lets the next kernel start only after the wait. The next kernel waits for this one alone."""
+    architectures = {int(re.sub(r"\D", "", kernel.architecture)) for kernel in kernels}
+    for kernel in kernels:
+        opcodes = [instruction.opcode for instruction in kernel.instructions]
+        waits, triggers = ([i for i, code in enumerate(opcodes) if code.startswith(o)] for o in ("ACQBULK", "PREEXIT"))
+        if min(architectures) < 90:
+            assert not waits + triggers, sass_report.title(kernel)
+            continue
+        touches = [i for i, code in enumerate(opcodes) if re.match(r"(LDG?|STG?|ATOMG?|RED)\b", code)]
+        assert len(waits) == len(triggers) == 1, sass_report.title(kernel)
+        assert waits[0] < triggers[0] < min(touches), sass_report.title(kernel)

@@ -171,8 +171,9 @@ bool Watch::holds() {
   }
   for (const SeenTensor& seen : tensors_) {
     const at::Tensor& tensor = seen.tensor;
-    if (data_of(tensor) != seen.data || tensor.scalar_type() != seen.type || tensor.sizes() != seen.sizes ||
-        (!seen.strides.empty() && tensor.strides() != seen.strides) || gradient_of(tensor) != seen.gradient) {
+    const at::IntArrayRef sizes = seen.sizes, strides = seen.strides;
+    if (data_of(tensor) != seen.data || tensor.scalar_type() != seen.type || tensor.sizes() != sizes ||
+        (!strides.empty() && tensor.strides() != strides) || gradient_of(tensor) != seen.gradient) {
       return false;
     }
   }

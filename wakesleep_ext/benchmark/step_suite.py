@@ -74,12 +74,10 @@ class StepCase(Case[Inputs]):
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """Names of the implementations. On a CPU, max-autotune tunes no GEMM of training, so few cases compile it."""
-        by_hand = tuple(_STEPS)
-        if self.device != "cuda":
-            is_autotuned = self in cases(self.device, quick=True)
-            by_hand = ("eager", "distributions", "compiled step", *("max-autotune",) * is_autotuned)
-        return ("fused", "jax", *by_hand, "products")
+        """Names of the implementations. Tuning takes a minute, so max-autotune is measured in few cases."""
+        autotuned = ("max-autotune",) if self in cases(self.device, quick=True) else ()
+        in_a_graph = ("eager in a graph", "compiled in a graph") if self.device == "cuda" else ()
+        return ("fused", "jax", "eager", "distributions", "compiled step", *autotuned, *in_a_graph, "products")
 
     @property
     def arithmetic_bound(self) -> bool:
@@ -145,7 +143,8 @@ class StepCase(Case[Inputs]):
             machine = self.machine(inputs.images)
             return partial(Trainer(machine, inputs.images, self.training).take_step, inputs.batch)
         if candidate == "products":
-            return products.of_step(problem.recognition, problem.generative, self.batch, self.num_samples)
+            multiply = products.of_step(problem.recognition, problem.generative, self.batch, self.num_samples)
+            return steps.captured(multiply) if self.device == "cuda" else multiply
         return _STEPS[candidate](problem)
 
     def _problem(self, inputs: Inputs) -> steps.Problem:

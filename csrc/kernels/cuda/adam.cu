@@ -38,6 +38,7 @@ __device__ void descend(const AdamStep<compute_t>& step, Span<n, aligned> span, 
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads, 2) adam(const AdamTensors<scalar_t> tensors, const AdamRule rule) {
+  wait_for_previous();
   using compute_t = Compute<scalar_t>;
   constexpr int n = kPacket<scalar_t>;
   __shared__ AdamStep<compute_t> step;  // computed once per block: float64 pow is slow on some GPUs

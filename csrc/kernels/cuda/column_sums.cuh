@@ -62,6 +62,7 @@ struct TileOfWarps {
 template <typename compute_t, typename Rows>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     summed_rows_kernel(const Rows rows, compute_t* sums, int64_t count, int64_t D, int64_t pieces) {
+  wait_for_previous();
   constexpr int n = Rows::kSpan, kRows = kRowsOfWarp<compute_t>;
   static_assert(32 * n <= kBlockThreads);
   __shared__ compute_t shared[kWarps][32 * n];

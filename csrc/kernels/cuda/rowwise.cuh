@@ -50,6 +50,7 @@ struct Team {
 // compiler spills registers to fit one more block.
 template <int threads, typename RowBody>
 __global__ void __launch_bounds__(kBlockThreads, 2) row_kernel(const RowBody body, int64_t rows) {
+  wait_for_previous();
   for (int64_t row = Team<threads>::first(); row < rows; row += Team<threads>::count()) {
     body(Team<threads>{}, row);
   }

@@ -67,6 +67,7 @@ __device__ void find_rows(const T* matrix, int64_t first, int64_t rows, int64_t 
 template <int n, typename scalar_t, typename Finish>
 __global__ void __launch_bounds__(kTileThreads)
     layer_kernel(const LayerOperands<scalar_t> layer, const Finish finish, int64_t columns, int64_t tiles) {
+  wait_for_previous();
   using compute_t = Compute<scalar_t>;
   const int lane = threadIdx.x % 32;
   constexpr int warps = kTileThreads / 32;

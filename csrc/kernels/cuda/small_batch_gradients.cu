@@ -205,6 +205,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
 template <typename Gradients>
 __global__ void __launch_bounds__(kBlockThreads)
     layer_gradients_kernel(const Gradients gradients, int64_t blocks_of_weight, int64_t blocks) {
+  wait_for_previous();
   __shared__ typename Gradients::compute_t shared[kWarps][Gradients::kSums][32];
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     if (block < blocks_of_weight) {

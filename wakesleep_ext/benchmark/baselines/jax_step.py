@@ -105,6 +105,7 @@ def main() -> None:
     problem = np.load(io.BytesIO(sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))))
     if os.environ["JAX_PLATFORMS"] == "cpu":  # XLA starts as many threads as the process has processors
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(problem["threads"]) :])
+    jax.config.update("jax_default_matmul_precision", "float32")  # on a GPU, the default is TF32
     run, state, data = start(problem)
     memory = run.lower(state, *data).compile().memory_analysis()
     state, losses = run(state, *data)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from wakesleep_ext.benchmark.baselines import eager
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
 
+T = TypeVar("T")
 Step = Callable[[], Tensor]
 """Takes a training step, and returns the losses of the wake phase and the sleep phase, `[2]`."""
 Loss = Callable[..., Tensor]
@@ -106,8 +107,8 @@ def compiled(problem: Problem, mode: str = "default") -> Step:
     return step
 
 
-def captured(step: Step) -> Step:
-    """Return a step that replays a CUDA graph of this step. The next step overwrites the losses."""
+def captured(step: Callable[[], T]) -> Callable[[], T]:
+    """Return a step that replays a CUDA graph of this step. The next step overwrites the result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -116,11 +117,11 @@ def captured(step: Step) -> Step:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        losses = step()
+        result = step()
 
-    def replay() -> Tensor:
+    def replay() -> T:
         graph.replay()
-        return losses
+        return result
 
     return replay
 

@@ -1,0 +1,93 @@
+"""Measure a suite of the benchmark on a GPU in limited time, or compile its baselines beforehand.
+
+Compilation takes longer than everything else. It can run in many processes at once, while the GPU is not needed for
+timings: `--compile 3/8` compiles the third eighth of the cases, into the cache of torch's compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from itertools import takewhile, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wakesleep_ext.benchmark import op_suite, report, result, step_suite
+from wakesleep_ext.benchmark.measure import Case
+from wakesleep_ext.benchmark.plan import Plan
+from wakesleep_ext.benchmark.run import run
+
+SUITES = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
+
+COMPILED = ("compile", "compiled step")
+"""The baselines that are compiled. The other compiled ones compile the same code, or tune it on a GPU at rest."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--op", default="*")
+    parser.add_argument("--compile", metavar="PART/PARTS")
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
+    parser.add_argument("--quick", action="store_true")
+    chosen = parser.parse_args()
+    plan = Plan(suite=chosen.suite, op=chosen.op, device=chosen.device, quick=chosen.quick)
+    if chosen.compile:
+        part, parts = map(int, chosen.compile.split("/"))
+        compile_part(plan, part, parts)
+    else:
+        measure(plan, chosen.seconds, chosen.json)
+
+
+def measure(plan: Plan, seconds: float, path: Path) -> None:
+    """Measure as many cases as fit in the time, those that differ most first. Write the result, and print it."""
+    end = time.monotonic() + seconds
+    places: dict[str, int] = {}
+
+    def until_the_end(cases: Sequence[Case[Any]]) -> Iterator[Case[Any]]:
+        places.update({str(case): place for place, case in enumerate(cases)})
+        first, *others = in_turns(cases)
+        yield first
+        yield from takewhile(lambda case: time.monotonic() < end, others)
+
+    figures = run(plan, until_the_end)
+    keys = [" ".join(str(record[name]) for name in ("op", "pass", "dtype", "shape")) for record in figures["records"]]
+    in_order = sorted(range(len(keys)), key=lambda place: places[keys[place]])
+    figures["records"] = [figures["records"][place] for place in in_order]
+    result.write(path, figures)
+    print(report.text(figures, SUITES[plan.suite]))
+    print(f"{len(set(keys))} of {len(places)} cases in {seconds:.0f} seconds")
+
+
+def in_turns(cases: Sequence[Case[Any]]) -> list[Case[Any]]:
+    """Return one case of each op, then another one of each, and so on."""
+    of_ops: dict[str, list[Case[Any]]] = {}
+    for case in cases:
+        of_ops.setdefault(case.labels["op"], []).append(case)
+    return [case for turn in zip_longest(*of_ops.values()) for case in turn if case is not None]
+
+
+def compile_part(plan: Plan, part: int, parts: int) -> None:
+    """Compile the baselines of a part of the cases."""
+    # other processes use the GPU, so the measuring process tunes the kernels itself
+    torch._inductor.config.autotune_local_cache = False
+    device = torch.device(plan.device)
+    cases = SUITES[plan.suite].cases(device.type, plan.quick)
+    for case in in_turns([case for case in cases if fnmatchcase(case.labels["op"], plan.op)])[part - 1 :: parts]:
+        for name in set(COMPILED).intersection(case.candidates):
+            try:
+                case.calls(name, [case.inputs(device)])[0]()
+            except Exception as failure:
+                warnings.warn(f"{case}: {failure}", stacklevel=1)  # the measuring process meets and reports it
+
+
+if __name__ == "__main__":
+    sys.exit(main())
