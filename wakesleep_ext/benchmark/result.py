@@ -140,7 +140,7 @@ def _check(where: str, value: Any, hint: Any) -> None:
 
 def machine(device: torch.device, threads: int, command: str) -> Machine:
     """Describe the hardware, the software versions and the commit of this run."""
-    commit, modified = _commit(Path(__file__).resolve().parents[2])
+    commit, modified = commit_of(Path(__file__).resolve().parents[2])
     return {
         "device": device.type,
         "processor": _processor(),
@@ -174,8 +174,8 @@ def _version() -> str | None:
         return None
 
 
-def _commit(checkout: Path) -> tuple[str | None, bool | None]:
-    """Return the package's commit, and True if tracked files differ from it. Both are None for an installed copy."""
+def commit_of(checkout: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of a checkout, and True if tracked files differ from it. Both are None for an installed copy."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
