@@ -175,7 +175,7 @@ def _version() -> str | None:
 
 
 def commit_of(checkout: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of a checkout, and True if tracked files differ from it. Both are None for an installed copy."""
+    """Return the commit of a checkout, and True if tracked files differ from it. Elsewhere, both are None."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
