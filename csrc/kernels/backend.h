@@ -7,6 +7,7 @@
 #include "bernoulli_log_prob.h"
 #include "bernoulli_sample.h"
 #include "binarize.h"
+#include "column_sums.h"
 #include "gaussian_kl.h"
 #include "gaussian_kl_between.h"
 #include "gaussian_log_prob.h"
@@ -42,6 +43,7 @@ struct Backend {
   const SmallBatchKernels* small_batch;   // null if the backend has none
   Kernel<SkinnyGemm> skinny_gemm;         // null if the backend has none
   Kernel<PackedGemm> packed_gemm;         // null if the backend has none
+  Kernel<ColumnSums> column_sums;         // null if at::sum is as fast
   int64_t small_batch_rows;               // the largest batch for which small_batch or skinny_gemm beats the library
   int64_t (*rows_of_sum)(Dtype compute);  // the number of rows in each partial sum of MlpGradient and the like
 };

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 
 #include <array>
 
@@ -88,6 +89,19 @@ inline at::DimVector concat(at::IntArrayRef first, at::IntArrayRef second) {
 
 inline at::IntArrayRef batch_sizes(const at::Tensor& tensor) { return tensor.sizes().slice(0, tensor.dim() - 1); }
 
+// Writes the sum over partial sums [pieces, *shape] to `total`, or adds it to `total`. Both are in a compute dtype.
+inline void sum_pieces(const at::Tensor& pieces, const at::Tensor& total, bool adds) {
+  if (const auto kernel = backend_of(total.device()).column_sums) {
+    launch(total.device(), kernel,
+           ColumnSums{dtype_of(total), read(pieces), write(total), pieces.size(0), total.numel(), adds});
+  } else if (adds) {
+    total.add_(pieces.sum(0));
+  } else {
+    at::Tensor written = total;
+    at::sum_out(written, pieces, 0);
+  }
+}
+
 // The output of a gradient kernel. If the gradient is summed over inner rows, `written` contains partial sums in the
 // compute dtype. Otherwise, it is the gradient itself.
 struct GradientSum {
@@ -108,7 +122,12 @@ struct GradientSum {
     if (!is_summed) {
       return written;
     }
-    return (written.size(0) == 1 ? written.squeeze(0) : written.sum(0)).to(dtype);
+    if (written.size(0) == 1) {
+      return written.squeeze(0).to(dtype);
+    }
+    const at::Tensor sum = at::empty(written.sizes().slice(1), written.options());
+    sum_pieces(written, sum, false);
+    return sum.to(dtype);
   }
 };
 

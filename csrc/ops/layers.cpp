@@ -80,7 +80,7 @@ at::Tensor LayerGradients::add(int64_t first, const at::Tensor& h, Activation f,
     return small_batch_add(h, f, g, with_input);
   }
   if (sums_.defined()) {
-    first == 0 ? at::sum_out(bias, sums_, 0) : bias.add_(sums_.sum(0));
+    sum_pieces(sums_, bias, first != 0);
     sums_.reset();
   }
   if (with_weight_) {

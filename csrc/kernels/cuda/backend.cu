@@ -15,6 +15,6 @@ constexpr SmallBatchKernels kSmallBatch = all_of(Type<SmallBatchKernels>{});
 }  // namespace
 
 // The limit of 256 rows was measured on an H200.
-const Backend kBackend = {all_of(Type<Kernels>{}), &kSmallBatch, nullptr, nullptr, 256, &rows_of_sum};
+const Backend kBackend = {all_of(Type<Kernels>{}), &kSmallBatch, nullptr, nullptr, &compute, 256, &rows_of_sum};
 
 }  // namespace wakesleep::cuda

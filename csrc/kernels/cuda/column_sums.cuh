@@ -11,9 +11,10 @@ namespace wakesleep::cuda {
 
 constexpr int kWarps = kBlockThreads / 32;
 
-// The number of rows per warp. In float64, more rows would not fit in the registers.
+// The number of rows per warp. With more rows, a step at common sizes would have too few blocks for a GPU: at 5,000
+// rows, some multiprocessors had twice as many as others.
 template <typename compute_t>
-constexpr int kRowsOfWarp = 16 / sizeof(compute_t);
+constexpr int kRowsOfWarp = 8 / sizeof(compute_t);
 
 template <typename compute_t>
 constexpr int kPieceOfSum = kWarps * kRowsOfWarp<compute_t>;
