@@ -71,7 +71,19 @@ def stages(python: str, site: Path, out: Path, capability: str) -> list[list[Ste
     tests, scripts = ROOT / "tests", ROOT / "scripts"
     installed = {"PYTHONPATH": str(site)}
     # the tests fill all cores, with a process each
-    pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--thorough", "-c", str(ROOT / "pyproject.toml"))
+    pytest = (
+        python,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-q",
+        "--thorough",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+    )
     # without torch's caching allocator, so that the sanitizer knows the bounds of every tensor
     sanitized = {**installed, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     small_pass = (python, str(scripts / "gpu_small_pass.py"))
