@@ -158,6 +158,42 @@ WAKESLEEP_FUNCTION T log_of_normal(T x) {
   }
 }
 
+// Returns e^x, with a relative error of at most 2^-22 + 2^-23 |x|. On a GPU, subnormal results are flushed to 0.
+WAKESLEEP_FUNCTION float exp_approx(float x) {
+#ifdef __CUDA_ARCH__
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634074f));
+  return power;
+#else
+  return wakesleep::exp(x);
+#endif
+}
+
+// Returns ln(u) for u in (0, 1], with a relative error of at most 2^-16.9. The fast logarithm to base 2 is within 2^-22
+// for u > 1/2, which is not enough close to 1. There, 1 - u is exact, and a series is used instead.
+WAKESLEEP_FUNCTION float log_of_uniform_approx(float u) {
+#ifdef __CUDA_ARCH__
+  float log2;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(u));
+#else
+  const float log2 = std::log2(u);
+#endif
+  const float rest = 1.0f - u;
+  const float series = -rest * polynomial(rest, 1.0f, 0.5f, 0.33333333f);
+  return rest < 0x1p-5f ? series : log2 * 0.69314718055994530942f;
+}
+
+// Returns the cosine and the sine of an angle, as cos_sin_of_turn does, with an absolute error of at most 2^-19.5. Of
+// this, 2^-20.5 are the error of the fast functions, and 2^-21 that of the rounded angle, which lies in [-pi, pi].
+WAKESLEEP_FUNCTION Pair<float> cos_sin_of_turn_approx(int32_t turn) {
+  const float angle = float(turn) * (6.283185307179586476925f * 0x1p-32f);
+#ifdef __CUDA_ARCH__
+  return {__cosf(angle), __sinf(angle)};
+#else
+  return {std::cos(angle), std::sin(angle)};
+#endif
+}
+
 // Returns the cosine and the sine of an angle. The angle is `turn` / 2^bits full turns, where `bits` is the size of the
 // integer type. The reduction to an eighth of a turn uses integer arithmetic and is therefore exact. The errors are at
 // most 2 ulp of the larger component.

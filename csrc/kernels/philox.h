@@ -44,9 +44,25 @@ constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9, kPhiloxKeyStep1 = 0xBB67AE85;
 
-WAKESLEEP_FUNCTION PhiloxBlock philox(PhiloxBlock counter, uint64_t seed) {
+// The keys of the ten rounds. They depend on the seed alone, so a thread computes them once for all its blocks.
+struct PhiloxSchedule {
+  uint32_t word[kPhiloxRounds][2];
+
+  WAKESLEEP_FUNCTION explicit PhiloxSchedule(uint64_t seed) {
+#ifdef __CUDACC__
+#pragma unroll
+#else
+#pragma GCC unroll 10
+#endif
+    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+      word[round][0] = uint32_t(seed) + round * kPhiloxKeyStep0;
+      word[round][1] = uint32_t(seed >> 32) + round * kPhiloxKeyStep1;
+    }
+  }
+};
+
+WAKESLEEP_FUNCTION PhiloxBlock philox(PhiloxBlock counter, const PhiloxSchedule& schedule) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #ifdef __CUDACC__
 #pragma unroll
 #else
@@ -55,12 +71,10 @@ WAKESLEEP_FUNCTION PhiloxBlock philox(PhiloxBlock counter, uint64_t seed) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t product0 = uint64_t(kPhiloxMultiplier0) * c0;
     const uint64_t product1 = uint64_t(kPhiloxMultiplier1) * c2;
-    c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
+    c0 = uint32_t(product1 >> 32) ^ c1 ^ schedule.word[round][0];
     c1 = uint32_t(product1);
-    c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
+    c2 = uint32_t(product0 >> 32) ^ c3 ^ schedule.word[round][1];
     c3 = uint32_t(product0);
-    k0 += kPhiloxKeyStep0;
-    k1 += kPhiloxKeyStep1;
   }
   return {{c0, c1, c2, c3}};
 }
@@ -75,11 +89,17 @@ struct Words {
 template <typename T>
 constexpr bool kDrawsLowWords = sizeof(T) > sizeof(float);
 
+// A key with its schedule.
+struct ScheduledKey {
+  PhiloxKey key;
+  PhiloxSchedule schedule;
+};
+
 template <typename T>
-WAKESLEEP_FUNCTION Words<T> draw_words(PhiloxKey key, uint32_t block_low, uint32_t block_high) {
-  Words<T> words = {philox(philox_counter(key, PhiloxStream::kHighWords, block_low, block_high), key.seed), {}};
+WAKESLEEP_FUNCTION Words<T> draw_words(const ScheduledKey& of, uint32_t block_low, uint32_t block_high) {
+  Words<T> words = {philox(philox_counter(of.key, PhiloxStream::kHighWords, block_low, block_high), of.schedule), {}};
   if constexpr (kDrawsLowWords<T>) {
-    words.low = philox(philox_counter(key, PhiloxStream::kLowWords, block_low, block_high), key.seed);
+    words.low = philox(philox_counter(of.key, PhiloxStream::kLowWords, block_low, block_high), of.schedule);
   }
   return words;
 }
@@ -124,6 +144,22 @@ struct StandardNormals {
   static WAKESLEEP_FUNCTION Draws<T> from(const Words<T>& words) {
     const Pair<T> a = normals(words, 0);
     const Pair<T> b = normals(words, 2);
+    return {{a.first, a.second, b.first, b.second}};
+  }
+};
+
+// Standard normals for results of 16 bits (see log_of_uniform_approx and cos_sin_of_turn_approx). If a pair lies at
+// distance r from the origin, the error of a normal is at most 2^-17 of itself plus 2^-19.5 r, and r is less than 6.8.
+struct ApproximateNormals {
+  static WAKESLEEP_FUNCTION Pair<float> pair(const Words<float>& words, int w) {
+    const float radius = square_root(-2.0f * log_of_uniform_approx(uniform(words, w)));
+    const Pair<float> direction = cos_sin_of_turn_approx(turn(words, w + 1));
+    return {radius * direction.first, radius * direction.second};
+  }
+
+  static WAKESLEEP_FUNCTION Draws<float> from(const Words<float>& words) {
+    const Pair<float> a = pair(words, 0);
+    const Pair<float> b = pair(words, 2);
     return {{a.first, a.second, b.first, b.second}};
   }
 };

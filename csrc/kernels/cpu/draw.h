@@ -40,10 +40,11 @@ struct Blocks {
 
 struct PhiloxBaseline {
   static WAKESLEEP_INLINE void run(Blocks& blocks, uint64_t seed) {
+    const PhiloxSchedule schedule(seed);
     auto& word = blocks.word;
 #pragma omp simd
     for (int l = 0; l < kBlocksAtOnce; ++l) {
-      const PhiloxBlock drawn = philox({{word[0][l], word[1][l], word[2][l], word[3][l]}}, seed);
+      const PhiloxBlock drawn = philox({{word[0][l], word[1][l], word[2][l], word[3][l]}}, schedule);
       word[0][l] = drawn.word[0];
       word[1][l] = drawn.word[1];
       word[2][l] = drawn.word[2];

@@ -88,6 +88,16 @@ __device__ void write_log_prob(Team<threads> team, int64_t D, int past, const Lo
   sum.write(team, log_prob);
 }
 
+// Like the function above, for spans in words.
+template <typename logit_t, int word, int threads, typename x_t, typename compute_t>
+__device__ void write_log_prob_of_words(Team<threads> team, int64_t D, const logit_t* logits, const x_t* x,
+                                        compute_t* log_prob) {
+  LogProbSum<compute_t> sum;
+  for_words<logit_t, word, word>(
+      team, D, 0, [&](auto span) { sum.add(span, load<compute_t>(span, logits), load<compute_t>(span, x)); });
+  sum.write(team, log_prob);
+}
+
 // Returns [u <= p] without a division. If p = sigmoid(a), it tests u + u e^-a <= 1 instead. The code evaluates u - 1,
 // which is exact for u >= 1/2. The tolerance, epsilon / 4, ensures that x = 1 for every u if sigmoid(a) rounds to 1.
 template <typename T>
@@ -100,17 +110,17 @@ __device__ bool draws_one(OfGrey probability, T u, T grey) {
   return u * T(probability.white) <= grey;
 }
 
-// Draws x = [u <= probability(v)] for a row of values v. The row begins at element `first` of the whole draw.
-template <int n, int threads, typename Probability, typename Values, typename x_t>
-__device__ void draw_row(Team<threads> team, PhiloxKey key, int64_t first, int64_t D, const Probability& probability,
-                         const Values& values_of, x_t* x) {
-  const int past = static_cast<int>(uint64_t(first) % n);
-  for_spans<n>(team, D, past, past == 0 && values_of.template aligned_with<n>(x, D), [&](auto span) {
+// Draws x = [u <= probability(v)] for a row of values v of type T. The row begins at element `first` of the whole draw.
+template <typename T, int word, int threads, typename Probability, typename Values, typename x_t>
+__device__ void draw_row(Team<threads> team, const ScheduledKey& key, int64_t first, int64_t D,
+                         const Probability& probability, const Values& values_of, x_t* x) {
+  constexpr int n = kDrawPacket<T>;
+  for_words<T, n, word>(team, D, static_cast<int>(uint64_t(first) % n), [&](auto span) {
     const auto values = values_of(span);
-    const auto u = draw<Uniforms, typename Values::compute_t, span.size>(key, first + span.column);
-    Packet<x_t, span.size> drawn;
+    const auto u = draw<Uniforms, typename Values::compute_t, n>(key, first + span.column);
+    Packet<x_t, n> drawn;
 #pragma unroll
-    for (int i = 0; i < span.size; ++i) {
+    for (int i = 0; i < n; ++i) {
       drawn.value[i] = static_cast<x_t>(draws_one(probability, u.value[i], values.value[i]) ? 1 : 0);
     }
     store(span, drawn, x);

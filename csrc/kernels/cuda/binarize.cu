@@ -8,8 +8,9 @@
 namespace wakesleep::cuda {
 namespace {
 
-template <typename grey_t, typename x_t>
+template <typename grey_t, typename x_t, int word>
 struct BinarizeRows {
+  static constexpr int kBlocks = kBlocksOfSampler<grey_t>;
   const grey_t* __restrict__ grey;
   const int64_t* __restrict__ index;  // if null, all rows are used in order
   const int64_t* __restrict__ key;
@@ -23,15 +24,27 @@ struct BinarizeRows {
     const int64_t image = index == nullptr ? row : index[row];
     assert(image >= 0 && image < N && "binarize: expected index to be one of the rows of grey");
     const StoredLogits<grey_t, float> values = {grey + image * stride};
-    draw_row<kPhiloxWords>(team, read_key(key), row * D, D, probability, values, x + row * D);
+    draw_row<grey_t, word>(team, read_key(key), row * D, D, probability, values, x + row * D);
   }
 };
 
 template <typename x_t>
 void launch_binarize(const Binarize& call, Stream stream) {
-  launch_free_rows<kPhiloxWords>(stream, call.rows, call.D,
-                                 BinarizeRows<uint8_t, x_t>{call.grey, call.index, call.key, static_cast<x_t*>(call.x),
-                                                            OfGrey{call.white}, call.images, call.D, call.stride});
+  auto* x = static_cast<x_t*>(call.x);
+  const uint64_t starts = places(call.grey) | places(x);
+  const auto rows_of = [&](auto word, int64_t D) {
+    return BinarizeRows<uint8_t, x_t, word>{call.grey,          call.index,  call.key, x,
+                                            OfGrey{call.white}, call.images, D,        call.stride};
+  };
+  constexpr int n = kDrawPacket<uint8_t>;
+  if (call.index == nullptr && call.stride == call.D && starts % n == 0) {
+    launch_one_row<uint8_t, n>(stream, call.rows * call.D,
+                               rows_of(std::integral_constant<int, n>{}, call.rows * call.D));
+  } else {
+    dispatch_word<n>(starts | call.stride | call.D, [&](auto word) {
+      launch_free_rows<uint8_t, n>(stream, call.rows, call.D, rows_of(word, call.D));
+    });
+  }
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 namespace wakesleep::cuda {
 namespace {
 
-template <typename scalar_t>
+template <typename scalar_t, int word>
 struct GaussianKlRows {
   using compute_t = Compute<scalar_t>;
   const scalar_t* __restrict__ mu;
@@ -18,7 +18,7 @@ struct GaussianKlRows {
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const auto offset = rows(row);
-    const compute_t sum = sum_over_row<compute_t>(
+    const compute_t sum = sum_over_row<compute_t, word>(
         team, K, [](compute_t m, compute_t l) { return twice_gaussian_kl(m, l); }, mu + offset.of[0],
         logvar + offset.of[1]);
     if (team.rank() == 0) {
@@ -27,7 +27,7 @@ struct GaussianKlRows {
   }
 };
 
-template <typename scalar_t>
+template <typename scalar_t, int word>
 struct GaussianKlBackwardRows {
   using compute_t = Compute<scalar_t>;
   const scalar_t* __restrict__ mu;
@@ -44,8 +44,7 @@ struct GaussianKlBackwardRows {
     const scalar_t* l = logvar + offset.of[1];
     const compute_t upstream = grad[offset.of[2]];
     scalar_t* out = grad_parameters + row * 2 * K;
-    const int past = past_boundary<kPacket<scalar_t>>(m);
-    for_spans<kPacket<scalar_t>>(team, K, past, aligned<kPacket<scalar_t>>(K, m, l, out), [&](auto span) {
+    for_words<scalar_t, word, word>(team, K, 0, [&](auto span) {
       auto m_packet = load<compute_t>(span, m);
       auto l_packet = load<compute_t>(span, l);
 #pragma unroll
@@ -64,22 +63,30 @@ struct GaussianKlBackwardRows {
 void compute(const GaussianKl& call, Stream stream) {
   dispatch_floating(call.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows<kPacket<scalar_t>>(
-        stream, call.rows.rows, call.K,
-        GaussianKlRows<scalar_t>{static_cast<const scalar_t*>(call.mu), static_cast<const scalar_t*>(call.logvar),
-                                 static_cast<Compute<scalar_t>*>(call.kl), call.rows, call.K});
+    const auto* mu = static_cast<const scalar_t*>(call.mu);
+    const auto* logvar = static_cast<const scalar_t*>(call.logvar);
+    const auto all = places(mu, call.rows, 0) | places(logvar, call.rows, 1) | call.K;
+    dispatch_word<kPacket<scalar_t>>(all, [&](auto word) {
+      launch_rows_of<scalar_t, word>(
+          stream, call.rows.rows, call.K,
+          GaussianKlRows<scalar_t, word>{mu, logvar, static_cast<Compute<scalar_t>*>(call.kl), call.rows, call.K});
+    });
   });
 }
 
 void compute(const GaussianKlBackward& call, Stream stream) {
   dispatch_floating(call.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_free_rows<kPacket<scalar_t>>(
-        stream, call.rows.rows, call.K,
-        GaussianKlBackwardRows<scalar_t>{static_cast<const scalar_t*>(call.mu),
-                                         static_cast<const scalar_t*>(call.logvar),
-                                         static_cast<const Compute<scalar_t>*>(call.grad),
-                                         static_cast<scalar_t*>(call.grad_parameters), call.rows, call.K});
+    const auto* mu = static_cast<const scalar_t*>(call.mu);
+    const auto* logvar = static_cast<const scalar_t*>(call.logvar);
+    auto* grad_parameters = static_cast<scalar_t*>(call.grad_parameters);
+    const auto all = places(mu, call.rows, 0) | places(logvar, call.rows, 1) | places(grad_parameters) | call.K;
+    dispatch_word<kPacket<scalar_t>>(all, [&](auto word) {
+      launch_free_rows<scalar_t, word>(
+          stream, call.rows.rows, call.K,
+          GaussianKlBackwardRows<scalar_t, word>{mu, logvar, static_cast<const Compute<scalar_t>*>(call.grad),
+                                                 grad_parameters, call.rows, call.K});
+    });
   });
 }
 

@@ -6,7 +6,7 @@
 namespace wakesleep::cuda {
 namespace {
 
-template <typename scalar_t>
+template <typename scalar_t, int word>
 struct GaussianKlBetweenRows {
   using compute_t = Compute<scalar_t>;
   const scalar_t* __restrict__ mu;
@@ -20,7 +20,7 @@ struct GaussianKlBetweenRows {
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const auto offset = rows(row);
-    const compute_t sum = sum_over_row<compute_t>(
+    const compute_t sum = sum_over_row<compute_t, word>(
         team, K,
         [](compute_t m, compute_t l, compute_t prior_m, compute_t prior_l) {
           return GaussianKlTerm<compute_t>(m, l, prior_m, prior_l).twice_kl();
@@ -32,7 +32,7 @@ struct GaussianKlBetweenRows {
   }
 };
 
-template <typename scalar_t, bool summed>
+template <typename scalar_t, bool summed, int word>
 struct GaussianKlBetweenBackwardRows {
   using compute_t = Compute<scalar_t>;
   using grad_t = std::conditional_t<summed, compute_t, scalar_t>;
@@ -48,14 +48,11 @@ struct GaussianKlBetweenBackwardRows {
 
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t index) const {
-    constexpr int n = kPacket<scalar_t>;
     const auto piece = inner_piece(rows, index);
     const auto& first = piece.offset;
     const scalar_t* prior_m_row = prior_mu + first.of[2];
     const scalar_t* prior_l_row = prior_logvar + first.of[3];
-    const bool on_boundaries = !summed && aligned<n>(K, prior_m_row, prior_l_row, mu + first.of[0],
-                                                     logvar + first.of[1], grad_parameters, grad_prior);
-    for_spans<n>(team, K, past_boundary<n>(prior_m_row), on_boundaries, [&](auto span) {
+    for_words<scalar_t, word, word>(team, K, 0, [&](auto span) {
       const auto prior_m = load<compute_t>(span, prior_m_row);
       const auto prior_l = load<compute_t>(span, prior_l_row);
       Packet<compute_t, span.size> total_mu = {}, total_logvar = {};
@@ -89,26 +86,39 @@ struct GaussianKlBetweenBackwardRows {
 void compute(const GaussianKlBetween& call, Stream stream) {
   dispatch_floating(call.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows<kPacket<scalar_t>>(
-        stream, call.rows.rows, call.K,
-        GaussianKlBetweenRows<scalar_t>{
-            static_cast<const scalar_t*>(call.mu), static_cast<const scalar_t*>(call.logvar),
-            static_cast<const scalar_t*>(call.prior_mu), static_cast<const scalar_t*>(call.prior_logvar),
-            static_cast<Compute<scalar_t>*>(call.kl), call.rows, call.K});
+    const auto* mu = static_cast<const scalar_t*>(call.mu);
+    const auto* logvar = static_cast<const scalar_t*>(call.logvar);
+    const auto* prior_mu = static_cast<const scalar_t*>(call.prior_mu);
+    const auto* prior_logvar = static_cast<const scalar_t*>(call.prior_logvar);
+    const auto all = places(mu, call.rows, 0) | places(logvar, call.rows, 1) | places(prior_mu, call.rows, 2) |
+                     places(prior_logvar, call.rows, 3) | call.K;
+    dispatch_word<kPacket<scalar_t>>(all, [&](auto word) {
+      launch_rows_of<scalar_t, word>(
+          stream, call.rows.rows, call.K,
+          GaussianKlBetweenRows<scalar_t, word>{mu, logvar, prior_mu, prior_logvar,
+                                                static_cast<Compute<scalar_t>*>(call.kl), call.rows, call.K});
+    });
   });
 }
 
 void compute(const GaussianKlBetweenBackward& call, Stream stream) {
   dispatch_floating(call.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
+    const auto* mu = static_cast<const scalar_t*>(call.mu);
+    const auto* logvar = static_cast<const scalar_t*>(call.logvar);
+    const auto* prior_mu = static_cast<const scalar_t*>(call.prior_mu);
+    const auto* prior_logvar = static_cast<const scalar_t*>(call.prior_logvar);
+    auto* grad_parameters = static_cast<scalar_t*>(call.grad_parameters);
     dispatch_sum<scalar_t>(call.grad_prior, [&](auto* to, auto summed) {
-      launch_free_rows<kPacket<scalar_t>>(
-          stream, inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
-          GaussianKlBetweenBackwardRows<scalar_t, summed>{
-              static_cast<const scalar_t*>(call.mu), static_cast<const scalar_t*>(call.logvar),
-              static_cast<const scalar_t*>(call.prior_mu), static_cast<const scalar_t*>(call.prior_logvar),
-              static_cast<const Compute<scalar_t>*>(call.grad), static_cast<scalar_t*>(call.grad_parameters), to,
-              call.rows, call.K});
+      const auto all = places(mu, call.rows, 0) | places(logvar, call.rows, 1) | places(prior_mu, call.rows, 2) |
+                       places(prior_logvar, call.rows, 3) | places(grad_parameters, call.rows, 5) | places(to) | call.K;
+      dispatch_word<kPacket<scalar_t>>(all, [&](auto word) {
+        launch_free_rows<scalar_t, word>(
+            stream, inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
+            GaussianKlBetweenBackwardRows<scalar_t, summed, word>{mu, logvar, prior_mu, prior_logvar,
+                                                                  static_cast<const Compute<scalar_t>*>(call.grad),
+                                                                  grad_parameters, to, call.rows, call.K});
+      });
     });
   });
 }

@@ -6,7 +6,7 @@
 namespace wakesleep::cuda {
 namespace {
 
-template <typename scalar_t>
+template <typename scalar_t, int word>
 struct GaussianLogProbRows {
   using compute_t = Compute<scalar_t>;
   const scalar_t* __restrict__ mu;
@@ -19,7 +19,7 @@ struct GaussianLogProbRows {
   template <int threads>
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const auto offset = rows(row);
-    const compute_t sum = sum_over_row<compute_t>(
+    const compute_t sum = sum_over_row<compute_t, word>(
         team, K,
         [](compute_t v, compute_t m, compute_t l) {
           const compute_t t = GaussianTerm<compute_t>(m, l, v).standardized;
@@ -32,7 +32,7 @@ struct GaussianLogProbRows {
   }
 };
 
-template <typename scalar_t, bool summed>
+template <typename scalar_t, bool summed, int word>
 struct GaussianLogProbBackwardRows {
   using compute_t = Compute<scalar_t>;
   using grad_t = std::conditional_t<summed, compute_t, scalar_t>;
@@ -51,9 +51,7 @@ struct GaussianLogProbBackwardRows {
     const scalar_t* m_row = mu + piece.offset.of[0];
     const scalar_t* l_row = logvar + piece.offset.of[1];
     grad_t* out = grad_parameters + index * 2 * K;
-    const bool on_boundaries =
-        !summed && aligned<kPacket<scalar_t>>(K, m_row, l_row, z + piece.offset.of[2], grad_z, out);
-    for_spans<kPacket<scalar_t>>(team, K, past_boundary<kPacket<scalar_t>>(m_row), on_boundaries, [&](auto span) {
+    for_words<scalar_t, word, word>(team, K, 0, [&](auto span) {
       const auto m = load<compute_t>(span, m_row);
       const auto l = load<compute_t>(span, l_row);
       Packet<compute_t, span.size> total_mu = {}, total_logvar = {};
@@ -82,24 +80,35 @@ struct GaussianLogProbBackwardRows {
 void compute(const GaussianLogProb& call, Stream stream) {
   dispatch_floating(call.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    launch_rows<kPacket<scalar_t>>(
-        stream, call.rows.rows, call.K,
-        GaussianLogProbRows<scalar_t>{static_cast<const scalar_t*>(call.mu), static_cast<const scalar_t*>(call.logvar),
-                                      static_cast<const scalar_t*>(call.z),
-                                      static_cast<Compute<scalar_t>*>(call.log_prob), call.rows, call.K});
+    const auto* mu = static_cast<const scalar_t*>(call.mu);
+    const auto* logvar = static_cast<const scalar_t*>(call.logvar);
+    const auto* z = static_cast<const scalar_t*>(call.z);
+    const auto all = places(mu, call.rows, 0) | places(logvar, call.rows, 1) | places(z, call.rows, 2) | call.K;
+    dispatch_word<kPacket<scalar_t>>(all, [&](auto word) {
+      launch_rows_of<scalar_t, word>(
+          stream, call.rows.rows, call.K,
+          GaussianLogProbRows<scalar_t, word>{mu, logvar, z, static_cast<Compute<scalar_t>*>(call.log_prob), call.rows,
+                                              call.K});
+    });
   });
 }
 
 void compute(const GaussianLogProbBackward& call, Stream stream) {
   dispatch_floating(call.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
+    const auto* mu = static_cast<const scalar_t*>(call.mu);
+    const auto* logvar = static_cast<const scalar_t*>(call.logvar);
+    const auto* z = static_cast<const scalar_t*>(call.z);
+    auto* grad_z = static_cast<scalar_t*>(call.grad_z);
     dispatch_sum<scalar_t>(call.parameters, [&](auto* to, auto summed) {
-      launch_free_rows<kPacket<scalar_t>>(
-          stream, inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
-          GaussianLogProbBackwardRows<scalar_t, summed>{
-              static_cast<const scalar_t*>(call.mu), static_cast<const scalar_t*>(call.logvar),
-              static_cast<const scalar_t*>(call.z), static_cast<const Compute<scalar_t>*>(call.grad), to,
-              static_cast<scalar_t*>(call.grad_z), call.rows, call.K});
+      const auto all = places(mu, call.rows, 0) | places(logvar, call.rows, 1) | places(z, call.rows, 2) |
+                       places(grad_z, call.rows, 4) | places(to) | call.K;
+      dispatch_word<kPacket<scalar_t>>(all, [&](auto word) {
+        launch_free_rows<scalar_t, word>(
+            stream, inner_pieces(call.rows.inner.rows) * call.rows.outer.rows, call.K,
+            GaussianLogProbBackwardRows<scalar_t, summed, word>{
+                mu, logvar, z, static_cast<const Compute<scalar_t>*>(call.grad), to, grad_z, call.rows, call.K});
+      });
     });
   });
 }

@@ -6,8 +6,9 @@
 namespace wakesleep::cuda {
 namespace {
 
-template <typename compute_t, typename x_t>
+template <typename compute_t, typename x_t, int word>
 struct LinearBernoulliSampleRows {
+  static constexpr int kBlocks = kBlocksOfSampler<compute_t>;
   const compute_t* __restrict__ products;
   const compute_t* __restrict__ bias;
   const int64_t* __restrict__ key;
@@ -20,7 +21,7 @@ struct LinearBernoulliSampleRows {
   __device__ void operator()(Team<threads> team, int64_t row) const {
     const ProductAndBias<compute_t> logits = {products + row * stride, bias};
     const int64_t element = (first + row) * D;
-    draw_row<kDrawPacket<compute_t>>(team, read_key(key), element, D, OfLogit{}, logits, x + element);
+    draw_row<compute_t, word>(team, read_key(key), element, D, OfLogit{}, logits, x + element);
   }
 };
 
@@ -50,10 +51,16 @@ void compute(const LinearBernoulliSample& call, Stream stream) {
   dispatch_floating_and_written(call.dtype, call.x_dtype, [&](auto type, auto x_type) {
     using compute_t = Compute<typename decltype(type)::type>;
     using x_t = typename decltype(x_type)::type;
-    launch_rows(stream, call.count, call.D,
-                LinearBernoulliSampleRows<compute_t, x_t>{
-                    static_cast<const compute_t*>(call.products), static_cast<const compute_t*>(call.bias), call.key,
-                    static_cast<x_t*>(call.x), call.first, call.products_stride, call.D});
+    const auto* products = static_cast<const compute_t*>(call.products);
+    const auto* bias = static_cast<const compute_t*>(call.bias);
+    auto* x = static_cast<x_t*>(call.x);
+    const auto all = places(products) | places(bias) | places(x) | call.products_stride | call.D;
+    dispatch_word<kDrawPacket<compute_t>>(all, [&](auto word) {
+      launch_rows_of<compute_t, kDrawPacket<compute_t>>(
+          stream, call.count, call.D,
+          LinearBernoulliSampleRows<compute_t, x_t, word>{products, bias, call.key, x, call.first, call.products_stride,
+                                                          call.D});
+    });
   });
 }
 

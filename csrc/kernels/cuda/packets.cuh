@@ -1,12 +1,14 @@
 // Loads and stores several elements of a row at once.
 //
-// A row is divided into spans of 16 bytes that are aligned in the row's first operand. Only the first and the last span
-// can be partial, so an odd width costs little. An operand that is not aligned at these positions is read element by
-// element.
+// A row is divided into spans. Each thread loads a span of every operand in words of up to 16 bytes. The host chooses
+// the longest word that divides the first address, the strides and the width of all operands (dispatch_word). So every
+// word is aligned, and lies either within the row or outside it. If the host does not choose, a Span finds the
+// alignment itself.
 #pragma once
 
 #include <array>
 
+#include "../rows.h"
 #include "launch.cuh"
 
 namespace wakesleep::cuda {
@@ -33,6 +35,54 @@ struct Span {
   __device__ bool whole() const { return aligned || (first == 0 && last == n); }
 };
 
+// A span whose alignment the host has established: n columns from `column` on, in words of `word` elements. If `masked`
+// is false, all of them are within the row. Otherwise, elements `first` to `last` - 1 are, which are whole words.
+template <int n, int word, bool masked>
+struct WordSpan {
+  static_assert(n % word == 0);
+  static constexpr int size = n;
+  int64_t column;
+  int first, last;
+
+  __device__ bool holds(int i) const { return !masked || (i >= first && i < last); }
+};
+
+// A power of two divides several numbers if it divides the union of their bits. The functions below return such unions:
+// of an operand's strides, or of its first address and its strides. The caller unites the operands and the width.
+template <int operands>
+uint64_t strides(const RowMap<operands>& rows, int operand) {
+  uint64_t all = 0;
+  for (int d = 0; d < rows.dims; ++d) {
+    all |= static_cast<uint64_t>(rows.stride[operand][d]);
+  }
+  return all;
+}
+
+template <typename T>
+uint64_t places(const T* first) {
+  return reinterpret_cast<uintptr_t>(first) / sizeof(T);
+}
+
+template <typename T, int operands>
+uint64_t places(const T* first, const RowMap<operands>& rows, int operand) {
+  return places(first) | strides(rows, operand);
+}
+
+template <typename T, int operands>
+uint64_t places(const T* first, const RowGroups<operands>& rows, int operand) {
+  return places(first, rows.outer, operand) | strides(rows.inner, operand);
+}
+
+// Calls body(std::integral_constant<int, word>{}) for the longest word of up to n elements that divides the places.
+template <int n, typename Body>
+void dispatch_word(uint64_t places, const Body& body) {
+  if constexpr (n == 1) {
+    body(std::integral_constant<int, 1>{});
+  } else {
+    places % n == 0 ? body(std::integral_constant<int, n>{}) : dispatch_word<n / 2>(places, body);
+  }
+}
+
 template <int n, typename T>
 __device__ bool on_boundary(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (sizeof(T) * n) == 0;
@@ -48,6 +98,8 @@ __device__ bool aligned(int64_t width, const T*... rows) {
 // aligned and the unaligned path would be identical, and the compiler would merge them.
 template <size_t bytes>
 struct WideWord : Type<uint4> {};
+template <>
+struct WideWord<1> : Type<unsigned char> {};
 template <>
 struct WideWord<2> : Type<unsigned short> {};
 template <>
@@ -73,6 +125,32 @@ struct Written {
   }
 };
 
+template <typename compute_t, typename T, int n>
+__device__ Packet<compute_t, n> convert(const Packet<T, n>& packet) {
+  Packet<compute_t, n> values;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    values.value[i] = static_cast<compute_t>(packet.value[i]);
+  }
+  return values;
+}
+
+// Loads the elements of `row` that are in the span, and sets all other elements to zero.
+template <typename compute_t, typename Access = ReadOnly, int n, int word, bool masked, typename T>
+__device__ Packet<compute_t, n> load(WordSpan<n, word, masked> span, const T* row) {
+  using Word = typename WideWords<T, word>::value_type;
+  constexpr int elements = sizeof(Word) / sizeof(T);
+  const auto* from = reinterpret_cast<const Word*>(row + span.column);
+  std::array<Word, n / elements> words = {};
+#pragma unroll
+  for (int w = 0; w < n / elements; ++w) {
+    if (span.holds(w * elements)) {
+      words[w] = Access::load(from + w);
+    }
+  }
+  return convert<compute_t>(wakesleep::bit_cast<Packet<T, n>>(words));
+}
+
 // Loads the elements of `row` that are in the span, and sets all other elements to zero. The conversion to compute_t
 // comes after the branches join. Inside the branches, the conversion would make each load complete before the next load
 // is issued.
@@ -93,22 +171,26 @@ __device__ Packet<compute_t, n> load(Span<n, aligned> span, const T* row) {
     }
     words = wakesleep::bit_cast<WideWords<T, n>>(single);
   }
-  const auto packet = wakesleep::bit_cast<Packet<T, n>>(words);
-  Packet<compute_t, n> values;
+  return convert<compute_t>(wakesleep::bit_cast<Packet<T, n>>(words));
+}
+
+template <typename T, int n, int word, bool masked, typename compute_t>
+__device__ void store(WordSpan<n, word, masked> span, const Packet<compute_t, n>& values, T* row) {
+  using Word = typename WideWords<T, word>::value_type;
+  constexpr int elements = sizeof(Word) / sizeof(T);
+  auto* to = reinterpret_cast<Word*>(row + span.column);
+  const auto words = wakesleep::bit_cast<std::array<Word, n / elements>>(convert<T>(values));
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    values.value[i] = static_cast<compute_t>(packet.value[i]);
+  for (int w = 0; w < n / elements; ++w) {
+    if (span.holds(w * elements)) {
+      __stwb(to + w, words[w]);
+    }
   }
-  return values;
 }
 
 template <typename T, int n, bool aligned, typename compute_t>
 __device__ void store(Span<n, aligned> span, const Packet<compute_t, n>& values, T* row) {
-  Packet<T, n> packet;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    packet.value[i] = static_cast<T>(values.value[i]);
-  }
+  const auto packet = convert<T>(values);
   if (aligned || (span.whole() && on_boundary<n>(row + span.column))) {
     auto* to = reinterpret_cast<typename WideWords<T, n>::pointer>(row + span.column);
     const auto words = wakesleep::bit_cast<WideWords<T, n>>(packet);
