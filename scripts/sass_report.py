@@ -1,7 +1,7 @@
 """Report registers, spills, shared memory, loads, and work per element of every compiled kernel.
 
 Reads the machine code of a CUDA build, by default of the installed package. Needs cuobjdump, from the CUDA toolkit or
-the triton package, but no GPU. Exits with 1 if a kernel spills, or a row kernel does not load 16 bytes at once.
+the triton package, but no GPU. Exits with 1 if a kernel spills, or a row kernel does not load whole words.
 """
 
 from __future__ import annotations
@@ -18,6 +18,14 @@ from pathlib import Path
 
 BYTES = {"double": 8, "float": 4, "wakesleep::Half": 2, "wakesleep::BFloat16": 2, "unsigned char": 1}
 WIDE = 16
+LOADS = {
+    16: r"LDG.*\.128",
+    8: r"LDG.*\.64",
+    4: r"LDG(?!.*\.(128|64|[US]16|[US]8))",
+    2: r"LDG.*\.[US]16",
+    1: r"LDG.*\.[US]8",
+}
+TEAMS = {0: "team", -1: "grid"}  # how many threads share a row, if the number is not known to the compiler
 BLOCK_THREADS = 256  # csrc/kernels/cuda/launch.cuh
 REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 
@@ -58,7 +66,7 @@ class Kernel:
 
     architecture: str
     name: str
-    threads: int | None = None  # per row; None if it is not a row kernel
+    threads: int | None = None  # per row, or one of TEAMS; None if it is not a row kernel
     arguments: tuple[str, ...] = ()
     registers: int = 0
     stack: int = 0
@@ -81,24 +89,32 @@ class Kernel:
         return blocks * BLOCK_THREADS / THREADS_PER_SM
 
     @property
+    def word(self) -> int:
+        """The bytes of the first operand that a row kernel loads at once."""
+        elements = int(self.arguments[-1]) if self.arguments[-1].isdigit() else WIDE
+        return min(WIDE, elements * BYTES[self.arguments[OPERANDS[self.name][0]]])
+
+    @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop with the most wide loads."""
+        """The innermost loop with the most loads of a word, and the shortest of these."""
         loops = [(i.target, i.address) for i in self.instructions if i.target is not None and i.target <= i.address]
         bodies = [[i for i in self.instructions if first <= i.address <= last] for first, last in loops]
-        loading = [body for body in bodies if self.count(r"LDG.*\.128", body)]
+        loads = LOADS[self.word]
+        loading = [body for body in bodies if self.count(loads, body)]
         innermost = [
             body
             for body in loading
             if not any(other is not body and _inside(other, body) for other in loading)
         ]  # fmt: skip
-        return max(innermost, key=lambda body: self.count(r"LDG.*\.128", body), default=[])
+        return max(innermost, key=lambda body: (self.count(loads, body), -len(body)), default=[])
 
     @property
     def elements(self) -> float:
-        """The elements per iteration of the main loop, from its wide loads."""
+        """The elements per iteration of the main loop, from its loads of a word."""
         sizes = [BYTES[self.arguments[index]] for index in OPERANDS[self.name]]
-        wide = sum(size for size in sizes if size >= sizes[0])  # narrower operands use narrower loads
-        return self.count(r"LDG.*\.128", self.main_loop) * WIDE / wide
+        # narrower operands use narrower loads, and wider ones wider loads, if there are any
+        alike = sum(size for size in sizes if size == sizes[0] or (size > sizes[0] and self.word == WIDE))
+        return self.count(LOADS[self.word], self.main_loop) * self.word / alike
 
 
 def _inside(inner: list[Instruction], outer: list[Instruction]) -> bool:
@@ -145,7 +161,7 @@ def read_kernels(binary: Path) -> list[Kernel]:
         ["c++filt"], input="\n".join(symbol for _, symbol in kernels), capture_output=True, text=True, check=True
     ).stdout.splitlines()
     for kernel, name in zip(kernels.values(), names, strict=True):
-        if match := re.search(r"row_kernel<(\d+), .*?(\w+)<(.*?)> ?>\(", name):
+        if match := re.search(r"row_kernel<(?:\(int\))?(-?\d+), .*?(\w+)<(.*?)> ?>\(", name):
             kernel.threads, kernel.name = int(match[1]), match[2]
             kernel.arguments = tuple(argument.strip() for argument in match[3].split(","))
         else:
@@ -168,10 +184,8 @@ def faults(kernels: list[Kernel]) -> list[str]:
         where = f"{kernel.architecture} {title(kernel)}"
         if kernel.spills or kernel.stack:
             found.append(f"{where}: spills, {kernel.spills} moves to or from {kernel.stack} bytes of local memory")
-        # bytes of an image are loaded as many at a time as are drawn
-        wide = kernel.threads is None or kernel.name == "BinarizeRows"
-        if not wide and not kernel.count(r"LDG.*\.128", kernel.main_loop):
-            found.append(f"{where}: no {8 * WIDE}-bit load in its main loop")
+        if kernel.threads is not None and not kernel.count(LOADS[kernel.word], kernel.main_loop):
+            found.append(f"{where}: no {8 * kernel.word}-bit load in its main loop")
     return found
 
 
@@ -179,24 +193,26 @@ def title(kernel: Kernel) -> str:
     arguments = ", ".join(
         argument.removeprefix("wakesleep::").replace("unsigned char", "uint8") for argument in kernel.arguments
     )
-    return f"{kernel.name}<{arguments}> / {kernel.threads}" if kernel.threads else kernel.name
+    if kernel.threads is None:
+        return kernel.name
+    return f"{kernel.name}<{arguments}> / {TEAMS.get(kernel.threads, kernel.threads)}"
 
 
 def table(kernels: list[Kernel]) -> str:
     """Format one line per kernel. Instructions and special functions (MUFU) are per element of the main loop."""
     lines = [
         f"{'':7}{'kernel / threads per row':66}{'regs':>5}{'occ.':>6}{'spills':>7}{'shared':>7}"
-        f"{'LDG128':>7}{'STG128':>7}{'elem.':>7}{'instr.':>8}{'MUFU':>6}"
+        f"{'loads':>7}{'STG128':>7}{'elem.':>7}{'instr.':>8}{'MUFU':>6}"
     ]
     for kernel in kernels:
         line = (
             f"{kernel.architecture:7}{title(kernel):66}{kernel.registers:5}{kernel.occupancy:6.0%}"
             f"{kernel.spills:7}{kernel.shared:7}"
         )
-        if kernel.threads:
+        if kernel.threads is not None:
             loop, elements = kernel.main_loop, kernel.elements
-            wide_loads, wide_stores = kernel.count(r"LDG.*\.128", loop), kernel.count(r"STG.*\.128")
-            line += f"{wide_loads:7}{wide_stores:7}{elements:7.0f}"
+            loads, wide_stores = kernel.count(LOADS[kernel.word], loop), kernel.count(r"STG.*\.128")
+            line += f"{loads:7}{wide_stores:7}{elements:7.0f}"
             if elements:
                 line += f"{len(loop) / elements:8.1f}{kernel.count('MUFU', loop) / elements:6.2f}"
         lines.append(line)

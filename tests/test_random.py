@@ -70,6 +70,51 @@ def test_normals_of_the_kernels(dtype: torch.dtype, device: str) -> None:
     assert error.max() < (8 if dtype == torch.float32 else 32)  # the float64 angle of the reference is rounded too
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_normals_of_half_types(dtype: torch.dtype, device: str) -> None:
+    """Beside the rounding of the result, the error is that of ApproximateNormals in csrc/kernels/philox.h."""
+    key = make_key(device)
+    zeros = torch.zeros(100_000, dtype=dtype, device=device)
+    got = ws.gaussian_rsample(zeros, zeros, key=key).double()
+    expected = random.standard_normals(key, zeros.shape).double()
+    radius = expected.view(-1, 2).norm(dim=1).repeat_interleave(2)
+    approximation = 2**-17 * expected.abs() + 2**-19.5 * radius
+    largest = expected.abs() + approximation
+    rounding = torch.finfo(dtype).eps / 2 * largest + (2**-25 if dtype == torch.float16 else 0)  # of a subnormal
+    assert ((got - expected).abs() <= approximation + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [8, 50, 51, 130])
+def test_draws_do_not_depend_on_where_rows_lie(K: int, dtype: torch.dtype, device: str) -> None:
+    """Rows are read in words of several sizes, or as one long row."""
+    rows, key = 5, make_key(device)
+    wide = torch.randn(rows, K + 12, device=device).to(dtype)
+    expected = None
+    for first, gap in ((0, 0), (1, 0), (2, 0), (4, 0), (8, 0), (0, 1), (0, 2), (1, 11), (2, 2)):
+        flat = torch.zeros(first + rows * (K + gap), dtype=dtype, device=device)
+        values = flat[first:].view(rows, K + gap)[:, :K]
+        values.copy_(wide[:, :K])
+        upstream = torch.linspace(-1, 1, rows * K, device=device).to(dtype).view(rows, K)
+        mu, logvar = values.detach().requires_grad_(), values.detach().requires_grad_()
+        z, log_prob = ws.gaussian_rsample_log_prob(mu, logvar, key=key)
+        several = ws.gaussian_rsample(values, values, (3,), key=key)
+        made = (
+            z.detach(),
+            *torch.autograd.grad(z, (mu, logvar), upstream),
+            ws.gaussian_rsample(values, values, key=key),
+            several,
+            ws.bernoulli_sample(values, key=key),
+            ws.bernoulli_sample(values, (3,), key=key, dtype=torch.uint8),
+        )
+        assert torch.equal(made[0], made[3])
+        assert torch.equal(made[0], several[0])
+        expected = (*made, log_prob.detach()) if expected is None else expected
+        for value, same in zip(made, expected[:-1], strict=True):
+            assert torch.equal(value, same)
+        torch.testing.assert_close(log_prob.detach(), expected[-1])  # the order of the sum depends on the words
+
+
 def test_a_draw_in_float64_refines_that_in_float32(device: str) -> None:
     key = make_key(device)
     zeros = torch.zeros(10_000, device=device)

@@ -10,7 +10,7 @@ template <typename scalar_t, bool with_log_prob, int word>
 struct GaussianRsampleRows {
   using compute_t = Compute<scalar_t>;
   static constexpr int n = kDrawPacket<scalar_t>;
-  static constexpr int kBlocks = kBlocksOfSampler<scalar_t> - (with_log_prob && sizeof(scalar_t) < 8 ? 1 : 0);
+  static constexpr int kBlocks = with_log_prob && std::is_same_v<scalar_t, Half> ? 2 : kBlocksOfSampler<scalar_t>;
   const scalar_t* __restrict__ mu;
   const scalar_t* __restrict__ logvar;
   const int64_t* __restrict__ key;
@@ -51,7 +51,7 @@ template <typename scalar_t, bool summed, int word>
 struct GaussianRsampleBackwardRows {
   using compute_t = Compute<scalar_t>;
   static constexpr int n = kDrawPacket<scalar_t>;
-  static constexpr int kBlocks = summed || sizeof(scalar_t) == 8 ? 2 : 3;
+  static constexpr int kBlocks = summed ? 2 : kBlocksOfSampler<scalar_t>;
   using grad_t = std::conditional_t<summed, compute_t, scalar_t>;
   const scalar_t* __restrict__ grad_z;          // null if z has no gradient
   const compute_t* __restrict__ grad_log_prob;  // null if log_prob has no gradient

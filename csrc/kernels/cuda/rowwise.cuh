@@ -62,15 +62,17 @@ struct Team<kWholeGrid> {
   __device__ int64_t count() const { return 1; }
 };
 
-// The number of blocks per multiprocessor for which a row body is compiled: RowBody::kBlocks, or two, which allow 128
-// registers per thread. It has to be chosen: the compiler uses all registers that it may, and spills others.
-template <typename RowBody, typename = void>
+// The number of blocks per multiprocessor for which a kernel is compiled: RowBody::kBlocks, or two, which allow 128
+// registers per thread. One long row takes fewer registers than many rows. The number has to be chosen, because the
+// compiler takes as many registers as it may, or spills some to fit one more block.
+template <int threads, typename RowBody, typename = void>
 constexpr int kBlocksOf = 2;
-template <typename RowBody>
-constexpr int kBlocksOf<RowBody, std::void_t<decltype(RowBody::kBlocks)>> = RowBody::kBlocks;
+template <int threads, typename RowBody>
+constexpr int kBlocksOf<threads, RowBody, std::void_t<decltype(RowBody::kBlocks)>> =
+    RowBody::kBlocks + (threads == kWholeGrid && RowBody::kBlocks > 2 ? 1 : 0);
 
 template <int threads, typename RowBody>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksOf<RowBody>)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksOf<threads, RowBody>)
     row_kernel(const RowBody body, int64_t rows, const Team<threads> team) {
   wait_for_previous();
   for (int64_t row = team.first(); row < rows; row += team.count()) {
@@ -236,9 +238,9 @@ inline __device__ ScheduledKey read_key(const int64_t* from) {
 template <typename T>
 constexpr int kDrawPacket = sizeof(T) == 2 ? 8 : kPhiloxWords;
 
-// See kBlocksOf. Samplers have long computations between their loads, and need many threads to fill the time of a load.
+// See kBlocksOf. A sampler computes for long between its loads, so it needs many threads. In float64, it would spill.
 template <typename T>
-constexpr int kBlocksOfSampler = sizeof(T) == 8 ? 2 : 4;
+constexpr int kBlocksOfSampler = sizeof(T) == 8 ? 2 : 3;
 
 // The standard normals for results of type T.
 template <typename T>
