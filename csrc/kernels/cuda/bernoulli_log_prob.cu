@@ -36,7 +36,7 @@ struct BernoulliLogProbBackwardRows {
   __device__ void operator()(Team<threads> team, int64_t index) const {
     const auto piece = inner_piece(rows, index);
     grad_t* out = grad_logits + index * D;
-    for_words<logit_t, word, word>(team, D, 0, [&](auto span) {
+    for_words<logit_t, word, word, summed>(team, D, 0, [&](auto span) {
       Packet<compute_t, span.size> total = {};
       for_inner_rows<summed>(rows, piece, [&](const auto& offset) {
         const auto a = load<compute_t>(span, logits + offset.of[0]);

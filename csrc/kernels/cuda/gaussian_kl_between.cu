@@ -52,7 +52,7 @@ struct GaussianKlBetweenBackwardRows {
     const auto& first = piece.offset;
     const scalar_t* prior_m_row = prior_mu + first.of[2];
     const scalar_t* prior_l_row = prior_logvar + first.of[3];
-    for_words<scalar_t, word, word>(team, K, 0, [&](auto span) {
+    for_words<scalar_t, word, word, summed>(team, K, 0, [&](auto span) {
       const auto prior_m = load<compute_t>(span, prior_m_row);
       const auto prior_l = load<compute_t>(span, prior_l_row);
       Packet<compute_t, span.size> total_mu = {}, total_logvar = {};

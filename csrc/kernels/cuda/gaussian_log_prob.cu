@@ -51,7 +51,7 @@ struct GaussianLogProbBackwardRows {
     const scalar_t* m_row = mu + piece.offset.of[0];
     const scalar_t* l_row = logvar + piece.offset.of[1];
     grad_t* out = grad_parameters + index * 2 * K;
-    for_words<scalar_t, word, word>(team, K, 0, [&](auto span) {
+    for_words<scalar_t, word, word, summed>(team, K, 0, [&](auto span) {
       const auto m = load<compute_t>(span, m_row);
       const auto l = load<compute_t>(span, l_row);
       Packet<compute_t, span.size> total_mu = {}, total_logvar = {};

@@ -10,7 +10,9 @@ template <typename scalar_t, bool with_log_prob, int word>
 struct GaussianRsampleRows {
   using compute_t = Compute<scalar_t>;
   static constexpr int n = kDrawPacket<scalar_t>;
-  static constexpr int kBlocks = with_log_prob && std::is_same_v<scalar_t, Half> ? 2 : kBlocksOfSampler<scalar_t>;
+  // Two kinds of rows would spill: float16 with log_prob, and single elements without.
+  static constexpr bool spills = with_log_prob ? std::is_same_v<scalar_t, Half> : word == 1;
+  static constexpr int kBlocks = spills ? 2 : kBlocksOfSampler<scalar_t>;
   const scalar_t* __restrict__ mu;
   const scalar_t* __restrict__ logvar;
   const int64_t* __restrict__ key;
@@ -76,7 +78,7 @@ struct GaussianRsampleBackwardRows {
     }
     grad_t* out = grad + index * 2 * K;
     const int64_t first_element = (first_sample * B + row) * K;
-    for_words<scalar_t, n, word>(team, K, static_cast<int>(uint64_t(first_element) % n), [&](auto span) {
+    for_words<scalar_t, n, word, summed>(team, K, static_cast<int>(uint64_t(first_element) % n), [&](auto span) {
       Packet<compute_t, n> total_z = {}, total_z_eps = {};
       for (int64_t sample = first_sample; grad_z != nullptr && sample < last_sample; ++sample) {
         const int64_t first = (sample * B + row) * K;

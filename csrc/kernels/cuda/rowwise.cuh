@@ -86,10 +86,10 @@ void launch_teams(Stream stream, Team<threads> team, int64_t rows, const RowBody
   launch(stream, row_kernel<threads, RowBody>, (rows + per_block - 1) / per_block, kBlockThreads, body, rows, team);
 }
 
-// The number of spans of n elements that a thread loads before it uses the first, so that there are 32 bytes in flight
-// for each operand, or 16 of narrow spans.
+// The number of spans of n elements that a thread loads before it uses the first, so that several loads of each operand
+// are in flight.
 template <typename T, int n>
-constexpr int kSpansAtOnce = sizeof(T) * n >= 16 ? 2 : 4;
+constexpr int kSpansAtOnce = n >= 4 || sizeof(T) * n >= 16 ? 2 : 4;
 
 // Calls body(team, row) for every row. Each thread processes spans of n elements of type T a few times, which amortises
 // the work done once per row. Short rows share a warp.
@@ -141,15 +141,17 @@ void launch_one_row(Stream stream, int64_t width, const RowBody& body) {
   launch(stream, row_kernel<kWholeGrid, RowBody>, used, kBlockThreads, body, int64_t(1), Team<kWholeGrid>{});
 }
 
-// Calls body(span) for every span of a row. The threads of the team divide the spans, of which each loads several at
-// once. The spans have n elements of type T, in words that divide the row, and begin `past` elements before the row.
-template <typename T, int n, int word, int threads, typename Body>
+// Calls body(span) for every span of a row. The threads of the team divide the spans, which have n elements of type T,
+// in words that divide the row, and begin `past` elements before the row. A thread processes several spans at once,
+// unless `loops` is true: then the body is a loop itself.
+template <typename T, int n, int word, bool loops = false, int threads, typename Body>
 __device__ void for_words(Team<threads> team, int64_t row_width, int past, const Body& body) {
   constexpr int at_once = kSpansAtOnce<T, n>;
+  constexpr bool narrow = at_once > 2;  // checks cost narrow spans less than more code would
   const int64_t width = threads == kWholeGrid ? row_width / n * n : row_width;
   const int64_t step = int64_t(team.size()) * n, own = int64_t(team.rank()) * n;
   int64_t start = -past;
-  if constexpr (word == n) {
+  if constexpr (!loops && !narrow && word == n) {
 #pragma unroll 1
     for (; start + at_once * step <= width; start += at_once * step) {
 #pragma unroll
@@ -161,16 +163,20 @@ __device__ void for_words(Team<threads> team, int64_t row_width, int past, const
   const auto masked = [&](int64_t column) {
     body(WordSpan<n, word, true>{column, column < 0 ? past : 0, static_cast<int>(min(int64_t(n), width - column))});
   };
+  if constexpr (!loops) {
 #pragma unroll 1
-  while (start + step < width) {
+    for (; start + (narrow ? 0 : step) < width; start += at_once * step) {
 #pragma unroll
-    for (int s = 0; s < at_once; ++s) {
-      masked(start + s * step + own);
+      for (int s = 0; s < at_once; ++s) {
+        masked(start + s * step + own);
+      }
     }
-    start += at_once * step;
   }
-  if (start < width) {
-    masked(start + own);
+  if constexpr (loops || !narrow) {
+#pragma unroll 1
+    for (; start < width; start += step) {
+      masked(start + own);
+    }
   }
   if constexpr (threads == kWholeGrid) {
     if (width < row_width && team.rank() == 0) {
