@@ -85,17 +85,17 @@ def test_normals_of_half_types(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("K", [8, 50, 51, 130])
-def test_draws_do_not_depend_on_where_rows_lie(K: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("width", [8, 50, 51, 130])
+def test_draws_do_not_depend_on_where_rows_lie(width: int, dtype: torch.dtype, device: str) -> None:
     """Rows are read in words of several sizes, or as one long row."""
     rows, key = 5, make_key(device)
-    wide = torch.randn(rows, K + 12, device=device).to(dtype)
+    wide = torch.randn(rows, width + 12, device=device).to(dtype)
     expected = None
     for first, gap in ((0, 0), (1, 0), (2, 0), (4, 0), (8, 0), (0, 1), (0, 2), (1, 11), (2, 2)):
-        flat = torch.zeros(first + rows * (K + gap), dtype=dtype, device=device)
-        values = flat[first:].view(rows, K + gap)[:, :K]
-        values.copy_(wide[:, :K])
-        upstream = torch.linspace(-1, 1, rows * K, device=device).to(dtype).view(rows, K)
+        flat = torch.zeros(first + rows * (width + gap), dtype=dtype, device=device)
+        values = flat[first:].view(rows, width + gap)[:, :width]
+        values.copy_(wide[:, :width])
+        upstream = torch.linspace(-1, 1, rows * width, device=device).to(dtype).view(rows, width)
         mu, logvar = values.detach().requires_grad_(), values.detach().requires_grad_()
         z, log_prob = ws.gaussian_rsample_log_prob(mu, logvar, key=key)
         several = ws.gaussian_rsample(values, values, (3,), key=key)

@@ -51,15 +51,15 @@ void compute(const LinearBernoulliSample& call, Stream stream) {
   dispatch_floating_and_written(call.dtype, call.x_dtype, [&](auto type, auto x_type) {
     using compute_t = Compute<typename decltype(type)::type>;
     using x_t = typename decltype(x_type)::type;
+    constexpr int n = kDrawPacket<compute_t>;
     const auto* products = static_cast<const compute_t*>(call.products);
     const auto* bias = static_cast<const compute_t*>(call.bias);
     auto* x = static_cast<x_t*>(call.x);
     const auto all = places(products) | places(bias) | places(x) | call.products_stride | call.D;
-    dispatch_word<kDrawPacket<compute_t>>(all, [&](auto word) {
-      launch_rows_of<compute_t, kDrawPacket<compute_t>>(
-          stream, call.count, call.D,
-          LinearBernoulliSampleRows<compute_t, x_t, word>{products, bias, call.key, x, call.first, call.products_stride,
-                                                          call.D});
+    dispatch_word<n>(all, [&](auto word) {
+      launch_rows_of<compute_t, n>(stream, call.count, call.D,
+                                   LinearBernoulliSampleRows<compute_t, x_t, word>{
+                                       products, bias, call.key, x, call.first, call.products_stride, call.D});
     });
   });
 }
