@@ -7,7 +7,8 @@ namespace {
 
 template <typename logit_t, typename x_t, int word>
 struct BernoulliSampleRows {
-  static constexpr int kBlocks = kBlocksOfSampler<logit_t>;
+  // Half types in words of 8 bytes would spill.
+  static constexpr int kBlocks = sizeof(logit_t) == 2 && word == 4 ? 2 : kBlocksOfSampler<logit_t>;
   const logit_t* __restrict__ logits;
   const int64_t* __restrict__ key;
   x_t* __restrict__ x;

@@ -8,7 +8,7 @@ namespace {
 
 template <typename compute_t, typename x_t, int word>
 struct LinearBernoulliSampleRows {
-  static constexpr int kBlocks = kBlocksOfSampler<compute_t>;
+  static constexpr int kBlocks = word == 1 ? 2 : kBlocksOfSampler<compute_t>;  // single elements would spill
   const compute_t* __restrict__ products;
   const compute_t* __restrict__ bias;
   const int64_t* __restrict__ key;
