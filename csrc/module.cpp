@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "autograd/unit_gradient.h"
 #include "backend.h"
 #include "ops/gemm.h"
 // One translation unit, because torch's headers take most of the compile time.
@@ -61,6 +62,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");
   m.def("set_small_batch", &wakesleep::set_small_batch, pybind11::arg("rows"),
         "Set the largest batch size for our GEMM kernels. None restores WAKESLEEP_SMALL_BATCH or the measured limit.");
+  m.def("mark_unit_gradient", &wakesleep::autograd::mark_unit_gradient, pybind11::arg("ones"),
+        "Make ops recognise a tensor of ones as an upstream gradient of 1.");
   m.def("use_on_cpu", use_on_cpu, pybind11::arg("address"),
         "Make the backend at an address compute on CPU tensors. None restores the CPU's own. For tests.");
   pybind11::class_<Recording>(m, "Recording", "Operator calls that can be replayed.")

@@ -1,6 +1,7 @@
 // Compiles the schemas and the host code of all ops as one translation unit: torch's headers take 10 s to compile, and
 // each of the included files takes a second more.
 #include "ops/adam.cpp"
+#include "ops/advance.cpp"
 #include "ops/bernoulli_log_prob.cpp"
 #include "ops/bernoulli_sample.cpp"
 #include "ops/binarize.cpp"

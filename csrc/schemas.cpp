@@ -40,6 +40,11 @@ constexpr Operator kOperators[] = {
     {"gaussian_log_prob(Tensor mu, Tensor logvar, Tensor z) -> Tensor"},
     {"gaussian_log_prob_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor z, bool with_grad_z) "
      "-> (Tensor, Tensor)"},
+    // scale sum_n sample_weight_n log N(z_n), and the op that computes it, log N(z_n) and the gradients
+    {"gaussian_log_prob_sum(Tensor mu, Tensor logvar, Tensor z, Tensor? sample_weight=None, float scale=1.0) -> Tensor",
+     Kind::composite},
+    {"gaussian_log_prob_and_gradients(Tensor mu, Tensor logvar, Tensor z, Tensor? sample_weight, float scale, "
+     "bool with_grad_z, bool with_log_prob) -> (Tensor, Tensor, Tensor, Tensor)"},
     {"standard_gaussian_log_prob(Tensor z) -> Tensor"},
     {"standard_gaussian_log_prob_backward(Tensor grad, Tensor z) -> Tensor"},
     {"gaussian_kl(Tensor mu, Tensor logvar) -> Tensor"},
@@ -68,12 +73,16 @@ constexpr Operator kOperators[] = {
      "-> (Tensor, Tensor)"},
     {"linear_bernoulli_log_prob_backward(Tensor grad, Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? logits, "
      "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor)"},
-    // sum_n sample_weight_n log p(x_n | h_n), and the op that computes its gradients
-    {"linear_bernoulli_log_prob_sum(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight=None) "
-     "-> Tensor",
+    // scale sum_n sample_weight_n log p(x_n | h_n), and the op that computes it, log p(x_n | h_n) and the gradients
+    {"linear_bernoulli_log_prob_sum(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight=None, "
+     "float scale=1.0) -> Tensor",
      Kind::composite},
     {"linear_bernoulli_log_prob_and_gradients(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor? sample_weight, "
-     "bool with_grad_h, bool with_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)"},
+     "float scale, bool with_grad_h, bool with_grad_weight, bool with_log_prob) "
+     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"},
+
+    // adds a number to each of several counters: int64, float64 or float32, [size] or [] each
+    {"advance_(Tensor(a!)[] counters, int[] amounts) -> ()"},
 
     // one optimizer step for a list of tensors of any shapes
     {"adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor step, "

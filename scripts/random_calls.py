@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import math
 import random
 import subprocess
 import sys
@@ -100,6 +101,9 @@ class Maker:
     def flag(self) -> bool:
         return self.random.random() < 0.5
 
+    def scale(self) -> float:
+        return self.random.choice([1.0, -0.5, math.nan])
+
     def shape(self) -> list[int]:
         return self.random.choice([[], [2], [3, 1], [0]])
 
@@ -145,6 +149,13 @@ OPERATORS: dict[str, Callable[[Maker], list[Any]]] = {
     "gaussian_log_prob_backward": lambda m: [
         m.compute("SB"), m.floats("BK"), m.floats("BK"), m.floats("SBK"), m.flag(),
     ],
+    "gaussian_log_prob_sum": lambda m: [
+        m.floats("BK"), m.floats("K"), m.floats("SBK"), m.random.choice([None, m.compute("SB")]), m.scale(),
+    ],
+    "gaussian_log_prob_and_gradients": lambda m: [
+        m.floats("BK"), m.floats("BK"), m.floats("SBK"), m.random.choice([None, m.compute("B")]), m.scale(),
+        m.flag(), m.flag(),
+    ],
     "standard_gaussian_log_prob": lambda m: [m.floats("SBK")],
     "standard_gaussian_log_prob_backward": lambda m: [m.compute("SB"), m.floats("SBK")],
     "gaussian_kl": lambda m: [m.floats("BK"), m.floats("BK")],
@@ -170,10 +181,13 @@ OPERATORS: dict[str, Callable[[Maker], list[Any]]] = {
     "linear_bernoulli_log_prob_backward": lambda m: [
         m.compute("B"), *_head(m), m.observed("BD"), m.random.choice([None, m.compute("BD")]), m.flag(), m.flag(),
     ],
-    "linear_bernoulli_log_prob_sum": lambda m: [*_head(m), m.observed("BD"), m.random.choice([None, m.compute("B")])],
-    "linear_bernoulli_log_prob_and_gradients": lambda m: [
-        *_head(m), m.observed("BD"), m.random.choice([None, m.compute("B")]), m.flag(), m.flag(),
+    "linear_bernoulli_log_prob_sum": lambda m: [
+        *_head(m), m.observed("BD"), m.random.choice([None, m.compute("B")]), m.scale(),
     ],
+    "linear_bernoulli_log_prob_and_gradients": lambda m: [
+        *_head(m), m.observed("BD"), m.random.choice([None, m.compute("B")]), m.scale(), m.flag(), m.flag(), m.flag(),
+    ],
+    "advance_": lambda m: [[torch.zeros(3), torch.zeros((), dtype=torch.int64)], [1, m.random.randint(-5, 5)]],
     "adam_": _adam,
 }  # fmt: skip
 

@@ -197,6 +197,11 @@ _TRIPLES = (
     ((4, 9), (4, 9), (5, 1, 9)),
 )
 
+
+def _batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*(shape[:-1] for shape in shapes)))
+
+
 _QUADRUPLES = (
     *((*pair, *pair) for pair in _PAIRS),
     ((150, 9), (9,), (9,), (9,)),  # many rows for one prior
@@ -226,6 +231,9 @@ SHAPES = (
     *(Case("gaussian_kl", pair) for pair in _PAIRS),
     *(Case("gaussian_kl_between", quadruple) for quadruple in _QUADRUPLES),
     *(Case("gaussian_log_prob", triple) for triple in _TRIPLES),
+    *(Case("gaussian_log_prob_sum", (*triple, _batch(*triple))) for triple in _TRIPLES),
+    Case("gaussian_log_prob_sum", ((300, 64), (300, 64), (2, 300, 64), (300,))),  # several parts of a sum
+    Case("gaussian_log_prob_sum", ((4, 9), (4, 9), (5, 4, 9), ())),
     *(Case("standard_gaussian_log_prob", (pair[0],)) for pair in _PAIRS),
     *(Case("bernoulli_log_prob", pair) for pair in _PAIRS),
     Case("bernoulli_log_prob", ((2, 3, 4, 21), (3, 1, 21))),
@@ -263,6 +271,7 @@ SHAPES = (
         for case in (
             Case("gaussian_rsample_log_prob", ((4, 3, 21), (4, 3, 21)), (2,)),
             Case("gaussian_log_prob", ((4, 3, 21), (4, 3, 21), (2, 4, 3, 21))),
+            Case("gaussian_log_prob_sum", ((4, 3, 21), (4, 3, 21), (2, 4, 3, 21), (4, 3))),
             Case("standard_gaussian_log_prob", ((4, 3, 21),)),
             Case("gaussian_kl", ((4, 3, 21), (4, 3, 21))),
             Case("gaussian_kl_between", 4 * ((4, 3, 21),)),

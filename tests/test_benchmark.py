@@ -362,7 +362,7 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
     status = cli.main(["bench", *shlex.split(options), "--json", str(file), "--plot", str(picture)])
     out, err = capsys.readouterr()
     assert status == 0
-    assert "6/6" in err  # a progress bar
+    assert "8/8" in err  # a progress bar
     assert torch.get_num_threads() == before
 
     written = json.loads(file.read_text())

@@ -18,6 +18,8 @@ BROADCAST = [
     Case("gaussian_rsample_log_prob", ((2, 1, 3), (4, 3)), (2,)),
     Case("gaussian_log_prob", ((4, 3), (3,), (2, 4, 3))),
     Case("gaussian_log_prob", ((2, 4, 3), (4, 3), (3,))),
+    Case("gaussian_log_prob_sum", ((4, 3), (3,), (2, 4, 3), (2, 1))),
+    Case("gaussian_log_prob_sum", ((2, 4, 3), (4, 3), (3,), ())),
     Case("gaussian_kl", ((3,), (4, 3))),
     Case("gaussian_kl_between", ((4, 3), (3,), (2, 1, 3), (3,))),
     Case("gaussian_kl_between", ((3,), (3,), (4, 3), (2, 4, 3))),
@@ -95,8 +97,11 @@ def test_opcheck_backward_operators(device: str) -> None:
         (o.linear_bernoulli_log_prob_and_logits, (*head, 1000)),
         (o.linear_bernoulli_log_prob_backward, (grad, *head, None, True, True)),
         (o.linear_bernoulli_log_prob_backward, (grad, *head, (z @ z[0].mT).flatten(0, 1), True, False)),
-        (o.linear_bernoulli_log_prob_and_gradients, (*head, None, False, True)),
-        (o.linear_bernoulli_log_prob_and_gradients, (*head, grad, True, False)),
+        (o.linear_bernoulli_log_prob_and_gradients, (*head, None, -0.5, False, True, False)),
+        (o.linear_bernoulli_log_prob_and_gradients, (*head, grad, 1.0, True, False, True)),
+        (o.gaussian_log_prob_and_gradients, (mu, logvar, z, None, -0.5, False, False)),
+        (o.gaussian_log_prob_and_gradients, (mu, logvar, z, grad, 1.0, True, True)),
+        (o.advance_, ([torch.zeros(3, device=device), torch.zeros((), dtype=torch.int64, device=device)], [1, -2])),
     ):
         torch.library.opcheck(operator.default, arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import wakesleep_ext as ws
 from wakesleep_ext import reference
 from wakesleep_ext.benchmark.instruments import peak_bytes
+from wakesleep_ext.gradients import unit_gradient
 
 CHUNK = 32  # minimum rows per chunk; with one thread, a chunk takes 1 MiB
 
@@ -70,6 +72,61 @@ def test_a_weighted_sum_is_exact(device: str, one_thread: None) -> None:
         gradients = torch.autograd.grad(-3 * found, parameters)
         wanted = torch.autograd.grad(-3 * expected, parameters, retain_graph=True)
         torch.testing.assert_close(gradients, wanted, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float64, torch.uint8], ids=str)
+@pytest.mark.parametrize("rows", [1, 23, 300])
+def test_a_sum_whose_weights_have_no_gradient_is_exact(rows: int, x_dtype: torch.dtype, device: str) -> None:
+    h, weight, bias, x = _head((2, rows), 7, 85, device=device)
+    x = x.to(x_dtype)
+    sample_weight = torch.randn(rows, dtype=torch.float64, device=device)
+    log_prob = ws.bernoulli_log_prob(F.linear(h, weight, bias), x)
+    for weights, scale in ((None, -1 / rows), (sample_weight, 1.0), (sample_weight, 2.5)):
+        found = ws.linear_bernoulli_log_prob_sum(h, weight, bias, x, weights, scale=scale)
+        expected = scale * (log_prob if weights is None else weights * log_prob).sum()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+        with torch.no_grad():
+            without = ws.linear_bernoulli_log_prob_sum(h, weight, bias, x, weights, scale=scale)
+        torch.testing.assert_close(without, expected.detach(), rtol=1e-12, atol=1e-9)
+        gradients = torch.autograd.grad(found, (h, weight, bias))
+        wanted = torch.autograd.grad(expected, (h, weight, bias), retain_graph=True)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("rows", [1, 23, 400])
+def test_a_sum_of_gaussian_log_densities_is_exact(rows: int, device: str) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    mu, logvar, z = torch.randn(3, 2, rows, 21, dtype=torch.float64, device=device, generator=generator).unbind()
+    inputs = [tensor.requires_grad_() for tensor in (mu[0], logvar, z)]
+    sample_weight = torch.randn(rows, dtype=torch.float64, device=device)
+    for weights, scale in ((None, -1 / rows), (sample_weight, 1.0), (sample_weight, 2.5)):
+        log_prob = reference.gaussian_log_prob(*inputs)
+        found = ws.gaussian_log_prob_sum(*inputs, weights, scale=scale)
+        expected = scale * (log_prob if weights is None else weights * log_prob).sum()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+        gradients = torch.autograd.grad(-3 * found, inputs)
+        torch.testing.assert_close(gradients, torch.autograd.grad(-3 * expected, inputs), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("op", ["head", "gaussian"])
+def test_an_upstream_gradient_of_one_is_recognised_until_it_changes(op: str, device: str) -> None:
+    if op == "head":
+        leaf, *others = _head((5,), 3, 7, device=device)
+        call = partial(ws.linear_bernoulli_log_prob_sum, leaf, *others)
+    else:
+        leaf = torch.randn(5, 7, dtype=torch.float64, device=device, requires_grad=True)
+        call = partial(ws.gaussian_log_prob_sum, leaf, torch.zeros_like(leaf), torch.ones_like(leaf))
+
+    def gradient(upstream: Tensor | None) -> Tensor:
+        return torch.autograd.grad(call(), leaf, upstream)[0]
+
+    one = unit_gradient(device, torch.float64)
+    expected = gradient(None)
+    assert torch.equal(gradient(one), expected)
+    assert torch.equal(gradient(-one), -expected)
+    torch.testing.assert_close(torch.autograd.grad(call().expand(3), leaf, one.expand(3))[0], 3 * expected)
+    one.mul_(2)
+    assert torch.equal(gradient(one), 2 * expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

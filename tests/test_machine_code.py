@@ -56,7 +56,8 @@ def test_every_kernel_is_there_for_every_architecture(kernels: list) -> None:
         compiled.setdefault(kernel.architecture, set()).add(kernel.name)
     wanted = {f"sm_{entry.split('+')[0].replace('.', '')}" for entry in _build.CUDA_ARCHITECTURES.split(";")}
     assert set(compiled) == wanted
-    others = {"write_key", "adam", "summed_rows_kernel", "column_sums_kernel", "layer_kernel", "layer_gradients_kernel"}
+    others = {"write_key", "adam", "advance", "summed_rows_kernel", "column_sums_kernel", "summed_parts_kernel"}
+    others |= {"layer_kernel", "layer_gradients_kernel"}
     for names in compiled.values():
         assert names == {*sass_report.OPERANDS, *others}
 

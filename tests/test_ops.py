@@ -67,9 +67,10 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> No
 
 # the products of a head are rounded as the platform's BLAS has it
 OF_OUR_ROUNDING = [case for case in SMALL if "weight" not in case.row.inputs]
+WITH_ROWS = [case for case in OF_OUR_ROUNDING if not case.op.endswith("_sum")]
 
 
-@pytest.mark.parametrize("case", OF_OUR_ROUNDING, ids=str)
+@pytest.mark.parametrize("case", WITH_ROWS, ids=str)
 def test_a_row_does_not_depend_on_its_batch(case: Case, device: str) -> None:
     """The first rows of a large batch equal the same rows alone, bit for bit. Draws depend on the row's index."""
     wide = case.wide(67, 85)

@@ -83,8 +83,10 @@ def linear_bernoulli_log_prob_and_gradients(
     bias: Shape,
     x: Shape,
     sample_weight: Shape | None,
+    scale: float,
     with_grad_h: bool,
     with_grad_weight: bool,
+    with_log_prob: bool,
     **named: Any,
 ) -> int:
     return (1 + with_grad_h + with_grad_weight) * _product(_rows(h, x), weight)

@@ -115,6 +115,7 @@ OPS = {
         Op("gaussian_rsample", _MOMENTS, {"z": "S B D"}, draws=True),
         Op("gaussian_rsample_log_prob", _MOMENTS, {"z": "S B D", "log_prob": "S B"}, draws=True),
         Op("gaussian_log_prob", {**_MOMENTS, "z": "S B D"}, {"log_prob": "S B"}),
+        Op("gaussian_log_prob_sum", {**_MOMENTS, "z": "S B D", "sample_weight": "S B"}, {"sum": ""}),
         Op("standard_gaussian_log_prob", {"z": "S B D"}, {"log_prob": "S B"}),
         Op("gaussian_kl", _MOMENTS, {"kl": "B"}),
         Op("gaussian_kl_between", {**_MOMENTS, "prior_mu": "B D", "prior_logvar": "B D"}, {"kl": "B"}),

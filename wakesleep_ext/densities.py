@@ -50,10 +50,14 @@ class Distribution(ABC):
         value = self.rsample(sample_shape, key=key)
         return value, self.log_prob(value)
 
-    def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Return the 0-dimensional sum of :meth:`log_prob`, weighted by `sample_weight` (broadcast, 1 by default)."""
+    def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        """Return `scale` times the 0-dimensional sum of :meth:`log_prob`.
+
+        The sum is weighted by `sample_weight` (broadcast, 1 by default).
+        """
         log_prob = self.log_prob(value)
-        return (log_prob if sample_weight is None else sample_weight * log_prob).sum()
+        total = (log_prob if sample_weight is None else sample_weight * log_prob).sum()
+        return total if scale == 1 else scale * total
 
     def kl_from(self, q: Distribution) -> Tensor | None:
         """Return KL(q || self), `[*B]`, or None if it has no closed form."""
@@ -92,6 +96,10 @@ class Gaussian(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         return ops.gaussian_log_prob(self.mu, self.logvar, value)
 
+    def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        """Return the weighted sum as in the base class. The forward pass also computes the gradients."""
+        return ops.gaussian_log_prob_sum(self.mu, self.logvar, value, sample_weight, scale=scale)
+
     def rsample_log_prob(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.gaussian_rsample_log_prob(self.mu, self.logvar, sample_shape, key=key)
 
@@ -107,6 +115,8 @@ class StandardGaussian(Gaussian):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return ops.standard_gaussian_log_prob(value)
+
+    log_prob_sum = Distribution.log_prob_sum
 
     def kl_from(self, q: Distribution) -> Tensor | None:
         return q.kl_to_standard_gaussian()
@@ -162,6 +172,6 @@ class LinearBernoulli(Distribution):
         """
         return ops.linear_bernoulli_log_prob(self.h, self.weight, self.bias, value, recompute=recompute)
 
-    def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    def log_prob_sum(self, value: Tensor, sample_weight: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
         """Return the weighted sum as in the base class. The forward pass also computes the gradients."""
-        return ops.linear_bernoulli_log_prob_sum(self.h, self.weight, self.bias, value, sample_weight)
+        return ops.linear_bernoulli_log_prob_sum(self.h, self.weight, self.bias, value, sample_weight, scale=scale)

@@ -38,6 +38,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_kl_between",
     "gaussian_log_prob",
+    "gaussian_log_prob_sum",
     "gaussian_parameters",
     "gaussian_rsample",
     "gaussian_rsample_log_prob",
@@ -147,6 +148,31 @@ def gaussian_log_prob(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
     for z.
     """
     return call(_ops.gaussian_log_prob.default, mu, logvar, z)
+
+
+def gaussian_log_prob_sum(
+    mu: Tensor, logvar: Tensor, z: Tensor, sample_weight: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
+    r"""Return a weighted sum of Gaussian log-densities, :math:`c \sum_n w_n \log \mathcal N(z_n; \mu, \sigma^2)`.
+
+    Equivalent to ``scale * (sample_weight * gaussian_log_prob(mu, logvar, z)).sum()``, but faster in training. Because
+    the weights are known in advance, the forward pass computes the sum and its gradients in one pass.
+
+    Args:
+        mu: the mean, ``[*B, K]``.
+        logvar: :math:`\log \sigma^2`, ``[*B, K]``.
+        z: the value, ``[*S, *B, K]``.
+        sample_weight: weights :math:`w_n` of the rows. They broadcast to ``[*S, *B]`` and are 1 by default.
+        scale: c, a number, such as minus one over the number of rows for a mean.
+
+    Returns:
+        The sum, 0-dimensional, float32 or float64.
+
+    Gradients: as for :func:`gaussian_log_prob`, with :math:`c\,w_n` in place of the upstream gradient. The gradient for
+    sample_weight is :math:`c \log \mathcal N(z_n)`. All gradients are multiplied by the upstream gradient, unless it is
+    known to be 1 (:func:`wakesleep_ext.gradients.unit_gradient`).
+    """
+    return call(_ops.gaussian_log_prob_sum.default, mu, logvar, z, sample_weight, scale)
 
 
 def standard_gaussian_log_prob(z: Tensor) -> Tensor:
@@ -370,13 +396,19 @@ def linear_bernoulli_log_prob(
 
 
 def linear_bernoulli_log_prob_sum(
-    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, sample_weight: Tensor | None = None
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    sample_weight: Tensor | None = None,
+    *,
+    scale: float = 1.0,
 ) -> Tensor:
-    r"""Return a weighted sum of log-likelihoods under a Bernoulli head, :math:`\sum_n w_n \log p(x_n \mid h_n)`.
+    r"""Return a weighted sum of log-likelihoods under a Bernoulli head, :math:`c \sum_n w_n \log p(x_n \mid h_n)`.
 
-    Equivalent to ``(sample_weight * linear_bernoulli_log_prob(h, weight, bias, x)).sum()``, but faster in training.
-    Because the weights are known in advance, the forward pass also computes the gradients, while each chunk of logits
-    is in cache. The logits are neither saved nor recomputed.
+    Equivalent to ``scale * (sample_weight * linear_bernoulli_log_prob(h, weight, bias, x)).sum()``, but faster in
+    training. Because the weights are known in advance, the forward pass also computes the gradients, while each chunk
+    of logits is in cache. The logits are neither saved nor recomputed.
 
     Args:
         h: the last hidden layer, ``[*S, *B, H]``.
@@ -385,16 +417,18 @@ def linear_bernoulli_log_prob_sum(
         x: the observation, ``[*B, D]``; bool, uint8 with values 0 and 1, or floating point.
         sample_weight: weights :math:`w_n` of the rows, such as normalised importance weights. They broadcast to
             ``[*S, *B]`` and are 1 by default.
+        scale: c, a number, such as minus one over the number of rows for a mean.
 
     Returns:
         The sum, 0-dimensional, float32 or float64.
 
-    Gradients: as for :func:`linear_bernoulli_log_prob`, with :math:`w_n` in place of g. The gradient for sample_weight
-    is :math:`\log p(x_n \mid h_n)`. All gradients are multiplied by the upstream gradient. With
-    ``create_graph=True``, the backward pass recomputes the logits.
+    Gradients: as for :func:`linear_bernoulli_log_prob`, with :math:`c\,w_n` in place of g. The gradient for
+    sample_weight is :math:`c \log p(x_n \mid h_n)`. All gradients are multiplied by the upstream gradient, unless it is
+    known to be 1 (:func:`wakesleep_ext.gradients.unit_gradient`). With ``create_graph=True``, the backward pass
+    recomputes the logits.
     """
     bias = _bias(weight, bias)
-    return call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, sample_weight)
+    return call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, sample_weight, scale)
 
 
 def linear_bernoulli_sample(

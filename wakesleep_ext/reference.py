@@ -144,12 +144,28 @@ def linear_bernoulli_log_prob(
     return bernoulli_log_prob(_linear(h, weight, bias), x)
 
 
-def linear_bernoulli_log_prob_sum(
-    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, sample_weight: Tensor | None = None
+def gaussian_log_prob_sum(
+    mu: Tensor, logvar: Tensor, z: Tensor, sample_weight: Tensor | None = None, *, scale: float = 1.0
 ) -> Tensor:
-    """Return sum [sample_weight * linear_bernoulli_log_prob]."""
-    log_prob = linear_bernoulli_log_prob(h, weight, bias, x)
-    return (log_prob if sample_weight is None else sample_weight.to(log_prob.dtype) * log_prob).sum()
+    """Return scale * sum [sample_weight * gaussian_log_prob]."""
+    return _weighted_sum(gaussian_log_prob(mu, logvar, z), sample_weight, scale)
+
+
+def linear_bernoulli_log_prob_sum(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    sample_weight: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    """Return scale * sum [sample_weight * linear_bernoulli_log_prob]."""
+    return _weighted_sum(linear_bernoulli_log_prob(h, weight, bias, x), sample_weight, scale)
+
+
+def _weighted_sum(log_prob: Tensor, sample_weight: Tensor | None, scale: float) -> Tensor:
+    return scale * (log_prob if sample_weight is None else sample_weight.to(log_prob.dtype) * log_prob).sum()
 
 
 def linear_bernoulli_sample(

@@ -44,8 +44,8 @@ at::Tensor log_prob(const at::Tensor& h, const at::Tensor& weight, const at::Ten
 }
 
 at::Tensor log_prob_sum(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
-                        const std::optional<at::Tensor>& sample_weight) {
-  return cast_head(autograd::linear_bernoulli_log_prob_sum(), h, weight, bias, x, sample_weight);
+                        const std::optional<at::Tensor>& sample_weight, double scale) {
+  return cast_head(autograd::linear_bernoulli_log_prob_sum(), h, weight, bias, x, sample_weight, scale);
 }
 
 at::Tensor sample(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& key,

@@ -1,6 +1,8 @@
 // Gradients of L = log N(z; mu, e^logvar), with g = (z - mu) e^-logvar:
-// dL/dmu = g, dL/dlogvar = ((z - mu) g - 1) / 2 and dL/dz = -g.
+// dL/dmu = g, dL/dlogvar = ((z - mu) g - 1) / 2 and dL/dz = -g. When the op returns a sum with given weights, the
+// forward pass computes the gradients.
 #include "operators.h"
+#include "weighted_sum.h"
 
 namespace wakesleep::autograd {
 namespace {
@@ -30,6 +32,57 @@ Tensor gaussian_log_prob_of(const Tensor& mu, const Tensor& logvar, const Tensor
                                        : below(gaussian_log_prob(), mu, logvar, z);
 }
 
+WAKESLEEP_OPERATOR(gaussian_log_prob_and_gradients,
+                   Quadruple(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, bool, bool))
+
+struct GaussianLogProbSum : torch::autograd::Function<GaussianLogProbSum> {
+  static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& z,
+                        const OptionalTensor& sample_weight, double scale) {
+    const bool with_log_prob = sample_weight && sample_weight->requires_grad();
+    const auto [sum, log_prob, grad_parameters, grad_z] =
+        below(gaussian_log_prob_and_gradients(), mu, logvar, z, sample_weight, scale, z.requires_grad(), with_log_prob);
+    context->save_for_backward({mu, logvar, z, sample_weight.value_or(Tensor()), log_prob});
+    context->saved_data["scale"] = scale;
+    context->saved_data["formed"] = variable_list{grad_parameters, grad_z};
+    return sum;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &mu = saved[0], &logvar = saved[1], &z = saved[2], &sample_weight = saved[3], &log_prob = saved[4];
+    const Tensor& grad = grads[0];
+    const double scale = context->saved_data["scale"].toDouble();
+    const bool with_grad_z = context->needs_input_grad(2);
+    const bool differentiable = at::GradMode::is_enabled();  // if create_graph=True
+    variable_list found;
+    if (differentiable) {
+      auto shape = at::infer_size_symdimvector(mu.sym_sizes(), logvar.sym_sizes());
+      shape = at::infer_size_symdimvector(shape, z.sym_sizes());
+      shape.pop_back();
+      const auto [grad_parameters, grad_z] = gaussian_log_prob_backward().call(
+          gradient_of_rows(grad, sample_weight, scale, shape), mu, logvar, z, with_grad_z);
+      found = {grad_parameters, grad_z};
+    } else {
+      found = times(context->saved_data["formed"], grad);
+    }
+    const auto [grad_mu, grad_logvar] = halves(found[0]);
+    Tensor of_weight;
+    if (sample_weight.defined() && context->needs_input_grad(3)) {
+      const Tensor value = differentiable ? gaussian_log_prob().call(mu, logvar, z) : log_prob;
+      of_weight = sum_like((scale == 1 ? grad : grad * scale) * value, sample_weight);
+    }
+    return {sum_like(grad_mu, mu), sum_like(grad_logvar, logvar), with_grad_z ? sum_like(found[1], z) : Tensor(),
+            of_weight, Tensor()};
+  }
+};
+
+Tensor gaussian_log_prob_sum_of(const Tensor& mu, const Tensor& logvar, const Tensor& z,
+                                const OptionalTensor& sample_weight, double scale) {
+  return needs_gradient(mu, logvar, z)
+             ? GaussianLogProbSum::apply(mu, logvar, z, sample_weight, scale)
+             : weighted_sum("gaussian_log_prob_sum", gaussian_log_prob().call(mu, logvar, z), sample_weight, scale);
+}
+
 // Double backward: autograd differentiates this formula instead of the kernel.
 Pair gaussian_log_prob_backward_of(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const Tensor& z,
                                    bool with_grad_z) {
@@ -47,6 +100,10 @@ Pair gaussian_log_prob_backward_of(const Tensor& grad, const Tensor& mu, const T
 TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
   m.impl("gaussian_log_prob", gaussian_log_prob_of);
   m.impl("gaussian_log_prob_backward", gaussian_log_prob_backward_of);
+}
+
+TORCH_LIBRARY_IMPL(wakesleep_ext, CompositeImplicitAutograd, m) {
+  m.impl("gaussian_log_prob_sum", gaussian_log_prob_sum_of);
 }
 
 }  // namespace wakesleep::autograd

@@ -9,17 +9,14 @@
 // logits are either kept until then or recomputed chunk by chunk. When the op returns a sum with given weights, the
 // forward pass computes the gradients while each chunk of logits is in cache. The backward pass only multiplies these
 // gradients by a scalar.
-#include "../ops/checks.h"
 #include "../ops/kept_logits.h"
 
-#include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
-#include <torch/csrc/autograd/graph_task.h>
 
 #include "operators.h"
+#include "weighted_sum.h"
 
 namespace wakesleep::autograd {
 namespace {
@@ -29,8 +26,9 @@ WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_logits,
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_backward,
                    Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                           const OptionalTensor&, bool, bool))
-WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_gradients, Quadruple(const Tensor&, const Tensor&, const Tensor&,
-                                                                      const Tensor&, const OptionalTensor&, bool, bool))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_gradients,
+                   Quintuple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
+                             bool, bool, bool))
 
 // Returns the gradients of h, weight and bias.
 variable_list parameter_gradients(const AutogradContext& context, const Tensor& grad, const Tensor& h,
@@ -100,54 +98,29 @@ Triple linear_bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& h
           rows(grad_logits).sum(0)};
 }
 
-// Returns sum_n sample_weight_n log_prob_n.
-Tensor weighted_sum(const Tensor& log_prob, const OptionalTensor& sample_weight) {
-  if (!sample_weight) {
-    return log_prob.sum();
-  }
-  check_row_weights("linear_bernoulli_log_prob_sum", {"sample_weight", *sample_weight}, log_prob.sym_sizes());
-  return (log_prob * sample_weight->to(log_prob.scalar_type())).sum();
-}
-
-// Returns true if the scalar is 1 and reading it neither waits for a GPU nor breaks a trace.
-bool is_one(const Tensor& scalar) {
-  return scalar.is_cpu() && !at::isTensorSubclassLike(scalar) && scalar.item<double>() == 1;
-}
-
-// Scales the gradients from the forward pass by a scalar. This happens in place unless the graph is retained. If the
-// sum is itself the loss, the scalar is 1. Skipping the multiplication then saves a pass over gradients as large as the
-// weights.
-variable_list times(c10::IValue& formed, const Tensor& scalar) {
-  const variable_list gradients = formed.toTensorVector();
-  if (torch::autograd::get_current_graph_task_keep_graph()) {
-    return at::_foreach_mul(gradients, scalar);
-  }
-  formed = c10::IValue();
-  if (!is_one(scalar)) {
-    at::_foreach_mul_(gradients, scalar);
-  }
-  return gradients;
-}
-
 struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogProbSum> {
   static Tensor forward(AutogradContext* context, const Tensor& h, const Tensor& weight, const Tensor& bias,
-                        const Tensor& x, const OptionalTensor& sample_weight) {
-    const auto [log_prob, grad_h, grad_weight, grad_bias] =
-        below(linear_bernoulli_log_prob_and_gradients(), h, weight, bias, x, sample_weight, h.requires_grad(),
-              weight.requires_grad());
+                        const Tensor& x, const OptionalTensor& sample_weight, double scale) {
+    const bool with_log_prob = sample_weight && sample_weight->requires_grad();
+    const auto [sum, log_prob, grad_h, grad_weight, grad_bias] =
+        below(linear_bernoulli_log_prob_and_gradients(), h, weight, bias, x, sample_weight, scale, h.requires_grad(),
+              weight.requires_grad(), with_log_prob);
     context->save_for_backward({h, weight, bias, x, sample_weight.value_or(Tensor()), log_prob});
+    context->saved_data["scale"] = scale;
     context->saved_data["formed"] =
         variable_list{h.requires_grad() ? sum_like(grad_h, h) : grad_h, grad_weight, grad_bias};
-    return weighted_sum(log_prob, sample_weight);
+    return sum;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const Tensor &h = saved[0], &weight = saved[1], &bias = saved[2], &x = saved[3], &sample_weight = saved[4];
     const Tensor &log_prob = saved[5], &grad = grads[0];
+    const double scale = context->saved_data["scale"].toDouble();
     const auto grad_log_prob = [&] {
-      const Tensor weighted = sample_weight.defined() ? grad * sample_weight.to(grad.scalar_type()) : grad;
-      return weighted.expand_symint(log_prob.sym_sizes());
+      const auto batch_of = [](const Tensor& tensor) { return tensor.sym_sizes().slice(0, tensor.dim() - 1); };
+      const auto batch = at::infer_size_symdimvector(batch_of(h), batch_of(x));
+      return gradient_of_rows(grad, sample_weight, scale, batch);
     };
     const bool differentiable = at::GradMode::is_enabled();  // if create_graph=True
     variable_list result = differentiable
@@ -157,17 +130,19 @@ struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogP
     result.emplace_back();
     if (sample_weight.defined() && context->needs_input_grad(4)) {
       const Tensor value = differentiable ? linear_bernoulli_log_prob().call(h, weight, bias, x, true) : log_prob;
-      result.back() = sum_like(grad * value, sample_weight);
+      result.back() = sum_like((scale == 1 ? grad : grad * scale) * value, sample_weight);
     }
+    result.emplace_back();
     return result;
   }
 };
 
 Tensor linear_bernoulli_log_prob_sum_of(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
-                                        const OptionalTensor& sample_weight) {
+                                        const OptionalTensor& sample_weight, double scale) {
   return needs_gradient(h, weight, bias)
-             ? LinearBernoulliLogProbSum::apply(h, weight, bias, x, sample_weight)
-             : weighted_sum(linear_bernoulli_log_prob().call(h, weight, bias, x, std::nullopt), sample_weight);
+             ? LinearBernoulliLogProbSum::apply(h, weight, bias, x, sample_weight, scale)
+             : weighted_sum("linear_bernoulli_log_prob_sum",
+                            linear_bernoulli_log_prob().call(h, weight, bias, x, std::nullopt), sample_weight, scale);
 }
 
 }  // namespace

@@ -8,7 +8,9 @@ TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
   m.impl("bernoulli_sample", torch::CppFunction::makeFallthrough());
   m.impl("linear_bernoulli_sample", torch::CppFunction::makeFallthrough());
   m.impl("adam_", torch::CppFunction::makeFallthrough());
+  m.impl("advance_", torch::CppFunction::makeFallthrough());
   m.impl("linear_bernoulli_log_prob_and_logits", torch::CppFunction::makeFallthrough());
   m.impl("mlp_with_hidden", torch::CppFunction::makeFallthrough());
   m.impl("linear_bernoulli_log_prob_and_gradients", torch::CppFunction::makeFallthrough());
+  m.impl("gaussian_log_prob_and_gradients", torch::CppFunction::makeFallthrough());
 }

@@ -29,13 +29,14 @@ using OptionalTensor = std::optional<Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Quintuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The operators that autocast also calls.
 WAKESLEEP_OPERATOR(mlp, Tensor(const Tensor&, at::TensorList, at::TensorList, OptionalName, OptionalName))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<bool>))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,
-                   Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&))
+                   Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double))
 WAKESLEEP_OPERATOR(linear_bernoulli_sample,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<at::ScalarType>))
 

@@ -53,6 +53,21 @@ struct Tanh {
 
 enum class Activation : uint8_t { identity, relu, sigmoid, tanh };
 
+// Returns the gradient of a, given the gradient of y = f(a) and y.
+template <typename T>
+WAKESLEEP_FUNCTION T activation_gradient(Activation activation, T upstream, T y) {
+  switch (activation) {
+    case Activation::relu:
+      return Relu{}.gradient(upstream, y);
+    case Activation::sigmoid:
+      return Sigmoid{}.gradient(upstream, y);
+    case Activation::tanh:
+      return Tanh{}.gradient(upstream, y);
+    default:
+      return upstream;
+  }
+}
+
 // Calls body(f), where f is the function above.
 template <typename Body>
 auto dispatch_activation(Activation activation, const Body& body) {

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "adam.h"
+#include "advance.h"
 #include "bernoulli_log_prob.h"
 #include "bernoulli_sample.h"
 #include "binarize.h"
@@ -29,14 +30,16 @@ template <typename... Calls>
 using KernelsFor = std::tuple<Kernel<Calls>...>;
 
 // The kernels that every backend has.
-using Kernels = KernelsFor<WriteKey, GaussianRsample, GaussianRsampleBackward, BernoulliSample, Binarize,
-                           GaussianLogProb, GaussianLogProbBackward, StandardGaussianLogProb,
-                           StandardGaussianLogProbBackward, GaussianKl, GaussianKlBackward, GaussianKlBetween,
-                           GaussianKlBetweenBackward, BernoulliLogProb, BernoulliLogProbBackward, MlpOutput,
-                           MlpGradient, LinearBernoulliLogProb, LinearBernoulliGradient, LinearBernoulliSample, Adam>;
+using Kernels =
+    KernelsFor<WriteKey, GaussianRsample, GaussianRsampleBackward, BernoulliSample, Binarize, GaussianLogProb,
+               GaussianLogProbBackward, GaussianLogProbAndGradients, StandardGaussianLogProb,
+               StandardGaussianLogProbBackward, GaussianKl, GaussianKlBackward, GaussianKlBetween,
+               GaussianKlBetweenBackward, BernoulliLogProb, BernoulliLogProbBackward, MlpOutput, MlpGradient,
+               LinearBernoulliLogProb, LinearBernoulliGradient, LinearBernoulliSample, Adam, Advance>;
 
 // The kernels that compute a layer of a small batch at once: the GEMM and the operations before and after it.
-using SmallBatchKernels = KernelsFor<SmallBatchProducts, SmallBatchOutput, SmallBatchSample, SmallBatchGradients>;
+using SmallBatchKernels = KernelsFor<SmallBatchProducts, SmallBatchOutput, SmallBatchSample,
+                                     SmallBatchBernoulliGradient, SmallBatchGradients>;
 
 struct Backend {
   Kernels kernels;

@@ -77,7 +77,7 @@ at::Tensor LayerGradients::sums(int64_t first, int64_t rows) {
 
 at::Tensor LayerGradients::add(int64_t first, const at::Tensor& h, Activation f, const at::Tensor& g, bool with_input) {
   if (method_ == Method::small_batch) {
-    return small_batch_add(h, f, g, with_input);
+    return small_batch_add(h, f, g, {}, {}, with_input);
   }
   if (sums_.defined()) {
     sum_pieces(sums_, bias, first != 0);
@@ -89,12 +89,13 @@ at::Tensor LayerGradients::add(int64_t first, const at::Tensor& h, Activation f,
   return with_input ? product(g, layer_.weight, call_.dtype) : at::Tensor();
 }
 
-at::Tensor LayerGradients::small_batch_add(const at::Tensor& h, Activation f, const at::Tensor& g, bool with_input) {
+at::Tensor LayerGradients::small_batch_add(const at::Tensor& h, Activation f, const at::Tensor& grad,
+                                           const LayerOutput& output, const Terms& terms, bool with_input) {
   const SmallBatch small(h, layer_, call_.dtype);
   const at::Tensor grad_a = at::empty({with_input ? h.size(0) : 0, layer_.H}, bias.options());
   const auto unless_empty = [](const at::Tensor& tensor) { return tensor.numel() > 0 ? write(tensor) : nullptr; };
-  small.compute(
-      SmallBatchGradients{small.layer(), f, read(g), unless_empty(weight), unless_empty(bias), unless_empty(grad_a)});
+  small.compute(SmallBatchGradients{small.layer(), f, output.activation, read(grad), read(output.y),
+                                    unless_empty(weight), unless_empty(bias), unless_empty(grad_a), terms});
   return grad_a;
 }
 

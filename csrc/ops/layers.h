@@ -135,13 +135,20 @@ struct SmallBatch {
 
 // ---- gradients -----------------------------------------------------------------------------------------------------
 
+// The output of a layer, y = f(products + bias).
+struct LayerOutput {
+  Activation activation = Activation::identity;
+  at::Tensor y = {};  // [N, D]; undefined if f is the identity
+};
+
 // The gradients of a layer's weight and bias, accumulated chunk by chunk from g, the gradient of the products h
 // weight^T. A chunk takes two steps:
 //
 //   1. A row kernel writes g, and its sums over rows into the tensor that sums() returns.
 //   2. add() adds the chunk's part of both gradients, and returns the gradient of the layer's input.
 //
-// In a small batch, one kernel forms all gradients from g. Then sums() returns an undefined tensor.
+// In a small batch, one kernel forms all gradients. Then sums() returns an undefined tensor, and step 1 is not needed
+// if the gradient of the layer's output is known: small_batch_add() takes it instead of g.
 class LayerGradients {
  public:
   at::Tensor weight;  // [D, H], or empty if not needed
@@ -156,9 +163,11 @@ class LayerGradients {
   // returns the gradient of a in a small batch, and the gradient of h in a chunk. Callers ignore any other result.
   at::Tensor add(int64_t first, const at::Tensor& h, Activation f, const at::Tensor& g, bool with_input);
 
- private:
-  at::Tensor small_batch_add(const at::Tensor& h, Activation f, const at::Tensor& g, bool with_input);
+  // The same for a small batch. `grad` is the gradient of the layer's output. The kernel also adds up `terms`.
+  at::Tensor small_batch_add(const at::Tensor& h, Activation f, const at::Tensor& grad, const LayerOutput& output,
+                             const Terms& terms, bool with_input);
 
+ private:
   const LayerCall& call_;
   const Layer& layer_;
   const Method method_;

@@ -67,11 +67,13 @@ at::Tensor linear_bernoulli_log_prob(const at::Tensor& h, const at::Tensor& weig
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// The gradients of sum_n upstream_n log p(x_n | h_n).
+// The gradients of sum_n w_n log p(x_n | h_n) with w_n = scale upstream_n.
 struct HeadGradients : HeadAndX {
   at::Tensor upstream;  // broadcasts to [*S, *B]; undefined if every element is 1
+  double scale = 1;
   at::Tensor logits;    // [N, D] if the forward pass kept them, otherwise [0, D]
-  at::Tensor log_prob;  // [*S, *B], if the kernels write the log-likelihoods, too
+  at::Tensor terms;     // [*S, *B]: w_n log p(x_n | h_n), if the kernels write them, too
+  at::Tensor log_prob;  // [*S, *B]: log p(x_n | h_n), if the kernels write them, too
   bool with_grad_h;
   Rows grad_h;  // [N, H]
   LayerGradients gradients;
@@ -119,6 +121,19 @@ struct HeadGradients : HeadAndX {
     });
   }
 
+  // Adds the gradients of all chunks, and returns the sum, []. If `with_log_prob` is true, sets `log_prob`.
+  at::Tensor accumulate_and_sum(bool with_log_prob) {
+    if (method(h) == Method::small_batch && !with_log_prob) {
+      return small_batch_sum();
+    }
+    terms = at::empty(batch, compute_options());
+    if (with_log_prob) {
+      log_prob = at::empty(batch, compute_options());
+    }
+    accumulate();
+    return terms.sum();
+  }
+
   // Returns the gradients of h, weight and bias in the promoted dtype. A gradient that is not needed is empty. The
   // gradient of h is [*S, *B, H].
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result() {
@@ -128,12 +143,27 @@ struct HeadGradients : HeadAndX {
   }
 
  private:
+  at::Tensor small_batch_sum() {
+    const SmallBatch small(h, *this, dtype);
+    const at::Tensor grad_products = at::empty({N, D}, weight.options().dtype(dtype));
+    const at::Tensor parts = at::empty({tiles_of(N, D)}, compute_options()), sum = at::empty({}, compute_options());
+    small.compute(SmallBatchBernoulliGradient{small.layer(), read(bias), dtype_of(x), read(x), read(upstream), scale,
+                                              rows, write(grad_products), write(parts)});
+    const at::Tensor of_h = gradients.small_batch_add(h, Activation::identity, grad_products, {},
+                                                      Terms{read(parts), parts.numel(), write(sum)}, with_grad_h);
+    if (with_grad_h) {
+      grad_h.put(0, of_h);
+    }
+    return sum;
+  }
+
   void add_chunk(int64_t first, const at::Tensor& h_rows, const at::Tensor& products, const at::Tensor& grad_logits) {
     const at::Tensor sums = gradients.sums(first, h_rows.size(0));
-    wakesleep::compute(device, LinearBernoulliGradient{
-                                   dtype_of(compute), dtype_of(x), read(products), read(bias), read(x), read(upstream),
-                                   element(log_prob, first), dtype_of(grad_logits), write(grad_logits), write(sums),
-                                   rows, first, products.size(0), D, products.stride(0), grad_logits.stride(0)});
+    wakesleep::compute(device,
+                       LinearBernoulliGradient{dtype_of(compute), dtype_of(x), read(products), read(bias), read(x),
+                                               read(upstream), scale, element(terms, first), element(log_prob, first),
+                                               dtype_of(grad_logits), write(grad_logits), write(sums), rows, first,
+                                               products.size(0), D, products.stride(0), grad_logits.stride(0)});
     const at::Tensor of_h = gradients.add(first, h_rows, Activation::identity, grad_logits, with_grad_h);
     if (with_grad_h) {
       grad_h.put(first, of_h);
@@ -153,17 +183,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_bernoulli_log_prob_backwar
   return call.result();
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_bernoulli_log_prob_and_gradients(
+// Also returns the log-likelihoods [*S, *B], or an empty tensor [0] if they are not needed.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_bernoulli_log_prob_and_gradients(
     const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x,
     const std::optional<at::Tensor>& sample_weight,  // broadcasts to [*S, *B]
-    bool with_grad_h, bool with_grad_weight) {
+    double scale, bool with_grad_h, bool with_grad_weight, bool with_log_prob) {
   const BelowAutograd below_autograd;
   const at::Tensor upstream = sample_weight.value_or(at::Tensor());
   HeadGradients call("linear_bernoulli_log_prob_sum", h, weight, bias, x, {"sample_weight", upstream}, {}, with_grad_h,
                      with_grad_weight);
-  call.log_prob = at::empty(call.batch, call.compute_options());
-  call.accumulate();
-  return std::tuple_cat(std::tuple(call.log_prob), call.result());
+  call.scale = scale;
+  const at::Tensor sum = call.accumulate_and_sum(with_log_prob);
+  const at::Tensor log_prob = with_log_prob ? call.log_prob : at::empty({0}, sum.options());
+  return std::tuple_cat(std::tuple(sum, log_prob), call.result());
 }
 
 }  // namespace

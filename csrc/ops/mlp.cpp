@@ -137,7 +137,7 @@ void check_results(const Mlp& call, const at::Tensor& grad, const at::Tensor& ou
 // Returns the gradient of the products of layer l for a chunk of rows, given the gradient of its output y.
 at::Tensor gradient_of_products(const Mlp& call, size_t l, int64_t first, const at::Tensor& grad, const at::Tensor& y,
                                 LayerGradients& gradients) {
-  const auto dtype = call.method == Method::small_batch ? call.dtype : call.operand;
+  const auto dtype = call.operand;
   const bool has_dtype = grad.scalar_type() == dtype;
   const bool is_same = has_dtype && call.activation(l) == Activation::identity;
   const bool in_place = is_same || (has_dtype && l < call.last());  // the caller's grad must not change
@@ -167,18 +167,25 @@ std::tuple<at::Tensor, Tensors, Tensors> mlp_backward(const at::Tensor& grad,   
   }
   const at::Tensor grad_rows = as_rows(grad, call.N).contiguous(), output_rows = as_rows(output, call.N).contiguous();
   Rows grad_h{call.N, call.dtype};
+  const bool is_small = call.method == Method::small_batch;
   call.for_chunks(call.h, call.rows, [&](int64_t first, const at::Tensor& h_rows) {
     const auto chunk_of = [&](const at::Tensor& tensor) { return rows_of(tensor, first, h_rows.size(0)); };
-    at::Tensor g = gradient_of_products(call, last, first, chunk_of(grad_rows), chunk_of(output_rows), gradients[last]);
-    for (size_t l = last; l > 0; --l) {
-      const at::Tensor y = chunk_of(hidden[l - 1].contiguous());
-      const at::Tensor below = gradients[l].add(first, in_type(y, call.operand), call.activation(l - 1), g, true);
-      g = call.method == Method::small_batch ? below
-                                             : gradient_of_products(call, l - 1, first, below, y, gradients[l - 1]);
+    at::Tensor g = chunk_of(grad_rows), y = chunk_of(output_rows);  // the gradient of the output of layer l, and it
+    for (size_t l = last + 1; l-- > 0;) {
+      const bool reads_output = is_small && l == last && call.output_activation != Activation::identity;
+      const LayerOutput output = reads_output ? LayerOutput{call.output_activation, y} : LayerOutput{};
+      if (!is_small) {
+        g = gradient_of_products(call, l, first, g, y, gradients[l]);
+      }
+      y = l == 0 ? h_rows : chunk_of(hidden[l - 1].contiguous());
+      const at::Tensor given = in_type(y, call.operand);
+      const Activation f = l == 0 ? Activation::identity : call.activation(l - 1);
+      const bool with_input = l > 0 || with_grad_h;
+      g = is_small ? gradients[l].small_batch_add(given, f, g, output, {}, with_input)
+                   : gradients[l].add(first, given, f, g, with_input);
     }
-    const at::Tensor of_h = gradients[0].add(first, h_rows, Activation::identity, g, with_grad_h);
     if (with_grad_h) {
-      grad_h.put(first, of_h);
+      grad_h.put(first, g);
     }
   });
   Tensors of_weights, of_biases;

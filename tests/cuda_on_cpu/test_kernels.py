@@ -31,8 +31,8 @@ globals().update(
 def _launches(case: Case) -> tuple[int, int]:
     """Launches forward and backward for a small batch, whose GEMMs are our own kernels."""
     return {
-        "linear": (1, 1 if case.activation is None else 2),  # the last activation has its own launch
-        "mlp": (2, 3),
+        "mlp": (2, 2),
+        "gaussian_log_prob_sum": (2, 0),  # forward also forms the gradients, that of sample_weight from log_prob
         "linear_bernoulli_log_prob": (2, 3 if case.recompute else 2),
         "linear_bernoulli_log_prob_sum": (3, 0),  # forward also forms the gradients
     }.get(case.op, (1, 1))

@@ -141,6 +141,24 @@ def _(grad: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, with_grad_z: bool) ->
     return parameters, parameters.new_empty((*grad.shape, z.shape[-1] if with_grad_z else 0))
 
 
+@_fake("gaussian_log_prob_and_gradients")
+def _(
+    mu: Tensor,
+    logvar: Tensor,
+    z: Tensor,
+    sample_weight: Tensor | None,
+    scale: float,
+    with_grad_z: bool,
+    with_log_prob: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_prob = _rows("gaussian_log_prob_sum", mu=mu, logvar=logvar, z=z)
+    if sample_weight is not None:
+        check_row_weights("gaussian_log_prob_sum", "sample_weight", sample_weight, log_prob.shape)
+    parameters = _packed("gaussian_log_prob_sum", mu, logvar).to(_promoted(mu, logvar, z))
+    grad_z = parameters.new_empty((*log_prob.shape, z.shape[-1] if with_grad_z else 0))
+    return log_prob.new_empty(()), log_prob if with_log_prob else log_prob.new_empty((0,)), parameters, grad_z
+
+
 @_fake("standard_gaussian_log_prob")
 def _(z: Tensor) -> Tensor:
     return _rows("standard_gaussian_log_prob", z=z)
@@ -321,9 +339,11 @@ def _(
     bias: Tensor,
     x: Tensor,
     sample_weight: Tensor | None,
+    scale: float,
     with_grad_h: bool,
     with_grad_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with_log_prob: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if sample_weight is not None:
         batch = check_head("linear_bernoulli_log_prob_sum", h, weight, bias, x)
         check_row_weights("linear_bernoulli_log_prob_sum", "sample_weight", sample_weight, batch)
@@ -331,7 +351,12 @@ def _(
     gradients = _ops.linear_bernoulli_log_prob_backward.default(
         log_prob, h, weight, bias, x, None, with_grad_h, with_grad_weight
     )
-    return log_prob, *gradients
+    return log_prob.new_empty(()), log_prob if with_log_prob else log_prob.new_empty((0,)), *gradients
+
+
+@_fake("advance_")
+def _(counters: Sequence[Tensor], amounts: Sequence[int]) -> None:
+    pass
 
 
 @_fake("adam_")

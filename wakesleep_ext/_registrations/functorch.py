@@ -138,10 +138,15 @@ def _linear_bernoulli_log_prob(arguments: Sequence[Any], grads: Sequence[Tensor]
 
 
 def _linear_bernoulli_log_prob_sum(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, sample_weight: Tensor | None
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, sample_weight: Tensor | None, scale: float
 ) -> Tensor:
     log_prob: Tensor = call(_ops.linear_bernoulli_log_prob.default, h, weight, bias, x, None)
-    return (log_prob if sample_weight is None else sample_weight * log_prob).sum()
+    return scale * (log_prob if sample_weight is None else sample_weight * log_prob).sum()
+
+
+def _gaussian_log_prob_sum(mu: Tensor, logvar: Tensor, z: Tensor, sample_weight: Tensor | None, scale: float) -> Tensor:
+    log_prob: Tensor = call(_ops.gaussian_log_prob.default, mu, logvar, z)
+    return scale * (log_prob if sample_weight is None else sample_weight * log_prob).sum()
 
 
 _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
@@ -160,3 +165,4 @@ _UNDER_FUNCTORCH: dict[Any, Callable[..., Any]] = {
 _UNDER_FUNCTORCH[_ops.gaussian_parameters.default] = lambda packed: packed.chunk(2, -1)
 _UNDER_FUNCTORCH[_ops.mlp.default] = _mlp
 _UNDER_FUNCTORCH[_ops.linear_bernoulli_log_prob_sum.default] = _linear_bernoulli_log_prob_sum
+_UNDER_FUNCTORCH[_ops.gaussian_log_prob_sum.default] = _gaussian_log_prob_sum

@@ -127,6 +127,14 @@ MEASURED = {
         _density("gaussian_rsample", gradients=_MOMENTS, reread=("logvar",)),  # the key regenerates the noise
         _density("gaussian_rsample_log_prob", gradients=_MOMENTS, reread=("logvar",)),
         _density("gaussian_log_prob", gradients=_MOMENTS, reread=("mu", "logvar", "z")),
+        Measured(
+            OPS["gaussian_log_prob_sum"],
+            _LATENT,
+            _LATENT_ROWS,
+            gradients=_MOMENTS,
+            baselines=("eager", "compile"),
+            variants=(_BFLOAT16,),
+        ),
         _density("standard_gaussian_log_prob", gradients=("z",), reread=("z",)),
         _density("gaussian_kl", gradients=_MOMENTS, reread=_MOMENTS),
         _density("gaussian_kl_between", gradients=_BOTH_MOMENTS, reread=_BOTH_MOMENTS),

@@ -249,11 +249,10 @@ def _minus_mean_log_prob(factors: Iterable[Factor], like: Tensor) -> Tensor:
 
     The number of draws is the product of the leading sizes of `like`, `[*S, *B, K]`.
     """
-    rows, wide = math.prod(like.shape[:-1]), torch.promote_types(like.dtype, torch.float32)
-    # the ops apply a weight to each row, so the backward pass scales gradients as it computes them
-    weight = torch.full((), -1 / rows if rows else math.nan, dtype=wide, device=like.device)
+    rows = math.prod(like.shape[:-1])
+    scale = -1 / rows if rows else math.nan  # the ops scale gradients as they compute them
     scored = ((factor.distribution, factor.value) for factor in factors)
-    return _sum([p.log_prob_sum(value, weight) for p, value in scored if not p.is_fixed])
+    return _sum([p.log_prob_sum(value, scale=scale) for p, value in scored if not p.is_fixed])
 
 
 def _detached(factor: Factor) -> Distribution:

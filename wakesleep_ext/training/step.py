@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep_ext import ops, random
+from wakesleep_ext.gradients import unit_gradient
 from wakesleep_ext.helmholtz import objectives
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.helmholtz.objectives import WakeLosses
@@ -42,9 +43,10 @@ class Descent:
         )
         (group,) = self.optimizer.param_groups
         self._start = learning_rate
-        self._steps = torch.zeros(len(group["params"]), device=device)
-        self._one = torch.ones((), device=device)  # adding a Python 1 would create a tensor at every step
-        for parameter, step in zip(group["params"], self._steps, strict=True):
+        loss_dtype = torch.promote_types(next(network.parameters()).dtype, torch.float32)
+        self._unit = unit_gradient(device, loss_dtype)
+        self.steps = torch.zeros(len(group["params"]), device=device)
+        for parameter, step in zip(group["params"], self.steps, strict=True):
             self.optimizer.state[parameter] = {
                 "step": step,
                 "exp_avg": torch.zeros_like(parameter),
@@ -68,7 +70,12 @@ class Descent:
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of the trained parameters. Existing `.grad` values are ignored."""
         trained = self.trained()
-        return torch.autograd.grad(loss, trained) if trained else ()
+        return self.gradients_of(loss, trained)
+
+    def gradients_of(self, loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the gradients of any parameters. Creates no tensor for the gradient of the loss, which is 1."""
+        unit = self._unit if loss.dtype == self._unit.dtype else None
+        return torch.autograd.grad(loss, parameters, unit) if parameters else ()
 
     def set_learning_rate(self, factor: Tensor) -> None:
         """Set the learning rate to `factor` times its initial value."""
@@ -77,7 +84,7 @@ class Descent:
 
     @torch.no_grad()
     def descend(self, gradients: Sequence[Tensor]) -> None:
-        """Take an Adam step, given the gradients of the trained parameters."""
+        """Take an Adam step, given the gradients of the trained parameters. The caller has advanced `steps`."""
         trained = self.trained()
         if not trained:
             return
@@ -85,7 +92,6 @@ class Descent:
         states = [self.optimizer.state[parameter] for parameter in trained]
         exp_avgs, exp_avg_sqs = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
         beta1, beta2 = group["betas"]
-        self._steps.add_(self._one)
         step = states[0]["step"]  # equal for all parameters
         ops.adam_(trained, gradients, exp_avgs, exp_avg_sqs, step, group["lr"], beta1, beta2, group["eps"])
 
@@ -145,7 +151,7 @@ class Step:
 
     @property
     def number(self) -> int:
-        """Number of completed steps. Setting it also sets the random keys of the next step."""
+        """Number of completed steps. Setting it also sets the random keys."""
         return int(self._number)
 
     @number.setter
@@ -153,6 +159,7 @@ class Step:
         count = len(self._keys)
         keys = [random.make_key(self.config.seed, number * count + draw) for draw in range(count)]
         self._keys.copy_(torch.stack(keys))
+        self._offsets.sub_(count)  # a step begins by advancing the keys
         self._number.fill_(number)
 
     @property
@@ -176,7 +183,8 @@ class Step:
         """Shuffle the images for an epoch that starts at the current step, and return the image indices per batch."""
         # sorting random draws of a key gives the same order on every device, unlike randperm
         zeros = torch.zeros(len(self.images), dtype=torch.float64, device=self.images.grey.device)
-        (key,) = self._keys_of("order")
+        (draw,) = self._draws["order"]
+        key = random.make_key(self.config.seed, self.number * len(self._keys) + draw, zeros.device)
         order = ops.gaussian_rsample(zeros, zeros, key=key).argsort()
         return tuple(order.split(self.batch_size)[: self.per_epoch])
 
@@ -226,6 +234,7 @@ class Step:
         """Run the step. Every value that can change is held in a tensor, because the step may be recorded."""
         losses: list[Tensor] = []
         of_wake: Sequence[Tensor] | None = None
+        self._advance([self._generative, self._recognition] if awake else [self._recognition])
         self._set_learning_rates()
         if awake:
             wake, of_wake = self._wake(index)
@@ -234,8 +243,12 @@ class Step:
             losses.append(self._sleep(of_wake))
         elif of_wake is not None:
             self._recognition.descend(of_wake)
-        self._offsets.add_(len(self._keys))
         return torch.stack([loss.detach() for loss in losses])
+
+    def _advance(self, descents: Sequence[Descent]) -> None:
+        """Advance the random keys and the optimizers' step counts to this step, on a GPU in one kernel."""
+        steps = [descent.steps for descent in descents if descent.trained()]
+        torch.ops.wakesleep_ext.advance_.default([self._offsets, *steps], [len(self._keys), *[1] * len(steps)])
 
     def _wake(self, index: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
         """Train the generative network. Return the losses, and the recognition network's gradient if there is one."""
@@ -248,7 +261,7 @@ class Step:
             return [theta], None
         total = theta if phi is None else theta + wake_weight * phi
         of_theta, of_phi = self._generative.trained(), self._recognition.trained()
-        gradients = torch.autograd.grad(total, [*of_theta, *of_phi]) if of_theta or of_phi else ()
+        gradients = self._generative.gradients_of(total, [*of_theta, *of_phi])
         self._generative.descend(gradients[: len(of_theta)])
         return [theta] if phi is None else [theta, phi], gradients[len(of_theta) :]
 

@@ -69,13 +69,10 @@ struct LogProbSum {
     }
   }
 
-  // Adds the parts of all threads in the team. One thread writes the sum.
+  // Returns the sum of the parts of all threads in the team.
   template <int threads>
-  __device__ void write(Team<threads> team, compute_t* log_prob) const {
-    const compute_t sum = team.sum(linear - log_of_normal(product));
-    if (team.rank() == 0) {
-      *log_prob = sum;
-    }
+  __device__ compute_t total(Team<threads> team) const {
+    return team.sum(linear - log_of_normal(product));
   }
 };
 
@@ -85,7 +82,10 @@ __device__ void write_log_prob(Team<threads> team, int64_t D, int past, const Lo
   LogProbSum<compute_t> sum;
   for_spans<n>(team, D, past, logits.template aligned_with<n>(x, D),
                [&](auto span) { sum.add(span, logits(span), load<compute_t>(span, x)); });
-  sum.write(team, log_prob);
+  const compute_t total = sum.total(team);
+  if (team.rank() == 0) {
+    *log_prob = total;
+  }
 }
 
 // Like the function above, for spans in words.

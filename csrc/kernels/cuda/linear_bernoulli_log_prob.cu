@@ -2,6 +2,7 @@
 
 #include "bernoulli_rows.cuh"
 #include "column_sums.cuh"
+#include "small_batch.cuh"
 
 namespace wakesleep::cuda {
 namespace {
@@ -25,17 +26,19 @@ struct LinearBernoulliLogProbRows {
   }
 };
 
-// Writes the gradient of a chunk's logits and, if with_log_prob is true, the log-likelihoods. row_kernel uses this
-// struct to process rows separately. summed_rows_kernel also sums the gradient over rows. grad_logits may alias
+// Writes the gradient of a chunk's logits and, if with_terms is true, the weighted log-likelihoods. row_kernel uses
+// this struct to process rows separately. summed_rows_kernel also sums the gradient over rows. grad_logits may alias
 // products.
-template <typename compute_t, typename x_t, typename grad_t, bool with_log_prob>
+template <typename compute_t, typename x_t, typename grad_t, bool with_terms>
 struct LinearBernoulliLogProbBackwardRows {
   static constexpr int kSpan = kPacket<compute_t>;
   const compute_t* products;
   const compute_t* __restrict__ bias;
   const x_t* __restrict__ x;
   const compute_t* __restrict__ upstream;  // null if all are 1
-  compute_t* __restrict__ log_prob;
+  compute_t scale;
+  compute_t* __restrict__ terms;
+  compute_t* __restrict__ log_prob;  // null if not needed
   grad_t* grad_logits;
   RowMap<2> rows;
   int64_t first;  // first row of the chunk
@@ -51,7 +54,7 @@ struct LinearBernoulliLogProbBackwardRows {
 
   __device__ Row begin(int64_t row) const {
     const auto offset = rows(first + row);
-    return {row, x + offset.of[0], upstream == nullptr ? compute_t(1) : upstream[offset.of[1]], {}};
+    return {row, x + offset.of[0], upstream == nullptr ? scale : scale * upstream[offset.of[1]], {}};
   }
 
   struct Read {
@@ -71,7 +74,7 @@ struct LinearBernoulliLogProbBackwardRows {
     for (int i = 0; i < kSpan; ++i) {
       a.value[i] += b.value[i];
     }
-    if constexpr (with_log_prob) {
+    if constexpr (with_terms) {
       its.log_prob.add(span, a, of.x);
     }
 #pragma unroll
@@ -84,8 +87,14 @@ struct LinearBernoulliLogProbBackwardRows {
 
   template <int threads>
   __device__ void end(Team<threads> team, const Row& its) const {
-    if constexpr (with_log_prob) {
-      its.log_prob.write(team, log_prob + its.row);
+    if constexpr (with_terms) {
+      const compute_t sum = its.log_prob.total(team);
+      if (team.rank() == 0) {
+        terms[its.row] = its.weight * sum;
+        if (log_prob != nullptr) {
+          log_prob[its.row] = sum;
+        }
+      }
     }
   }
 
@@ -95,6 +104,31 @@ struct LinearBernoulliLogProbBackwardRows {
     for_spans<kSpan>(team, D, 0, [&](auto span) { make(its, span, read(its, span)); });
     end(team, its);
   }
+};
+
+// Writes the gradient of each product, and returns the element's part of the weighted log-likelihood.
+template <typename scalar_t, typename x_t>
+struct WriteGradient {
+  using compute_t = Compute<scalar_t>;
+  const compute_t* __restrict__ bias;
+  const x_t* __restrict__ x;
+  const compute_t* __restrict__ upstream;  // null if all are 1
+  compute_t scale;
+  RowMap<2> rows;
+  scalar_t* __restrict__ grad_products;
+  compute_t* __restrict__ terms;  // one for each tile
+  int64_t D;
+
+  __device__ compute_t operator()(int64_t row, int64_t column, compute_t product) const {
+    const auto offset = rows(row);
+    const compute_t weight = upstream == nullptr ? scale : scale * upstream[offset.of[1]];
+    const compute_t a = product + bias[column], v = static_cast<compute_t>(x[offset.of[0] + column]);
+    grad_products[row * D + column] = static_cast<scalar_t>(weight * bernoulli_grad_logits(a, v));
+    const BernoulliTerm<compute_t> term(a, v);
+    return weight * (term.linear - log_of_normal(term.factor));
+  }
+
+  __device__ void put(int64_t tile, compute_t sum) const { terms[tile] = sum; }
 };
 
 // Calls body(Type<grad_t>{}), where grad_t is compute_t or, if compute_t is float, a 16-bit type.
@@ -109,13 +143,15 @@ void dispatch_gradient(Dtype dtype, const Body& body) {
   }
 }
 
-template <bool with_log_prob, typename compute_t, typename x_t, typename grad_t>
+template <bool with_terms, typename compute_t, typename x_t, typename grad_t>
 void write_gradient(const LinearBernoulliGradient& call, Stream stream) {
-  const LinearBernoulliLogProbBackwardRows<compute_t, x_t, grad_t, with_log_prob> rows = {
+  const LinearBernoulliLogProbBackwardRows<compute_t, x_t, grad_t, with_terms> rows = {
       static_cast<const compute_t*>(call.products),
       static_cast<const compute_t*>(call.bias),
       static_cast<const x_t*>(call.x),
       static_cast<const compute_t*>(call.upstream),
+      static_cast<compute_t>(call.scale),
+      static_cast<compute_t*>(call.terms),
       static_cast<compute_t*>(call.log_prob),
       static_cast<grad_t*>(call.grad_logits),
       call.rows,
@@ -144,14 +180,31 @@ void compute(const LinearBernoulliLogProb& call, Stream stream) {
   });
 }
 
+void compute(const SmallBatchBernoulliGradient& call, Stream stream) {
+  dispatch_floating(call.layer.dtype, [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    using compute_t = Compute<scalar_t>;
+    const auto launch_for = [&](auto x_type) {
+      using x_t = typename decltype(x_type)::type;
+      launch_layer<scalar_t>(
+          stream, call.layer,
+          WriteGradient<scalar_t, x_t>{static_cast<const compute_t*>(call.bias), static_cast<const x_t*>(call.x),
+                                       static_cast<const compute_t*>(call.upstream), static_cast<compute_t>(call.scale),
+                                       call.rows, static_cast<scalar_t*>(call.grad_products),
+                                       static_cast<compute_t*>(call.terms), call.layer.D});
+    };
+    call.x_dtype == Dtype::uint8 ? launch_for(Type<uint8_t>{}) : launch_for(Type<compute_t>{});
+  });
+}
+
 void compute(const LinearBernoulliGradient& call, Stream stream) {
   dispatch_computed_and_value(call.dtype, call.x_dtype, [&](auto type, auto x_type) {
     using compute_t = typename decltype(type)::type;
     using x_t = typename decltype(x_type)::type;
     dispatch_gradient<compute_t>(call.grad_dtype, [&](auto grad_type) {
       using grad_t = typename decltype(grad_type)::type;
-      call.log_prob != nullptr ? write_gradient<true, compute_t, x_t, grad_t>(call, stream)
-                               : write_gradient<false, compute_t, x_t, grad_t>(call, stream);
+      call.terms != nullptr ? write_gradient<true, compute_t, x_t, grad_t>(call, stream)
+                            : write_gradient<false, compute_t, x_t, grad_t>(call, stream);
     });
   });
 }

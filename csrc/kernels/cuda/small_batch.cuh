@@ -50,9 +50,10 @@ LayerOperands<scalar_t> operands_of(const SmallBatchLayer& layer) {
   return {static_cast<const scalar_t*>(layer.h), static_cast<const scalar_t*>(layer.weight), layer.N, layer.H, layer.D};
 }
 
-// A warp computes 8 rows by 4 columns of h weight^T. The lanes divide the features. After the reduction, each lane has
-// one of the 32 elements.
-constexpr int kTileRows = 8, kTileColumns = 4, kTileThreads = 64;
+// A warp computes a tile of 8 rows by 4 columns of h weight^T. The lanes divide the features. After the reduction, each
+// lane has one of the 32 elements.
+static_assert(kTileRows * kTileColumns == 32);
+constexpr int kTileThreads = 64;
 
 // Finds the rows first .. of a matrix [rows, width]. The last row stands in for those beyond it.
 template <typename T, int count>
@@ -63,7 +64,8 @@ __device__ void find_rows(const T* matrix, int64_t first, int64_t rows, int64_t 
   }
 }
 
-// Calls finish(row, column, element of the product) for every element of h weight^T. A lane loads n features at a time.
+// Calls finish(row, column, element of the product) for every element of h weight^T. If this returns a number, the
+// kernel also calls finish.put(tile, sum of these numbers). A lane loads n features at a time.
 template <int n, typename scalar_t, typename Finish>
 __global__ void __launch_bounds__(kTileThreads)
     layer_kernel(const LayerOperands<scalar_t> layer, const Finish finish, int64_t columns, int64_t tiles) {
@@ -120,8 +122,16 @@ __global__ void __launch_bounds__(kTileThreads)
     }
     const compute_t sum = sum_by_lane(sums);
     const int64_t its_row = row + lane / kTileColumns, its_column = column + lane % kTileColumns;
-    if (its_row < layer.N && its_column < layer.D) {
-      finish(its_row, its_column, sum);
+    const bool inside = its_row < layer.N && its_column < layer.D;
+    if constexpr (std::is_void_v<decltype(finish(its_row, its_column, sum))>) {
+      if (inside) {
+        finish(its_row, its_column, sum);
+      }
+    } else {
+      const compute_t total = Team<32>::sum(inside ? finish(its_row, its_column, sum) : compute_t(0));
+      if (lane == 0) {
+        finish.put(tile, total);
+      }
     }
   }
 }
@@ -149,7 +159,7 @@ void dispatch_packet(std::initializer_list<PacketRows> matrices, const Body& bod
 template <typename scalar_t, typename Finish>
 void launch_layer(Stream stream, const SmallBatchLayer& layer, const Finish& finish) {
   const int64_t columns = (layer.D + kTileColumns - 1) / kTileColumns;
-  const int64_t tiles = (layer.N + kTileRows - 1) / kTileRows * columns;
+  const int64_t tiles = tiles_of(layer.N, layer.D);
   constexpr int warps = kTileThreads / 32;
   dispatch_packet<scalar_t>({{layer.h, layer.H}, {layer.weight, layer.H}}, [&](auto n) {
     launch(stream, layer_kernel<decltype(n)::value, scalar_t, Finish>, (tiles + warps - 1) / warps, kTileThreads,

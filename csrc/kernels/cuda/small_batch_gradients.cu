@@ -53,11 +53,16 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
   static_assert(kSums >= kRowsOfH);
   using Sums = SumsOfWarps<compute_t, kSums>;
 
-  const scalar_t* __restrict__ grad;   // [N, D], gradient of the products
+  const scalar_t* __restrict__ grad;    // [N, D], gradient of the products, or of y if `output` is not null
+  const scalar_t* __restrict__ output;  // [N, D]: y, or null
+  Activation output_activation;
   scalar_t* __restrict__ grad_weight;  // [D, H], or null
   scalar_t* __restrict__ grad_bias;    // [D]
   scalar_t* __restrict__ grad_h;       // [N, H], or null
   F activation;
+  const compute_t* __restrict__ terms;  // [count]
+  int64_t count;
+  compute_t* __restrict__ total;  // null if there are no terms to add up
 
   // Returns the number of packets in a row of h. It is at least one, so that a thread writes the bias gradient even if
   // H is 0.
@@ -70,9 +75,9 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     return grad_h == nullptr ? 0 : (this->N + kRowsOfH - 1) / kRowsOfH * ((this->H + 31) / 32);
   }
 
-  // Returns columns column .. column + 3 of a row of g, with zeros for columns beyond D.
-  __device__ Columns columns_of(int64_t row, int64_t column) const {
-    const scalar_t* from = grad + row * this->D + column;
+  // Returns columns column .. column + 3 of a row of a matrix [N, D], with zeros for columns beyond D.
+  __device__ Columns columns_in(const scalar_t* matrix, int64_t row, int64_t column) const {
+    const scalar_t* from = matrix + row * this->D + column;
     if constexpr (n > 1) {
       return load_packet<compute_t, kColumnsAtOnce>(from);
     } else {
@@ -83,6 +88,19 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
       }
       return columns;
     }
+  }
+
+  // Returns columns column .. column + 3 of a row of g, with zeros for columns beyond D. All threads branch alike.
+  __device__ Columns columns_of(int64_t row, int64_t column) const {
+    Columns g = columns_in(grad, row, column);
+    if (output != nullptr) {
+      const Columns y = columns_in(output, row, column);
+#pragma unroll
+      for (int c = 0; c < kColumnsAtOnce; ++c) {
+        g.value[c] = activation_gradient(output_activation, g.value[c], y.value[c]);
+      }
+    }
+    return g;
   }
 
   // Adds the terms of the calling warp to the sums of 4 columns of g and n features of h.
@@ -200,18 +218,33 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
       grad_h[place] = static_cast<scalar_t>(activation.gradient(sums.total(warp, lane), y));
     }
   }
+
+  __device__ void write_total() const {
+    compute_t sum = 0;
+    for (int64_t i = threadIdx.x; i < count; i += kBlockThreads) {
+      sum += terms[i];
+    }
+    sum = Team<kBlockThreads>::sum(sum);
+    if (threadIdx.x == 0) {
+      *total = sum;
+    }
+  }
 };
 
+// The last block adds up the terms, if there are any.
 template <typename Gradients>
 __global__ void __launch_bounds__(kBlockThreads)
-    layer_gradients_kernel(const Gradients gradients, int64_t blocks_of_weight, int64_t blocks) {
+    layer_gradients_kernel(const Gradients gradients, int64_t blocks_of_weight, int64_t blocks_of_gradients,
+                           int64_t blocks) {
   wait_for_previous();
   __shared__ typename Gradients::compute_t shared[kWarps][Gradients::kSums][32];
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     if (block < blocks_of_weight) {
       gradients.write_weight(block, {shared});
-    } else {
+    } else if (block < blocks_of_gradients) {
       gradients.write_h(block - blocks_of_weight, {shared});
+    } else {
+      gradients.write_total();
     }
     __syncthreads();  // before the next block's sums overwrite the ones in `shared`
   }
@@ -223,17 +256,26 @@ void compute(const SmallBatchGradients& call, Stream stream) {
   const SmallBatchLayer& layer = call.layer;
   dispatch_activation_and_floating(call.activation, layer.dtype, [&](auto activation, auto type) {
     using scalar_t = typename decltype(type)::type;
-    dispatch_packet<scalar_t>({{layer.h, layer.H}, {layer.weight, layer.H}, {call.grad, layer.D}}, [&](auto n) {
-      using Gradients = LayerGradientsOf<decltype(n)::value, scalar_t, decltype(activation)>;
-      const Gradients gradients = {operands_of<scalar_t>(layer),
-                                   static_cast<const scalar_t*>(call.grad),
-                                   static_cast<scalar_t*>(call.grad_weight),
-                                   static_cast<scalar_t*>(call.grad_bias),
-                                   static_cast<scalar_t*>(call.grad_a),
-                                   activation};
-      const int64_t of_weight = gradients.blocks_of_weight(), blocks = of_weight + gradients.blocks_of_h();
-      launch(stream, layer_gradients_kernel<Gradients>, blocks, kBlockThreads, gradients, of_weight, blocks);
-    });
+    using compute_t = Compute<scalar_t>;
+    dispatch_packet<scalar_t>(
+        {{layer.h, layer.H}, {layer.weight, layer.H}, {call.grad, layer.D}, {call.output, layer.D}}, [&](auto n) {
+          using Gradients = LayerGradientsOf<decltype(n)::value, scalar_t, decltype(activation)>;
+          const Gradients gradients = {operands_of<scalar_t>(layer),
+                                       static_cast<const scalar_t*>(call.grad),
+                                       static_cast<const scalar_t*>(call.output),
+                                       call.output_activation,
+                                       static_cast<scalar_t*>(call.grad_weight),
+                                       static_cast<scalar_t*>(call.grad_bias),
+                                       static_cast<scalar_t*>(call.grad_a),
+                                       activation,
+                                       static_cast<const compute_t*>(call.terms.value),
+                                       call.terms.count,
+                                       static_cast<compute_t*>(call.terms.total)};
+          const int64_t of_weight = gradients.blocks_of_weight(), of_gradients = of_weight + gradients.blocks_of_h();
+          const int64_t blocks = of_gradients + (call.terms.total == nullptr ? 0 : 1);
+          launch(stream, layer_gradients_kernel<Gradients>, blocks, kBlockThreads, gradients, of_weight, of_gradients,
+                 blocks);
+        });
   });
 }
 

@@ -37,6 +37,10 @@ def gaussian_log_prob(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
     return -0.5 * (logvar + (z - mu).square() * (-logvar).exp()).sum(-1) - 0.5 * mu.shape[-1] * _LOG_TWO_PI
 
 
+def gaussian_log_prob_sum(mu: Tensor, logvar: Tensor, z: Tensor, sample_weight: Tensor) -> Tensor:
+    return (sample_weight * gaussian_log_prob(mu, logvar, z)).sum()
+
+
 def standard_gaussian_log_prob(z: Tensor) -> Tensor:
     return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * _LOG_TWO_PI
 
