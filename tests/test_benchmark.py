@@ -385,7 +385,7 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
         assert each["launches"] is None  # on a CPU
     assert [(r["op"], r["pass"], r["shape"], r["candidate"]) for r in written["records"]] == [
         (op, backward, [40, 64], candidate)
-        for op in ("gaussian_log_prob", "gaussian_kl", "gaussian_kl_between")
+        for op in ("gaussian_log_prob", "gaussian_log_prob_sum", "gaussian_kl", "gaussian_kl_between")
         for backward in ("forward", "forward+backward")
         for candidate in ("fused", "eager")
     ]
