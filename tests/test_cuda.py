@@ -15,6 +15,8 @@ from torch.testing import assert_close
 
 import wakesleep_ext as ws
 from wakesleep_ext._op_table import FLOATING
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.trainer import Trainer
 
 if not torch.cuda.is_available():
@@ -199,3 +201,21 @@ def test_a_replayed_step_does_not_wait_for_the_device() -> None:
             trainer.take_step(index)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_tf32_changes_the_products_of_a_step_alone() -> None:
+    """The losses are near those in float32, and other products keep their precision."""
+    images = Images(torch.randint(256, (1000, 784), dtype=torch.uint8), white=255, shape=(28, 28))
+    model = ModelConfig(784, (50,), (200,), (200,))
+
+    def losses(precision: str) -> Tensor:
+        options = {"batch_size": 500, "num_samples": 5, "precision": precision}
+        trainer = make_trainer(images, "cuda", model, **options)
+        return torch.stack([trainer.take_step(index) for index in trainer.take_step.batches() * 2])
+
+    a, b = torch.randn(2, 512, 512, device="cuda")
+    exact = a @ b
+    wide, narrow = losses("float32"), losses("tf32")
+    assert not torch.equal(wide, narrow)
+    assert_close(narrow, wide, rtol=1e-3, atol=0.0)
+    assert torch.equal(a @ b, exact)

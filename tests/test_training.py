@@ -541,3 +541,10 @@ def test_weights_that_are_assigned_are_trained_with_the_moments_of_before():
     assert called.state_dict().keys() == replayed.state_dict().keys()
     for name, value in called.state_dict().items():
         assert torch.equal(value, replayed.state_dict()[name])
+
+
+def test_tf32_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match='expected precision "float32" on cpu, got "tf32", which only a GPU has'):
+        make_trainer(precision="tf32")
+    with pytest.raises(ValueError, match="precision is out of range, got half"):
+        TrainConfig(precision="half")

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 Objective = Literal["wake-sleep", "reweighted-wake-sleep", "elbo", "iwae", "dreg"]
 Schedule = Literal["exponential", "staged"]
 Recipe = Literal["digits", "mnist", "burda"]
+Precision = Literal["float32", "tf32"]
 
 SLEEP_WEIGHTS: dict[Objective, float] = {
     "wake-sleep": 1.0,
@@ -76,6 +77,9 @@ class TrainConfig:
     """Adam's decay rates for the running means of the gradient and its square."""
     adam_epsilon: float = 1e-4
     """Adam's epsilon."""
+    precision: Precision = "float32"
+    """Precision of large matrix products. "tf32" rounds their factors to 11 significant bits, which makes them faster
+    on a GPU with tensor cores. Everything else stays in float32, as do all weights. A CPU has no TF32."""
     replay: bool = True
     """Record a step and replay it: as a CUDA graph on a GPU, or as a list of operator calls on a CPU. The results are
     the same as without replay. A replay runs no Python, so networks must store every value that changes between steps
@@ -99,6 +103,7 @@ class TrainConfig:
             "schedule": self.schedule in get_args(Schedule),
             "adam_betas": all(0 <= beta < 1 for beta in self.adam_betas),
             "adam_epsilon": 0 <= self.adam_epsilon < math.inf,
+            "precision": self.precision in get_args(Precision),
         }
         for name, valid in within.items():
             if not valid:

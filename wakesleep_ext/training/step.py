@@ -8,6 +8,7 @@ Python overhead would double the time of a CPU step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -114,7 +115,8 @@ class Step:
         config: training options.
 
     Raises:
-        ValueError: the objective differentiates through draws, but the latent variables are discrete.
+        ValueError: the objective differentiates through draws, but the latent variables are discrete; or the precision
+            is TF32, but the device is not a GPU.
     """
 
     def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
@@ -125,6 +127,8 @@ class Step:
         self._recognition = Descent(machine.recognition, config.recognition_learning_rate, config)
         self._dtype = next(machine.parameters()).dtype
         device = images.grey.device
+        if config.precision == "tf32" and device.type != "cuda":
+            raise ValueError(f'Step: expected precision "float32" on {device}, got "tf32", which only a GPU has')
         self._falls = torch.tensor(config.stages[1:], dtype=torch.float64, device=device) * self.per_epoch
         self._wake_losses = self._objective()
         chosen = config.sleep_weight
@@ -145,7 +149,8 @@ class Step:
         """
         awake = self.is_awake
         run = self.replays[awake] if self.config.replay else partial(call, partial(self._train, awake=awake))
-        losses: Tensor = run(index)
+        with _tf32() if self.config.precision == "tf32" else nullcontext():
+            losses: Tensor = run(index)
         self._number += 1
         return losses
 
@@ -292,3 +297,14 @@ class Step:
             part = (step >= self._falls).double().sum() / max(1, len(self._falls))
         for descent in (self._generative, self._recognition):
             descent.set_learning_rate(config.learning_rate_decay**part)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Let the BLAS of a GPU multiply float32 matrices in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

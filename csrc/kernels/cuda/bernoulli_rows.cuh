@@ -74,6 +74,14 @@ struct LogProbSum {
   __device__ compute_t total(Team<threads> team) const {
     return team.sum(linear - log_of_normal(product));
   }
+
+  template <int threads>
+  __device__ void write(Team<threads> team, compute_t* log_prob) const {
+    const compute_t sum = total(team);
+    if (team.rank() == 0) {
+      *log_prob = sum;
+    }
+  }
 };
 
 template <int n, int threads, typename Logits, typename x_t, typename compute_t>
@@ -82,10 +90,7 @@ __device__ void write_log_prob(Team<threads> team, int64_t D, int past, const Lo
   LogProbSum<compute_t> sum;
   for_spans<n>(team, D, past, logits.template aligned_with<n>(x, D),
                [&](auto span) { sum.add(span, logits(span), load<compute_t>(span, x)); });
-  const compute_t total = sum.total(team);
-  if (team.rank() == 0) {
-    *log_prob = total;
-  }
+  sum.write(team, log_prob);
 }
 
 // Like the function above, for spans in words.

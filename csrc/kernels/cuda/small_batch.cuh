@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kTileThreads)
         finish(its_row, its_column, sum);
       }
     } else {
-      const compute_t total = Team<32>::sum(inside ? finish(its_row, its_column, sum) : compute_t(0));
+      const compute_t total = Team<32>{}.sum(inside ? finish(its_row, its_column, sum) : compute_t(0));
       if (lane == 0) {
         finish.put(tile, total);
       }

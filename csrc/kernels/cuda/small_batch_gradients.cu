@@ -224,7 +224,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     for (int64_t i = threadIdx.x; i < count; i += kBlockThreads) {
       sum += terms[i];
     }
-    sum = Team<kBlockThreads>::sum(sum);
+    sum = Team<kBlockThreads>{}.sum(sum);
     if (threadIdx.x == 0) {
       *total = sum;
     }
