@@ -7,9 +7,11 @@ import os
 import shlex
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,11 @@ def test_compiled_code_trains(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
     check_initial(losses[:1])
 
 
+def _noting(happened: list[str], step: Callable[[], Tensor]) -> Tensor:
+    happened.append("step")
+    return step()
+
+
 @pytest.mark.parametrize("candidate", ["eager", "distributions"])
 def test_a_step_is_the_same_in_a_graph(candidate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for CUDA graphs runs the step again at each replay, which must leave no state behind in Python."""
@@ -122,8 +129,11 @@ def test_a_step_is_the_same_in_a_graph(candidate: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: happened.append("capture") or nullcontext())
     step = call_of(SMALL, candidate)
-    replay = steps.captured(lambda: happened.append("step") or step())
+    kept = weakref.ref(step)
+    replay = steps.Captured(partial(_noting, happened, step))
+    del step
     losses = replay()
+    assert kept() is not None  # the graph reads its tensors
     assert isinstance(losses, Tensor)
     assert losses.shape == (2,)
     assert happened == ["wait", "step", "step", "step", "wait", "capture", "step", "replay"]

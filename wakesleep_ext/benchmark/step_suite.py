@@ -46,8 +46,8 @@ _STEPS: Mapping[str, Callable[[steps.Problem], steps.Step]] = {
     ),
     "compiled step": steps.compiled,
     "max-autotune": partial(steps.compiled, mode="max-autotune"),
-    "eager in a graph": lambda problem: steps.captured(_STEPS["eager"](problem)),
-    "compiled in a graph": lambda problem: steps.captured(steps.compiled(problem)),
+    "eager in a graph": lambda problem: steps.Captured(_STEPS["eager"](problem)),
+    "compiled in a graph": lambda problem: steps.Captured(steps.compiled(problem)),
 }
 """The steps in plain PyTorch."""
 
@@ -144,7 +144,7 @@ class StepCase(Case[Inputs]):
             return partial(Trainer(machine, inputs.images, self.training).take_step, inputs.batch)
         if candidate == "products":
             multiply = products.of_step(problem.recognition, problem.generative, self.batch, self.num_samples)
-            return steps.captured(multiply) if self.device == "cuda" else multiply
+            return steps.Captured(multiply) if self.device == "cuda" else multiply
         return _STEPS[candidate](problem)
 
     def _problem(self, inputs: Inputs) -> steps.Problem:

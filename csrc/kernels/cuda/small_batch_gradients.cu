@@ -43,18 +43,20 @@ struct SumsOfWarps {
 //            lane 0   lane 1   ... lane 31   warp 0 adds columns 0 to 3, 32 to 35, ...
 //          +--------+--------+----           warp 1 adds columns 4 to 7, 36 to 39, ...
 //  N rows  | 4 x 1  | 4 x 1  |
-template <int n, typename scalar_t, typename F>
+//
+// If `of_output` is true, g is f_y'(y) times the gradient of the layer's output y, and is computed from both.
+template <int n, typename scalar_t, typename F, bool of_output>
 struct LayerGradientsOf : LayerOperands<scalar_t> {
   using compute_t = Compute<scalar_t>;
   using Columns = Packet<compute_t, kColumnsAtOnce>;
   static constexpr int kRowsOfH = 4;
-  static constexpr int kAhead = kPacket<compute_t>;  // terms of a sum that are loaded together
+  static constexpr int kAhead = kPacket<compute_t> / (of_output ? 2 : 1);  // terms of a sum that are loaded together
   static constexpr int kSums = kColumnsAtOnce * (n + 1);
   static_assert(kSums >= kRowsOfH);
   using Sums = SumsOfWarps<compute_t, kSums>;
 
-  const scalar_t* __restrict__ grad;    // [N, D], gradient of the products, or of y if `output` is not null
-  const scalar_t* __restrict__ output;  // [N, D]: y, or null
+  const scalar_t* __restrict__ grad;    // [N, D]: g, or the gradient of y
+  const scalar_t* __restrict__ output;  // [N, D]: y, if of_output is true
   Activation output_activation;
   scalar_t* __restrict__ grad_weight;  // [D, H], or null
   scalar_t* __restrict__ grad_bias;    // [D]
@@ -90,14 +92,21 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     }
   }
 
-  // Returns columns column .. column + 3 of a row of g, with zeros for columns beyond D. All threads branch alike.
-  __device__ Columns columns_of(int64_t row, int64_t column) const {
-    Columns g = columns_in(grad, row, column);
-    if (output != nullptr) {
-      const Columns y = columns_in(output, row, column);
+  // What g is computed from. It is loaded first and computed later, because a branch would delay the next load.
+  struct Loaded {
+    Columns grad, output;
+  };
+
+  __device__ Loaded load_columns(int64_t row, int64_t column) const {
+    return {columns_in(grad, row, column), of_output ? columns_in(output, row, column) : Columns{}};
+  }
+
+  __device__ Columns gradient_of(const Loaded& loaded) const {
+    Columns g = loaded.grad;
+    if constexpr (of_output) {
 #pragma unroll
       for (int c = 0; c < kColumnsAtOnce; ++c) {
-        g.value[c] = activation_gradient(output_activation, g.value[c], y.value[c]);
+        g.value[c] = activation_gradient(output_activation, g.value[c], loaded.output.value[c]);
       }
     }
     return g;
@@ -107,15 +116,15 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
   __device__ void add_rows(int64_t column, int64_t k, Packet<compute_t, n> (&products)[kColumnsAtOnce],
                            Columns& bias) const {
     for (int64_t first = threadIdx.x / 32; first < this->N; first += kAhead * kWarps) {
-      Columns g[kAhead];
+      Loaded loaded[kAhead];
       Packet<compute_t, n> v[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const int64_t row = first + a * kWarps;
-        g[a] = {};
+        loaded[a] = {};
         v[a] = {};
         if (row < this->N) {
-          g[a] = columns_of(row, column);
+          loaded[a] = load_columns(row, column);
         }
         if (row < this->N && k < this->H) {
           v[a] = load_packet<compute_t, n>(this->h + row * this->H + k);
@@ -123,12 +132,13 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
       }
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
+        const Columns g = gradient_of(loaded[a]);
 #pragma unroll
         for (int c = 0; c < kColumnsAtOnce; ++c) {
-          bias.value[c] += g[a].value[c];
+          bias.value[c] += g.value[c];
 #pragma unroll
           for (int i = 0; i < n; ++i) {
-            products[c].value[i] += g[a].value[c] * v[a].value[i];
+            products[c].value[i] += g.value[c] * v[a].value[i];
           }
         }
       }
@@ -179,7 +189,8 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
     // There are no branches between the loads, so all of them are in flight together. A load that would be out of range
     // reads another element, whose value is not used.
     for (int64_t start = warp * kColumnsAtOnce; start < this->D; start += kAhead * step) {
-      Columns w[kAhead], g[kAhead][kRowsOfH];
+      Columns w[kAhead];
+      Loaded loaded[kAhead][kRowsOfH];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const int64_t column = start + a * step < this->D ? start + a * step : 0;
@@ -190,7 +201,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
         }
 #pragma unroll
         for (int r = 0; r < kRowsOfH; ++r) {
-          g[a][r] = columns_of(min(first + r, this->N - 1), column);
+          loaded[a][r] = load_columns(min(first + r, this->N - 1), column);
         }
       }
 #pragma unroll
@@ -198,9 +209,10 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
         if (start + a * step < this->D) {
 #pragma unroll
           for (int r = 0; r < kRowsOfH; ++r) {
+            const Columns g = gradient_of(loaded[a][r]);
 #pragma unroll
             for (int c = 0; c < kColumnsAtOnce; ++c) {
-              products[r] += g[a][r].value[c] * w[a].value[c];
+              products[r] += g.value[c] * w[a].value[c];
             }
           }
         }
@@ -254,12 +266,12 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 void compute(const SmallBatchGradients& call, Stream stream) {
   const SmallBatchLayer& layer = call.layer;
-  dispatch_activation_and_floating(call.activation, layer.dtype, [&](auto activation, auto type) {
+  const auto launch_for = [&](auto activation, auto type, auto of_output) {
     using scalar_t = typename decltype(type)::type;
     using compute_t = Compute<scalar_t>;
     dispatch_packet<scalar_t>(
         {{layer.h, layer.H}, {layer.weight, layer.H}, {call.grad, layer.D}, {call.output, layer.D}}, [&](auto n) {
-          using Gradients = LayerGradientsOf<decltype(n)::value, scalar_t, decltype(activation)>;
+          using Gradients = LayerGradientsOf<n, scalar_t, decltype(activation), of_output>;
           const Gradients gradients = {operands_of<scalar_t>(layer),
                                        static_cast<const scalar_t*>(call.grad),
                                        static_cast<const scalar_t*>(call.output),
@@ -276,6 +288,10 @@ void compute(const SmallBatchGradients& call, Stream stream) {
           launch(stream, layer_gradients_kernel<Gradients>, blocks, kBlockThreads, gradients, of_weight, of_gradients,
                  blocks);
         });
+  };
+  dispatch_activation_and_floating(call.activation, layer.dtype, [&](auto activation, auto type) {
+    call.output == nullptr ? launch_for(activation, type, std::false_type{})
+                           : launch_for(activation, type, std::true_type{});
   });
 }
 

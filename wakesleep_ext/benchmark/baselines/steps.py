@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -107,23 +107,26 @@ def compiled(problem: Problem, mode: str = "default") -> Step:
     return step
 
 
-def captured(step: Callable[[], T]) -> Callable[[], T]:
-    """Return a step that replays a CUDA graph of this step. The next step overwrites the result."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
+class Captured(Generic[T]):
+    """A step that replays a CUDA graph of another step, and overwrites the result of the previous replay.
 
-    def replay() -> T:
-        graph.replay()
-        return result
+    It keeps the other step, since the graph reads the memory of that step's tensors.
+    """
 
-    return replay
+    def __init__(self, step: Callable[[], T]) -> None:
+        self._step, self._graph = step, torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph):
+            self._result = step()
+
+    def __call__(self) -> T:
+        self._graph.replay()
+        return self._result
 
 
 def _optimizer(network: nn.Module, config: TrainConfig) -> Adam:
