@@ -50,7 +50,7 @@ struct LayerGradientsOf : LayerOperands<scalar_t> {
   using compute_t = Compute<scalar_t>;
   using Columns = Packet<compute_t, kColumnsAtOnce>;
   static constexpr int kRowsOfH = 4;
-  static constexpr int kAhead = kPacket<compute_t> / (of_output ? 2 : 1);  // terms of a sum that are loaded together
+  static constexpr int kAhead = of_output ? 2 : kPacket<compute_t>;  // terms of a sum that are loaded together
   static constexpr int kSums = kColumnsAtOnce * (n + 1);
   static_assert(kSums >= kRowsOfH);
   using Sums = SumsOfWarps<compute_t, kSums>;
