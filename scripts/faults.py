@@ -450,8 +450,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(
             "cuda-bias-gradient-of-last-row",
             "csrc/kernels/cuda/small_batch_gradients.cu",
-            "bias.value[c] += g[a].value[c];",
-            "bias.value[c] = g[a].value[c];",
+            "bias.value[c] += g.value[c];",
+            "bias.value[c] = g.value[c];",
             ON_CUDA.format("linear and tanh and not bernoulli"),
         ),
         Fault(
@@ -459,6 +459,20 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "csrc/kernels/cuda/column_sums.cuh",
             "sum += of[w][column];",
             "sum = of[w][column];",
+            "tests/cuda_on_cpu/test_many_rows.py -k test_a_layer_in_several_chunks",
+        ),
+        Fault(
+            "cuda-partial-sums-of-last-warp-alone",
+            "csrc/kernels/cuda/column_sums.cu",
+            "total += partial[w][lane];",
+            "total = partial[w][lane];",
+            "tests/cuda_on_cpu/test_many_rows.py -k test_a_layer_in_several_chunks",
+        ),
+        Fault(
+            "cuda-chunk-replaces-the-bias-gradient",
+            "csrc/kernels/cuda/column_sums.cu",
+            "compute_t total = adds ? sums[column] : compute_t(0);",
+            "compute_t total = 0;",
             "tests/cuda_on_cpu/test_many_rows.py -k test_a_layer_in_several_chunks",
         ),
         Fault(

@@ -38,10 +38,10 @@ def failures(problem: Callable[[Check], Iterator[Answer]]) -> list[str]:
 def test_a_log_variance_that_counts_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The factor 1/2 of the log-variance is missing, the most common mistake in the sleep loss."""
 
-    def log_prob(self: Gaussian, value: Tensor) -> Tensor:
-        return ops.gaussian_log_prob(self.mu, self.logvar, value) - self.logvar.sum(-1) / 2
+    def log_prob_sum(self: Gaussian, value: Tensor, sample_weight: None = None, *, scale: float = 1.0) -> Tensor:
+        return scale * (ops.gaussian_log_prob(self.mu, self.logvar, value) - self.logvar.sum(-1) / 2).sum()
 
-    monkeypatch.setattr(Gaussian, "log_prob", log_prob)
+    monkeypatch.setattr(Gaussian, "log_prob_sum", log_prob_sum)
     assert any("variance" in quantity for quantity in failures(problems.one_pixel))
 
 
