@@ -40,9 +40,9 @@ _SMALL_BATCH = 100
 _IN_A_GRAPH = ("eager in a graph", "compiled in a graph")
 _SPEED_IN_A_GRAPH = 2
 """On a GPU, the minimum speed compared with the baselines in a graph, for batches of up to 100."""
-_MOST_KERNELS = 39
-"""Maximum number of kernels in a step with batch size 20 and L = 1. The optimizers launch four of them."""
-_PROTOCOL_MINUTES = 20
+_MOST_KERNELS = 26
+"""Maximum number of kernels in a step with batch size 20 and L = 1."""
+_PROTOCOL_MINUTES = 10
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
