@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from wakesleep_ext.benchmark import op_suite, report, result, step_suite
+from wakesleep_ext.benchmark import report, result
 from wakesleep_ext.benchmark.measure import Case
 from wakesleep_ext.benchmark.plan import Plan
-from wakesleep_ext.benchmark.run import run
+from wakesleep_ext.benchmark.run import SUITES, run
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
 
 TUNED = "max-autotune"
 """A baseline that takes minutes to compile, and needs the GPU for itself meanwhile. So it is left out."""
@@ -42,12 +41,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
     parser.add_argument("--quick", action="store_true")
     chosen = parser.parse_args()
-    known = {name for case in SUITES[chosen.suite].cases(chosen.device, chosen.quick) for name in case.candidates}
-    plan = Plan(chosen.suite, chosen.op, chosen.device, quick=chosen.quick, candidates=tuple(known - {TUNED}))
+    every = SUITES[chosen.suite].cases(chosen.device, chosen.quick)
+    cases = [case for case in every if fnmatchcase(case.labels["op"], chosen.op)]
     if chosen.compile:
         part, parts = map(int, chosen.compile.split("/"))
-        compile_part(plan, part, parts)
+        compile_all(in_turns(cases)[part - 1 :: parts], torch.device(chosen.device))
     else:
+        candidates = tuple(dict.fromkeys(name for case in cases for name in case.candidates if name != TUNED))
+        plan = Plan(chosen.suite, chosen.op, chosen.device, quick=chosen.quick, candidates=candidates)
         measure(plan, chosen.seconds, chosen.json)
 
 
@@ -80,13 +81,11 @@ def in_turns(cases: Sequence[Case[Any]]) -> list[Case[Any]]:
     return [case for turn in zip_longest(*of_ops.values()) for case in turn if case is not None]
 
 
-def compile_part(plan: Plan, part: int, parts: int) -> None:
-    """Compile the baselines of a part of the cases."""
+def compile_all(cases: Sequence[Case[Any]], device: torch.device) -> None:
+    """Compile the baselines of these cases."""
     # other processes use the GPU, so the measuring process tunes the kernels itself
     torch._inductor.config.autotune_local_cache = False
-    device = torch.device(plan.device)
-    cases = SUITES[plan.suite].cases(device.type, plan.quick)
-    for case in in_turns([case for case in cases if fnmatchcase(case.labels["op"], plan.op)])[part - 1 :: parts]:
+    for case in cases:
         for name in set(COMPILED).intersection(case.candidates):
             try:
                 case.calls(name, [case.inputs(device)])[0]()

@@ -70,7 +70,6 @@ def stages(python: str, site: Path, out: Path, capability: str) -> list[list[Ste
     """
     tests, scripts = ROOT / "tests", ROOT / "scripts"
     installed = {"PYTHONPATH": str(site)}
-    # the tests fill all cores, with a process each
     pytest = (
         python,
         "-m",

@@ -349,7 +349,7 @@ def test_what_is_ours_is_never_left_out() -> None:
 @pytest.fixture
 def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [case for case in SMALL if case.shape[1:] == (64,) and case.dtype == torch.float32]
-    monkeypatch.setitem(run._SUITES, "ops", replace(SUITE, cases=lambda device, quick: few))
+    monkeypatch.setitem(run.SUITES, "ops", replace(SUITE, cases=lambda device, quick: few))
     monkeypatch.setattr(run, "_BLOCKS_PER_CASE", {"cpu": 0})
     monkeypatch.setattr(run, "keep_freed_memory", lambda: None)  # would outlast the test
 

@@ -72,7 +72,7 @@ def test_normals_of_the_kernels(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_normals_of_half_types(dtype: torch.dtype, device: str) -> None:
-    """Beside the rounding of the result, the error is that of ApproximateNormals in csrc/kernels/philox.h."""
+    """Apart from the rounding of the result, the error is that of ApproximateNormals in csrc/kernels/philox.h."""
     key = make_key(device)
     zeros = torch.zeros(100_000, dtype=dtype, device=device)
     got = ws.gaussian_rsample(zeros, zeros, key=key).double()

@@ -16,7 +16,7 @@ from wakesleep_ext.benchmark.plan import Plan
 from wakesleep_ext.benchmark.suite import Suite
 from wakesleep_ext.usage import UsageError, find_device
 
-_SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
+SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
 
 _BLOCKS_PER_CASE = {"cpu": 100, "cuda": 40}  # other processes disturb CPU timings more than GPU timings
 _QUICK_BLOCKS_PER_CASE = {"cpu": 50, "cuda": 20}
@@ -41,7 +41,7 @@ def run(
     threads = torch.get_num_threads() if plan.threads is None else plan.threads
     if threads < 1:
         raise UsageError(f"expected --threads of at least 1, got {threads}")
-    every = _SUITES[plan.suite].cases(device.type, plan.quick)
+    every = SUITES[plan.suite].cases(device.type, plan.quick)
     cases = [case for case in every if fnmatchcase(case.labels["op"], plan.op)]
     if not cases:
         ops = dict.fromkeys(case.labels["op"] for case in every)
@@ -66,6 +66,6 @@ def suite_of(figures: result.Result) -> Suite:
         ResultError: the suite does not exist.
     """
     name = figures.get("suite", "ops")
-    if name not in _SUITES:
-        raise result.ResultError(f"expected the suite of the result to be {' or '.join(_SUITES)}, got {name}")
-    return _SUITES[name]
+    if name not in SUITES:
+        raise result.ResultError(f"expected the suite of the result to be {' or '.join(SUITES)}, got {name}")
+    return SUITES[name]
