@@ -316,6 +316,12 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
         (["train", "--data", "nowhere"], "nowhere: expected 'digits', a folder of IDX files"),
         (["train", "--epochs", "-1"], "TrainConfig: epochs is out of range, got -1"),
         (["train", "--objective", "elbo", "--sleep-weight", "0.5"], "expected sleep_weight 0 with objective 'elbo'"),
+        (["train", "--phi-gradient", "dreg"], "expected phi_gradient None with objective 'wake-sleep', got 'dreg'"),
+        (["train", "--objective", "vimco"], "expected num_samples of at least 2 with objective 'vimco', got 1"),
+        (
+            ["train", "--objective", "reweighted-wake-sleep", "--phi-gradient", "dreg", "--latents", "bernoulli"],
+            "expected recognition to have differentiable draws",
+        ),
         (["train", "--recipe", "mnist", "--config", "x.json"], "expected --recipe or --config, got both"),
         (["train", "--config", "x.json"], "x.json: cannot be read as JSON"),
         (["train", "--latent", "0"], "expected latent > 0, got (0,)"),

@@ -22,6 +22,7 @@ from wakesleep_ext.helmholtz.objectives import (
     iwae_loss,
     reweighted_wake_losses,
     sleep_phi_loss,
+    vimco_loss,
     wake_theta_loss,
 )
 from wakesleep_ext.random import make_key
@@ -199,6 +200,8 @@ def assert_same(sampled, exact, *networks, atol=0.02):
         torch.testing.assert_close(gradients(sampled, network), gradients(exact, network), rtol=0, atol=atol)
 
 
+SCORES = [("score", 0.0), ("score", 0.3), ("score-cv", 0.0)]
+PATHWISE = ["dreg", "stl"]
 COPIES = 200_000
 MANY = SOME_IMAGES.repeat(COPIES // len(SOME_IMAGES), 1)
 
@@ -217,14 +220,36 @@ def test_the_sleep_loss_and_its_gradient_are_unbiased(name):
     assert_same(sampled, exact_sleep_loss(machine), machine.recognition)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_both_reweighted_losses_and_their_gradients_are_right(name, share):
+@pytest.mark.parametrize(
+    ("name", "phi_gradient", "share"),
+    [
+        *((name, phi_gradient, share) for name in CONFIGS for phi_gradient, share in SCORES),
+        *((name, phi_gradient, 0.0) for name in DIFFERENTIABLE for phi_gradient in PATHWISE),
+    ],
+)
+def test_reweighted_losses_and_gradients_have_the_exact_expectations(name, phi_gradient, share):
     machine = make_machine(name)
-    sampled = reweighted_wake_losses(machine.recognition, machine.generative, MANY, 2, defensive_fraction=share)
+    sampled = reweighted_wake_losses(
+        machine.recognition, machine.generative, MANY, 2, phi_gradient=phi_gradient, defensive_fraction=share
+    )
     theta, phi = exact_reweighted_losses(machine, SOME_IMAGES, share)
     assert_same(sampled.theta, theta, machine.generative)
-    assert_same(sampled.phi, phi, machine.recognition)
+    if phi_gradient in PATHWISE:
+        assert sampled.phi is None
+        phi = phi + exact_iwae_loss(machine, SOME_IMAGES) if phi_gradient == "stl" else phi
+        exact, found = (gradients(loss, machine.recognition) for loss in (phi, sampled.theta))
+        torch.testing.assert_close(found, exact, rtol=0, atol=0.02)
+    else:
+        assert_same(sampled.phi, phi, machine.recognition)
+
+
+def test_vimco_has_the_exact_expectation():
+    machine = make_machine("two Bernoulli layers")
+    sampled = vimco_loss(machine.recognition, machine.generative, MANY, 2)
+    latents, _ = recognised(machine, SOME_IMAGES)
+    log_q = log_prob(machine.recognition, latents, SOME_IMAGES)
+    bound, probability = of_pairs(log_q.exp(), log_prob(machine.generative, latents, SOME_IMAGES) - log_q)
+    assert_same(sampled, -(probability * bound).sum((0, 1)).mean(), machine.generative, machine.recognition)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -250,6 +275,90 @@ def test_with_one_sample_every_bound_is_the_elbo(machine):
     torch.testing.assert_close(bounds, bounds[:1] * 3)
 
 
+def test_vimco_compares_each_sample_with_the_geometric_mean_of_the_others():
+    machine = make_machine("two Bernoulli layers")
+    keys = [make_key(5, layer) for layer in range(2)]
+    draws = machine.recognition.rsample_log_prob(SOME_IMAGES, 4, keys=keys, detach=True)
+    log_q = sum(draw.log_q for draw in draws)
+    w = (machine.generative.log_prob([draw.z for draw in draws], SOME_IMAGES) - log_q).exp()
+    expected = -w.mean(0).log().mean()
+    for sample in range(4):
+        others = torch.cat((w[:sample], w[sample + 1 :])).detach()
+        signal = w.detach().mean(0).log() - ((others.sum(0) + others.prod(0) ** (1 / 3)) / 4).log()
+        expected = expected - (signal * (log_q[sample] - log_q[sample].detach())).mean()
+    loss = vimco_loss(machine.recognition, machine.generative, SOME_IMAGES, 4, keys=keys)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, machine.recognition), gradients(expected, machine.recognition))
+
+
+def test_reweighted_gradients_differ_in_noise_only():
+    """On the same draws, the losses have equal values. Where q is near the posterior, a control variate and
+    reparameterisation reduce the noise.
+    """
+    machine = make_machine("one Gaussian layer")
+    with torch.no_grad():
+        for parameter in machine.parameters():
+            parameter *= 0.5
+    networks, noise = (machine.recognition, machine.generative), {}
+    exact = gradients(exact_reweighted_losses(machine, SOME_IMAGES)[1], machine.recognition)
+    for phi_gradient in ("score", "score-cv", "dreg"):
+        errors = []
+        for seed in range(40):
+            x, keys = SOME_IMAGES.repeat(20, 1), [make_key(seed)]
+            theta, phi = reweighted_wake_losses(*networks, x, 2, phi_gradient=phi_gradient, keys=keys)
+            score = reweighted_wake_losses(*networks, x, 2, keys=keys)
+            torch.testing.assert_close(theta, score.theta)
+            if phi is not None:
+                torch.testing.assert_close(phi, score.phi)
+            found = gradients(theta if phi is None else phi, machine.recognition)
+            errors.append(sum((found[name] - exact[name]).square().sum() for name in exact))
+        noise[phi_gradient] = torch.stack(errors).mean()
+    assert noise["score"] > noise["score-cv"] > noise["dreg"]
+
+
+@pytest.mark.parametrize("phi_gradient", PATHWISE)
+def test_reparameterised_gradients_are_zero_where_q_is_the_posterior(phi_gradient):
+    machine = make_machine("two Gaussian layers")
+    with torch.no_grad():
+        for parameter in machine.parameters():
+            parameter.zero_()  # x does not depend on z, so the posterior is the prior; q is the prior too
+    loss, _ = reweighted_wake_losses(*machine.children(), EVERY_IMAGE, 3, phi_gradient=phi_gradient)
+    found = gradients(loss, machine.recognition)
+    torch.testing.assert_close(found, {name: torch.zeros_like(g) for name, g in found.items()})
+    score = reweighted_wake_losses(*machine.children(), EVERY_IMAGE, 3).phi
+    assert sum(g.abs().sum() for g in gradients(score, machine.recognition).values()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "num_samples", "options", "message"),
+    [
+        (
+            "one Gaussian layer",
+            1,
+            {"phi_gradient": "dreg"},
+            "num_samples of at least 2 with phi_gradient 'dreg', got 1",
+        ),
+        ("one Gaussian layer", 1, {"phi_gradient": "score-cv"}, "at least 2 with phi_gradient 'score-cv', got 1"),
+        ("one Gaussian layer", 2, {"phi_gradient": "path"}, "expected phi_gradient to be one of .*, got 'path'"),
+        (
+            "one Gaussian layer",
+            2,
+            {"phi_gradient": "stl", "defensive_fraction": 0.1},
+            "expected phi_gradient 'score' with defensive_fraction 0.1, got 'stl'",
+        ),
+        ("two Bernoulli layers", 2, {"phi_gradient": "dreg"}, "expected recognition to have differentiable draws"),
+    ],
+)
+def test_reweighted_gradients_that_do_not_exist_are_refused(name, num_samples, options, message):
+    with pytest.raises(ValueError, match=message):
+        reweighted_wake_losses(*make_machine(name).children(), EVERY_IMAGE, num_samples, **options)
+
+
+def test_vimco_needs_two_samples():
+    with pytest.raises(ValueError, match="expected num_samples of at least 2 with vimco_loss, got 1"):
+        vimco_loss(*make_machine("two Bernoulli layers").children(), EVERY_IMAGE, 1)
+
+
 # ---- which network learns --------------------------------------------------------------------------------------------
 
 
@@ -268,11 +377,12 @@ def test_each_loss_of_wake_and_sleep_trains_one_network_only(name):
     networks = machine.recognition, machine.generative
     reweighted = reweighted_wake_losses(*networks, EVERY_IMAGE, 4)
     defensive = reweighted_wake_losses(*networks, EVERY_IMAGE, 4, defensive_fraction=0.2)
-    for loss in (wake_theta_loss(*networks, EVERY_IMAGE, 2), reweighted.theta, defensive.theta):
+    controlled = reweighted_wake_losses(*networks, EVERY_IMAGE, 4, phi_gradient="score-cv")
+    for loss in (wake_theta_loss(*networks, EVERY_IMAGE, 2), reweighted.theta, defensive.theta, controlled.theta):
         for_recognition, for_generative = norms(loss, machine)
         assert for_recognition is None
         assert for_generative > 0
-    for loss in (sleep_phi_loss(*networks, 50), reweighted.phi, defensive.phi):
+    for loss in (sleep_phi_loss(*networks, 50), reweighted.phi, defensive.phi, controlled.phi):
         for_recognition, for_generative = norms(loss, machine)
         assert for_recognition > 0
         assert for_generative is None

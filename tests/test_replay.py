@@ -407,6 +407,8 @@ def assert_same_state(one: Trainer, other: Trainer) -> None:
         ({}, 1),
         ({"learning_rate_decay": 0.01}, 1),
         ({"objective": "reweighted-wake-sleep", "defensive_fraction": 0.1}, 1),
+        ({"objective": "reweighted-wake-sleep", "phi_gradient": "dreg", "num_samples": 2, "sleep_weight": 0.1}, 1),
+        ({"objective": "vimco", "num_samples": 3}, 1),
         ({"objective": "dreg"}, 1),
         ({"objective": "iwae", "sleep_warm_up": 20}, 2),
     ],

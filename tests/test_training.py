@@ -20,6 +20,7 @@ from wakesleep_ext.helmholtz.objectives import (
     iwae_loss,
     reweighted_wake_losses,
     sleep_phi_loss,
+    vimco_loss,
     wake_theta_loss,
 )
 from wakesleep_ext.training import data
@@ -171,7 +172,9 @@ def test_a_step_of_a_mixture_is_what_one_writes_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("objective", "loss"), [("elbo", elbo_loss), ("iwae", iwae_loss), ("dreg", dreg_loss)], ids=["elbo", "iwae", "dreg"]
+    ("objective", "loss"),
+    [("elbo", elbo_loss), ("iwae", iwae_loss), ("dreg", dreg_loss), ("vimco", vimco_loss)],
+    ids=["elbo", "iwae", "dreg", "vimco"],
 )
 def test_a_step_of_a_baseline_trains_both_networks_on_one_loss(objective, loss):
     trainer = make_trainer(model=DEEP, seed=3, objective=objective, num_samples=3)
@@ -189,6 +192,30 @@ def test_a_step_of_a_baseline_trains_both_networks_on_one_loss(objective, loss):
     torch.testing.assert_close(weights(trainer), weights(by_hand))
 
 
+def test_a_step_with_reparameterised_gradients_is_what_one_writes_by_hand():
+    """One loss trains both networks in the wake phase, and the recognition network's part has weight 0.75."""
+    settings = {"objective": "reweighted-wake-sleep", "phi_gradient": "dreg", "sleep_weight": 0.25, "num_samples": 3}
+    trainer, by_hand = make_trainer(model=DEEP, seed=3, **settings), make_trainer(model=DEEP, seed=3, **settings)
+    recognition, generative = by_hand.machine.recognition, by_hand.machine.generative
+    of_generative, of_recognition = adam(generative, by_hand.config), adam(recognition, by_hand.config)
+    index = torch.tensor([3, 1, 4, 1, 5])
+    for step in range(10):
+        keys = [random.make_key(3, 7 * step + draw) for draw in range(7)]
+        x = BARS.binarize(keys[1], index)
+        wake_loss, _ = reweighted_wake_losses(recognition, generative, x, 3, phi_gradient="dreg", keys=keys[2:4])
+        by_hand.machine.zero_grad()
+        wake_loss.backward()
+        for parameter in recognition.parameters():
+            parameter.grad *= 0.75
+        of_generative.step()
+        sleep_loss = sleep_phi_loss(recognition, generative, 5, keys=keys[4:])
+        (0.25 * sleep_loss).backward()
+        of_recognition.step()
+        losses = torch.stack((wake_loss, sleep_loss)).detach()
+        torch.testing.assert_close(trainer.take_step(index), losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights(trainer), weights(by_hand))
+
+
 @pytest.mark.parametrize("objective", ["wake-sleep", "reweighted-wake-sleep", "iwae"])
 def test_a_warm_up_has_sleep_phases_only(objective):
     trainer = make_trainer(objective=objective, num_samples=2, sleep_warm_up=1)
@@ -202,17 +229,19 @@ def test_a_warm_up_has_sleep_phases_only(objective):
 
 
 @pytest.mark.parametrize(
-    ("objective", "sleep_weight", "names"),
+    ("objective", "phi_gradient", "sleep_weight", "names"),
     [
-        ("wake-sleep", None, ["wake", "sleep"]),
-        ("reweighted-wake-sleep", None, ["wake", "wake_phi", "sleep"]),
-        ("reweighted-wake-sleep", 0.0, ["wake", "wake_phi"]),
-        ("reweighted-wake-sleep", 1.0, ["wake", "sleep"]),
-        ("elbo", None, ["wake"]),
+        ("wake-sleep", None, None, ["wake", "sleep"]),
+        ("reweighted-wake-sleep", None, None, ["wake", "wake_phi", "sleep"]),
+        ("reweighted-wake-sleep", "score-cv", 0.0, ["wake", "wake_phi"]),
+        ("reweighted-wake-sleep", "stl", 0.5, ["wake", "sleep"]),
+        ("reweighted-wake-sleep", "dreg", 0.0, ["wake"]),
+        ("reweighted-wake-sleep", None, 1.0, ["wake", "sleep"]),
+        ("elbo", None, None, ["wake"]),
     ],
 )
-def test_losses_go_by_their_names(objective, sleep_weight, names):
-    trainer = make_trainer(objective=objective, sleep_weight=sleep_weight, num_samples=2)
+def test_losses_go_by_their_names(objective, phi_gradient, sleep_weight, names):
+    trainer = make_trainer(objective=objective, phi_gradient=phi_gradient, sleep_weight=sleep_weight, num_samples=2)
     epoch = next(trainer.epochs())
     assert list(epoch.losses) == names
     assert all(math.isfinite(loss) for loss in epoch.losses.values())
@@ -267,9 +296,10 @@ def losses_of_100_steps(device, latent=(3,), **config):
     [
         {},
         {"objective": "reweighted-wake-sleep", "latent": (3, 2)},
+        {"objective": "reweighted-wake-sleep", "phi_gradient": "dreg", "latent": (3, 2)},
         {"objective": "dreg"},
     ],
-    ids=lambda config: config.get("objective", "wake-sleep"),
+    ids=lambda config: config.get("phi_gradient", config.get("objective", "wake-sleep")),
 )
 def test_training_replayed_called_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
     replayed = losses_of_100_steps(device, **config)

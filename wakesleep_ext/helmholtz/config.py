@@ -1,4 +1,7 @@
-"""Configuration of a Helmholtz machine. Importing this module does not import torch."""
+"""Configuration of a Helmholtz machine, and names of its gradient estimators.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from typing import Literal, get_args
 
 Activation = Literal["tanh", "relu", "gelu", "silu", "elu", "softplus", "sigmoid"]
 Latents = Literal["gaussian", "bernoulli"]
+PhiGradient = Literal["score", "score-cv", "dreg", "stl"]
+"""Estimators of the recognition network's gradient in the reweighted wake phase; see
+:func:`wakesleep_ext.helmholtz.objectives.reweighted_wake_losses`."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ With L samples :math:`z_l \sim q_\phi(z|x)` for each image, :math:`w_l = p_\thet
   1995): :func:`wake_theta_loss` and :func:`sleep_phi_loss`. Each phase trains one network on samples from the other.
   The samples carry no gradient, so each loss trains only one network.
 - reweighted wake-sleep (Bornschein & Bengio, "Reweighted wake-sleep", ICLR 2015): :func:`reweighted_wake_losses`. Its
-  loss for phi may be combined with the sleep-phase loss.
-- the baselines, which differentiate through the draws: :func:`elbo_loss` (Kingma & Welling, "Auto-encoding variational
+  gradient for phi may be combined with that of the sleep-phase loss.
+- the baselines that differentiate through the draws: :func:`elbo_loss` (Kingma & Welling, "Auto-encoding variational
   Bayes", 2014), :func:`iwae_loss` (Burda, Grosse & Salakhutdinov, "Importance weighted autoencoders", ICLR 2016) and
   :func:`dreg_loss` (Tucker, Lawson, Gu & Maddison, "Doubly reparameterized gradient estimators for Monte Carlo
   objectives", ICLR 2019).
+- the baseline for discrete latents: :func:`vimco_loss` (Mnih & Rezende, "Variational inference for Monte Carlo
+  objectives", ICML 2016).
 
 Every loss is a 0-dimensional tensor: the mean over images (or dreams), in nats. The networks may have several
 stochastic layers; log q(z|x) and log p(x, z) are then sums over the layers.
@@ -20,9 +22,9 @@ stochastic layers; log q(z|x) and log p(x, z) are then sums over the layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from torch.func import functional_call
 
 from wakesleep_ext import ops
 from wakesleep_ext.densities import Distribution
+from wakesleep_ext.helmholtz.config import PhiGradient
 from wakesleep_ext.helmholtz.models import Factor, GenerativeNetwork, Keys, RecognitionNetwork
 
 
@@ -37,8 +40,8 @@ class WakeLosses(NamedTuple):
     """The losses of a wake phase."""
 
     theta: Tensor
-    """Loss of the generative network. If `phi` is None and the objective differentiates through the draws, this loss
-    trains both networks."""
+    """Loss of the generative network. If `phi` is None, and the objective also trains the recognition network, this
+    loss trains both networks."""
     phi: Tensor | None = None
     """Loss of the recognition network."""
 
@@ -102,39 +105,96 @@ def reweighted_wake_losses(
     x: Tensor,
     num_samples: int,
     *,
+    phi_gradient: PhiGradient = "score",
     defensive_fraction: float = 0.0,
     keys: Keys = None,
 ) -> WakeLosses:
-    r"""Return the reweighted wake-phase losses of both networks. Importance weights are normalised per image.
+    r"""Return the losses of the reweighted wake phase. Importance weights are normalised per image.
 
-    .. math:: \mathcal L_\theta = -\frac1B\sum_b \log\frac1L\sum_l w_{bl}, \qquad
-        \mathcal L_\phi = -\frac1B\sum_b\sum_l \tilde w_{bl} \log q_\phi(z_{bl} \mid x_b)
+    The loss of the generative network is minus the L-sample bound,
 
-    The gradient of :math:`\mathcal L_\theta` for one image is
-    :math:`-\sum_l \tilde w_l \nabla_\theta \log p_\theta(x, z_l)`. Both losses treat the samples z as constants. In
-    addition, :math:`\mathcal L_\theta` treats q as a constant, and :math:`\mathcal L_\phi` treats the weights as
-    constants. If q were not constant in :math:`\mathcal L_\theta`, the two losses' gradients for phi would cancel
-    exactly. The recognition network would then not learn. Since each loss trains only its own network, you can
-    differentiate the sum of both losses.
+    .. math:: \mathcal L_\theta = -\frac1B\sum_b \log\frac1L\sum_l w_{bl},
+
+    with the gradient :math:`-\sum_l \tilde w_l \nabla_\theta \log p_\theta(x, z_l)` for one image. The recognition
+    network descends KL(p(z|x) || q(z|x)). `phi_gradient` selects the estimate of this gradient, for one image:
+
+    - "score": :math:`-\sum_l \tilde w_l \nabla_\phi \log q(z_l|x)` (Bornschein & Bengio 2015);
+    - "score-cv": :math:`-\sum_l (\tilde w_l - \frac1L) \nabla_\phi \log q(z_l|x)`. The control variate 1/L leaves the
+      expectation unchanged, since the score has expectation 0 under q. It reduces the noise if weights are similar;
+    - "dreg": :math:`-\sum_l (\tilde w_l - \tilde w_l^2) \frac{\partial \log w_l}{\partial z_l} \frac{\partial
+      z_l}{\partial \phi}`, doubly reparameterised, with the same expectation (Tucker et al. 2019, RWS-DReG). It has no
+      noise where q is the posterior;
+    - "stl": :math:`-\sum_l \tilde w_l \frac{\partial \log w_l}{\partial z_l} \frac{\partial z_l}{\partial \phi}`
+      ("sticking the landing": Roeder, Wu & Duvenaud, NeurIPS 2017). It is the sum of "dreg" and the gradient of
+      :func:`dreg_loss`, so it descends the divergence plus :math:`\mathcal L_\theta`.
+
+    "score" and "score-cv" accept any latent variables, and treat z as constants. They return two losses, each of which
+    trains only its own network, so you can differentiate the sum. The value of `phi` is :math:`-\sum_l \tilde w_l \log
+    q(z_l|x)`, averaged over images. "dreg" and "stl" need differentiable draws. They return a single loss, `theta`,
+    that trains both networks; `phi` is None.
 
     Args:
-        recognition, generative, x, num_samples: as for :func:`wake_theta_loss`.
+        recognition, generative, x, num_samples: as for :func:`wake_theta_loss`. "score-cv" and "dreg" need L of at
+            least 2, since they are zero for L = 1.
+        phi_gradient: the estimate of the recognition network's gradient.
         defensive_fraction: probability, in [0, 1), that a sample is drawn from p(z) instead of q(z|x). Weights are then
             computed for the mixture of both. They are bounded wherever the likelihood is bounded (Hesterberg, "Weighted
-            average importance sampling and defensive mixture distributions", 1995).
+            average importance sampling and defensive mixture distributions", 1995). Only "score" supports it.
         keys: random keys, one per stochastic layer. A defensive mixture needs more keys: one to choose between q and p,
             then one per stochastic layer of p from z_T down.
+
+    Raises:
+        ValueError: `phi_gradient` does not support the number of samples, the defensive fraction or the latents.
     """
+    require_phi_gradient(phi_gradient, recognition, num_samples, defensive_fraction)
+    if phi_gradient in ("dreg", "stl"):
+        rescale = (lambda weights: 1 - weights) if phi_gradient == "dreg" else None
+        return WakeLosses(_pathwise_loss(recognition, generative, x, num_samples, rescale, keys))
     if defensive_fraction:
         latents, log_q, log_proposal = _draw_defensively(
             recognition, generative, x, num_samples, defensive_fraction, keys
         )
     else:
-        draws = recognition.rsample_log_prob(x, num_samples, keys=keys, detach=True)
-        latents, log_q = [draw.z for draw in draws], _sum([draw.log_q for draw in draws])
+        latents, log_q = _draw_fixed(recognition, x, num_samples, keys)
         log_proposal = log_q.detach()
+    # If q were not constant in the weights, both losses' gradients for phi would cancel exactly.
     log_w = generative.log_prob(latents, x) - log_proposal
-    return WakeLosses(_minus_bound(log_w), -(_normalised(log_w) * log_q).sum(0).mean())
+    phi = -(_normalised(log_w) * log_q).sum(0).mean()
+    if phi_gradient == "score-cv":
+        phi = phi + _gradient_only(log_q).mean()
+    return WakeLosses(_minus_bound(log_w), phi)
+
+
+def vimco_loss(
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
+    x: Tensor,
+    num_samples: int,
+    *,
+    keys: Keys = None,
+) -> Tensor:
+    r"""Return the negative L-sample bound with a gradient that does not pass through the draws.
+
+    The value and the gradient for theta are those of :func:`iwae_loss`. The gradient for phi of one image is
+
+    .. math:: -\sum_l \left(\hat{\mathcal L} - \hat{\mathcal L}_{-l} - \tilde w_l\right) \nabla_\phi \log q(z_l|x),
+        \qquad \hat{\mathcal L}_{-l} = \log\frac1L\Big(\sum_{j \ne l} w_j + \prod_{j \ne l} w_j^{1/(L-1)}\Big)
+
+    where :math:`\hat{\mathcal L}` is the bound. The expectation is that of :func:`iwae_loss`. Source: Mnih & Rezende,
+    "Variational inference for Monte Carlo objectives", ICML 2016.
+
+    Args:
+        recognition, generative, x, keys: as for :func:`wake_theta_loss`, with any latent variables.
+        num_samples: L, at least 2.
+    """
+    require_several(num_samples, "vimco_loss")
+    latents, log_q = _draw_fixed(recognition, x, num_samples, keys)
+    log_w = generative.log_prob(latents, x) - log_q
+    fixed = log_w.detach()
+    mean_of_others = (fixed.sum(0) - fixed) / (num_samples - 1)
+    replaced = torch.where(_diagonal(fixed), mean_of_others, fixed.unsqueeze(1))  # [L, L, B]: w_j without the l-th
+    signal = fixed.logsumexp(0) - replaced.logsumexp(0)
+    return _minus_bound(log_w) - (signal * _gradient_only(log_q)).sum(0).mean()
 
 
 def elbo_loss(
@@ -206,6 +266,22 @@ def dreg_loss(
     Args:
         recognition, generative, x, num_samples, keys: as for :func:`wake_theta_loss`. The latents must be Gaussian.
     """
+    return _pathwise_loss(recognition, generative, x, num_samples, lambda weights: weights, keys)
+
+
+def _pathwise_loss(
+    recognition: RecognitionNetwork,
+    generative: GenerativeNetwork,
+    x: Tensor,
+    num_samples: int,
+    rescale: Callable[[Tensor], Tensor] | None,
+    keys: Keys,
+) -> Tensor:
+    r"""Return the negative L-sample bound, with log q differentiated only through the draws.
+
+    The gradient for phi of one image is :math:`-\sum_l \tilde w_l r(\tilde w_l) \frac{\partial \log w_l}{\partial
+    z_l} \frac{\partial z_l}{\partial \phi}`, where r is `rescale`, or 1.
+    """
     require_rsample(recognition)
     # The hooks below are registered on views of z. There they receive only the gradient through the densities, not the
     # gradient through the draws of later layers.
@@ -213,11 +289,20 @@ def dreg_loss(
     fixed_q = [_detached(factor) for factor in recognition.factors(latents, x)]
     log_q = _sum([q.log_prob(z) for q, z in zip(fixed_q, latents, strict=True)])
     log_w = generative.log_prob(latents, x) - log_q
-    weights = _normalised(log_w)
-    for z in latents:
-        if z.requires_grad:
-            z.register_hook(lambda gradient: gradient * weights.unsqueeze(-1).to(gradient.dtype))
+    if rescale is not None:
+        scale = rescale(_normalised(log_w)).unsqueeze(-1)
+        for z in latents:
+            if z.requires_grad:
+                z.register_hook(lambda gradient: gradient * scale.to(gradient.dtype))
     return _minus_bound(log_w)
+
+
+def _draw_fixed(
+    recognition: RecognitionNetwork, x: Tensor, num_samples: int, keys: Keys
+) -> tuple[list[Tensor], Tensor]:
+    """Sample from q(z|x) without gradient; return the samples and log q, which is differentiable at fixed samples."""
+    draws = recognition.rsample_log_prob(x, num_samples, keys=keys, detach=True)
+    return [draw.z for draw in draws], _sum([draw.log_q for draw in draws])
 
 
 def _draw_defensively(
@@ -274,6 +359,49 @@ def require_rsample(recognition: RecognitionNetwork) -> None:
                 f"expected recognition to have differentiable draws, got {type(conditional).__name__}: "
                 "its latent variables are discrete; train it by wake-sleep or reweighted wake-sleep"
             )
+
+
+def require_phi_gradient(
+    phi_gradient: PhiGradient, recognition: RecognitionNetwork, num_samples: int, defensive_fraction: float = 0.0
+) -> None:
+    """Check that :func:`reweighted_wake_losses` accepts these arguments together.
+
+    Raises:
+        ValueError: `phi_gradient` does not support the latents, the number of samples or the defensive fraction.
+    """
+    if phi_gradient not in get_args(PhiGradient):
+        raise ValueError(f"expected phi_gradient to be one of {get_args(PhiGradient)}, got {phi_gradient!r}")
+    if phi_gradient in ("dreg", "stl"):
+        require_rsample(recognition)
+    if phi_gradient in ("score-cv", "dreg"):
+        require_several(num_samples, f"phi_gradient {phi_gradient!r}")
+    if defensive_fraction and phi_gradient != "score":
+        raise ValueError(
+            f"expected phi_gradient 'score' with defensive_fraction {defensive_fraction:g}, got {phi_gradient!r}"
+        )
+
+
+def require_several(num_samples: int, what: str) -> None:
+    """Check that there are at least two samples.
+
+    Raises:
+        ValueError: there are fewer; the message names what needs them.
+    """
+    if num_samples < 2:
+        raise ValueError(
+            f"expected num_samples of at least 2 with {what}, got {num_samples}: the recognition network would not "
+            "learn"
+        )
+
+
+def _gradient_only(value: Tensor) -> Tensor:
+    """Return zeros with the gradient of `value`."""
+    return value - value.detach()
+
+
+def _diagonal(log_w: Tensor) -> Tensor:
+    """Return a mask `[L, L, 1]` that is true on the diagonal, given `[L, B]`."""
+    return torch.eye(len(log_w), dtype=torch.bool, device=log_w.device).unsqueeze(-1)
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

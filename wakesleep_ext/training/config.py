@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Objective = Literal["wake-sleep", "reweighted-wake-sleep", "elbo", "iwae", "dreg"]
+from wakesleep_ext.helmholtz.config import PhiGradient
+
+Objective = Literal["wake-sleep", "reweighted-wake-sleep", "elbo", "iwae", "dreg", "vimco"]
 Schedule = Literal["exponential", "staged"]
 Recipe = Literal["digits", "mnist", "burda"]
 Precision = Literal["float32", "tf32"]
@@ -17,6 +19,7 @@ SLEEP_WEIGHTS: dict[Objective, float] = {
     "elbo": 0.0,
     "iwae": 0.0,
     "dreg": 0.0,
+    "vimco": 0.0,
 }
 """The default weight of the sleep phase, by objective."""
 
@@ -44,12 +47,16 @@ class TrainConfig:
     """
 
     objective: Objective = "wake-sleep"
-    """Plain or reweighted wake-sleep, the ELBO, the L-sample bound (iwae), or the L-sample bound with doubly
-    reparameterised gradients (dreg). See `wakesleep_ext.helmholtz.objectives`."""
+    """Plain or reweighted wake-sleep, the ELBO, or the L-sample bound: differentiated through the draws (iwae), with
+    doubly reparameterised gradients (dreg), or for discrete latents (vimco). See
+    `wakesleep_ext.helmholtz.objectives`."""
     sleep_weight: float | None = None
     """Weight w of the sleep phase in the recognition network's gradient, from 0 (wake-wake) to 1. The reweighted wake
     phase has weight 1 - w. The default is 0.5 for reweighted wake-sleep. The weight is always 1 for wake-sleep, and 0
-    for elbo, iwae and dreg."""
+    for the bounds."""
+    phi_gradient: PhiGradient | None = None
+    """Estimate of the recognition network's gradient in the reweighted wake phase: the score function, with a control
+    variate (score-cv), doubly reparameterised (dreg), or sticking the landing (stl). The default is score."""
     defensive_fraction: float = 0.0
     """Probability of drawing z from the prior instead of q in the reweighted wake phase."""
     seed: int = 0
@@ -90,6 +97,7 @@ class TrainConfig:
         within = {
             "objective": self.objective in get_args(Objective),
             "sleep_weight": self.sleep_weight is None or 0 <= self.sleep_weight <= 1,
+            "phi_gradient": self.phi_gradient in (None, *get_args(PhiGradient)),
             "defensive_fraction": 0 <= self.defensive_fraction < 1,
             "seed": 0 <= self.seed < 2**63,
             "epochs": self.epochs >= 0,
@@ -118,6 +126,10 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: expected defensive_fraction 0 with objective {self.objective!r}, "
                 f"got {self.defensive_fraction}"
+            )
+        if not reweighted and self.phi_gradient is not None:
+            raise ValueError(
+                f"TrainConfig: expected phi_gradient None with objective {self.objective!r}, got {self.phi_gradient!r}"
             )
         if self.schedule == "staged" and self.epochs not in (of_stages := [(3**n - 1) // 2 for n in range(1, 20)]):
             raise ValueError(

@@ -177,8 +177,9 @@ class Step:
         """Names of the losses that the next step returns."""
         if not self.is_awake:
             return ["sleep"]
-        both = self.config.objective == "reweighted-wake-sleep" and self._sleep_weight < 1
-        return ["wake"] + ["wake_phi"] * both + ["sleep"] * (self._sleep_weight > 0)
+        config = self.config
+        both = config.objective == "reweighted-wake-sleep" and config.phi_gradient in (None, "score", "score-cv")
+        return ["wake"] + ["wake_phi"] * (both and self._sleep_weight < 1) + ["sleep"] * (self._sleep_weight > 0)
 
     @property
     def descents(self) -> dict[str, Descent]:
@@ -198,12 +199,15 @@ class Step:
         recognition, generative = self.machine.recognition, self.machine.generative
         config = self.config
         if config.objective == "reweighted-wake-sleep":
+            phi_gradient, fraction = config.phi_gradient or "score", config.defensive_fraction
+            objectives.require_phi_gradient(phi_gradient, recognition, config.num_samples, fraction)
             return lambda x, keys: objectives.reweighted_wake_losses(
                 recognition,
                 generative,
                 x,
                 config.num_samples,
-                defensive_fraction=config.defensive_fraction,
+                phi_gradient=phi_gradient,
+                defensive_fraction=fraction,
                 keys=keys,
             )
         loss = {
@@ -211,8 +215,11 @@ class Step:
             "elbo": objectives.elbo_loss,
             "iwae": objectives.iwae_loss,
             "dreg": objectives.dreg_loss,
+            "vimco": objectives.vimco_loss,
         }[config.objective]
-        if config.objective != "wake-sleep":
+        if config.objective == "vimco":
+            objectives.require_several(config.num_samples, "objective 'vimco'")
+        elif config.objective != "wake-sleep":
             objectives.require_rsample(recognition)
         return lambda x, keys: WakeLosses(loss(recognition, generative, x, config.num_samples, keys=keys))
 
@@ -260,11 +267,10 @@ class Step:
         (key,) = self._keys_of("binarize")
         x = self.images.binarize(key, index, self._dtype)
         theta, phi = self._wake_losses(x, self._keys_of("wake"))
-        wake_weight = 1 - self._sleep_weight
-        if not wake_weight:
+        if self._sleep_weight == 1:
             self._generative.descend(self._generative.gradients(theta))
             return [theta], None
-        total = theta if phi is None else theta + wake_weight * phi
+        total = theta if phi is None else theta + phi
         of_theta, of_phi = self._generative.trained(), self._recognition.trained()
         gradients = self._generative.gradients_of(total, [*of_theta, *of_phi])
         self._generative.descend(gradients[: len(of_theta)])
@@ -282,7 +288,8 @@ class Step:
             self._recognition.descend(self._recognition.gradients(loss))
         else:
             gradients = self._recognition.gradients(self._sleep_weight * loss)
-            self._recognition.descend([a + b for a, b in zip(gradients, of_wake, strict=True)])
+            wake_weight, pairs = 1 - self._sleep_weight, zip(gradients, of_wake, strict=True)
+            self._recognition.descend([torch.add(a, b, alpha=wake_weight) for a, b in pairs])
         return loss
 
     def _set_learning_rates(self) -> None:
