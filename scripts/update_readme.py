@@ -91,6 +91,14 @@ def relink(text: str, address: str | None) -> str:
 # ---- overview --------------------------------------------------------------------------------------------------------
 
 
+def pictured(found: Sequence[Result]) -> list[Result]:
+    """Return the first result of each suite and kind of device."""
+    first: dict[tuple[str, str], Result] = {}
+    for result in found:
+        first.setdefault((suite_of(result).noun, result["machine"]["device"]), result)
+    return list(first.values())
+
+
 def overview(path: Path, figures: Sequence[Result]) -> None:
     """Plot several results in one picture, with a column for each kind of device and a row for each suite.
 
@@ -212,7 +220,8 @@ def main() -> None:
             text = relink(text, repository((ROOT / "pyproject.toml").read_text()))
         write_atomically(page, text.encode())
     benchmarks = ROOT / BENCHMARKS
-    overview(ROOT / OVERVIEW, [read(benchmarks.parent / path) for path in results(benchmarks.read_text())])
+    found = [read(benchmarks.parent / path) for path in results(benchmarks.read_text())]
+    overview(ROOT / OVERVIEW, pictured(found))
 
 
 if __name__ == "__main__":

@@ -786,7 +786,8 @@ def test_the_pages_show_the_committed_results(update_readme: Any) -> None:
     for path in paths:
         assert shows(path.with_suffix(".png"), results.read(path)), stale
     with Image.open(ROOT / "docs/speed.png") as picture:
-        assert picture.info[report.DIGEST] == update_readme.digest(list(map(results.read, paths))), stale
+        figures = update_readme.pictured([results.read(path) for path in paths])
+        assert picture.info[report.DIGEST] == update_readme.digest(figures), stale
 
 
 @pytest.mark.source_tree
@@ -813,6 +814,13 @@ def test_pages_are_brought_up_to_date(update_readme: Any, tmp_path: Path, monkey
 
     results.write(tmp_path / "results/abacus.json", result(record("fused", 5.0), *RESULT["records"][1:]))
     assert update_readme.refresh(text, page.parent) != text
+
+
+@pytest.mark.source_tree
+def test_the_overview_shows_the_first_result_of_each_suite_and_device(update_readme: Any) -> None:
+    names = ("1-thread", "1-thread-step", "2-threads-step")
+    found = [results.read(ROOT / f"benchmarks/results/0.2.0-amd-epyc-zen3-avx2-{name}.json") for name in names]
+    assert update_readme.pictured(found) == found[:2]
 
 
 @pytest.mark.source_tree
