@@ -11,7 +11,8 @@ CUDA_ARCHITECTURES ?= 9.0
 RESULT ?= benchmarks/results/0.2.0-amd-epyc-zen3-avx2-1-thread.json
 STEP_RESULT ?= benchmarks/results/0.2.0-amd-epyc-zen3-avx2-1-thread-step.json
 ON_EVERY_CORE := --numprocesses auto --dist loadgroup
-PIP := -m pip install --quiet --disable-pip-version-check
+# pip would compile every module to bytecode, which takes a minute. Python compiles the modules that it imports.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 EXTRAS := train bench test lint docs examples
 BUILD_TOOLS := setuptools wheel ninja pybind11
 # Returns the packages of an extra. pyproject.toml lists each extra on one line.
