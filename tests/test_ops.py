@@ -81,6 +81,25 @@ def test_a_row_does_not_depend_on_its_batch(case: Case, device: str) -> None:
         assert torch.equal(all_rows[:3], first_rows)
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("width", [21, 1100])
+@pytest.mark.parametrize(("batch", "of_z"), [((3,), (65, 3)), ((3, 1), (3, 7)), ((2, 1, 3), (4, 2, 5, 3))], ids=str)
+def test_values_that_share_parameters(
+    batch: tuple[int, ...], of_z: tuple[int, ...], width: int, dtype: torch.dtype
+) -> None:
+    """Log-densities and gradients of z have the same bits if each value has its own copy of the parameters."""
+    torch.manual_seed(1)
+    mu, logvar, z = (torch.randn(*shape, width, dtype=dtype) for shape in (batch, batch, of_z))
+    copies = [parameter.expand_as(z).contiguous() for parameter in (mu, logvar)]
+    assert torch.equal(ws.gaussian_log_prob(mu, logvar, z), ws.gaussian_log_prob(*copies, z))
+    upstream = torch.randn(of_z, dtype=torch.promote_types(dtype, torch.float32))
+    backward = torch.ops.wakesleep_ext.gaussian_log_prob_backward.default
+    found, expected = (backward(upstream, *parameters, z, True) for parameters in ((mu, logvar), copies))
+    assert torch.equal(found[1], expected[1])
+    if z.dtype.itemsize >= 4 and batch == (3, 1):  # one piece of rows, added in this order without rounding between
+        assert torch.equal(found[0], torch.stack([sum(rows.unbind()) for rows in expected[0]]).unsqueeze(1))
+
+
 @pytest.mark.parametrize("case", OF_OUR_ROUNDING, ids=str)
 def test_threads_do_not_matter(case: Case) -> None:
     wide = case.wide(300, 785)

@@ -8,15 +8,20 @@ namespace wakesleep {
 
 constexpr double kLogTwoPi = 1.8378770664093454836;
 
+// 1 / sigma = e^(-l/2).
+template <typename T>
+WAKESLEEP_FUNCTION T gaussian_inverse_sigma(T logvar) {
+  return exp(T(-0.5) * logvar);
+}
+
 // log N(z; mu, e^l) = -1/2 (l + t^2 + log 2 pi) with t = (z - mu) e^(-l/2). The code squares t instead of multiplying
 // (z - mu)^2 by e^(-l). So the exponential stays in the range of float32 for |l| up to 175.
 template <typename T>
 struct GaussianTerm {
   T standardized;   // t
-  T inverse_sigma;  // e^(-l/2)
-  WAKESLEEP_FUNCTION GaussianTerm(T mu, T logvar, T z) : inverse_sigma(exp(T(-0.5) * logvar)) {
-    standardized = (z - mu) * inverse_sigma;
-  }
+  T inverse_sigma;  // e^(-l/2), which is the same for all values z of a row of parameters
+  WAKESLEEP_FUNCTION GaussianTerm(T mu, T inverse_sigma, T z)
+      : standardized((z - mu) * inverse_sigma), inverse_sigma(inverse_sigma) {}
   WAKESLEEP_FUNCTION T grad_mu() const { return standardized * inverse_sigma; }  // = -grad_z
   WAKESLEEP_FUNCTION T grad_logvar() const { return T(0.5) * (standardized * standardized - T(1)); }
 };
@@ -52,7 +57,7 @@ struct GaussianKlTerm {
   GaussianTerm<T> mean;  // t, and the e^(-p/2) of the prior
   T log_ratio;           // d
   WAKESLEEP_FUNCTION GaussianKlTerm(T mu, T logvar, T prior_mu, T prior_logvar)
-      : mean(prior_mu, prior_logvar, mu), log_ratio(logvar - prior_logvar) {}
+      : mean(prior_mu, gaussian_inverse_sigma(prior_logvar), mu), log_ratio(logvar - prior_logvar) {}
   WAKESLEEP_FUNCTION T twice_kl() const { return twice_gaussian_kl(mean.standardized, log_ratio); }
   WAKESLEEP_FUNCTION T grad_mu() const { return mean.grad_mu(); }  // = -grad_prior_mu
   WAKESLEEP_FUNCTION T grad_logvar() const { return gaussian_kl_grad_logvar(log_ratio); }

@@ -62,6 +62,32 @@ struct RowGroups {
   RowMap<operands> outer, inner;
 };
 
+// Groups the rows that share a row of the first `shared` operands. The last operand of the groups is the index of the
+// row.
+template <int shared, int operands>
+RowGroups<operands + 1> group_by(const RowMap<operands>& rows) {
+  RowGroups<operands + 1> groups;
+  int64_t step[kMaxRowDims + 1];
+  step[rows.dims] = 1;
+  for (int d = rows.dims - 1; d >= 0; --d) {
+    step[d] = step[d + 1] * rows.size[d];
+  }
+  for (int d = 0; d < rows.dims; ++d) {
+    bool is_shared = true;
+    for (int i = 0; i < shared; ++i) {
+      is_shared = is_shared && rows.stride[i][d] == 0;
+    }
+    auto& map = is_shared ? groups.inner : groups.outer;
+    map.rows *= rows.size[d];
+    map.size[map.dims] = rows.size[d];
+    for (int i = 0; i < operands; ++i) {
+      map.stride[i][map.dims] = rows.stride[i][d];
+    }
+    map.stride[operands][map.dims++] = step[d + 1];
+  }
+  return groups;
+}
+
 // A sum over inner rows is divided into pieces of this many rows, so that every processor has work. The length of a
 // piece is fixed, so the result does not depend on the rest of the batch.
 constexpr int64_t kPieceRows = 64;

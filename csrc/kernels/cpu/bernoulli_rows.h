@@ -24,7 +24,7 @@ struct ProductAndBias {
   const compute_t* bias;     // [D]
 
   WAKESLEEP_INLINE const compute_t* operator()(Tile<compute_t>& tile, int64_t column, int64_t columns) const {
-    return tile.sum_of(product + column, bias + column, columns);
+    return tile.fill(columns, [](compute_t a, compute_t b) { return a + b; }, product + column, bias + column);
   }
 };
 

@@ -28,9 +28,10 @@ class Tile {
     }
   }
 
-  WAKESLEEP_INLINE const compute_t* sum_of(const compute_t* a, const compute_t* b, int64_t count) {
-    for_lanes<compute_t>(
-        count, [&](auto element, compute_t left, compute_t right) { element.store(value_, left + right); }, a, b);
+  // Computes value(operands...) for every element.
+  template <typename Value, typename... Operands>
+  WAKESLEEP_INLINE const compute_t* fill(int64_t count, const Value& value, const Operands*... operand) {
+    for_lanes<compute_t>(count, [&](auto element, Operands... of) { element.store(value_, value(of...)); }, operand...);
     return value_;
   }
 

@@ -22,7 +22,7 @@ struct GaussianLogProbRows {
     const compute_t sum = sum_over_row<compute_t, word>(
         team, K,
         [](compute_t v, compute_t m, compute_t l) {
-          const compute_t t = GaussianTerm<compute_t>(m, l, v).standardized;
+          const compute_t t = GaussianTerm<compute_t>(m, gaussian_inverse_sigma(l), v).standardized;
           return l + t * t;
         },
         z + offset.of[2], mu + offset.of[0], logvar + offset.of[1]);
@@ -62,7 +62,7 @@ struct GaussianGradientRows {
         const compute_t upstream = upstream_of(offset);
 #pragma unroll
         for (int i = 0; i < span.size; ++i) {
-          const GaussianTerm<compute_t> term(m.value[i], l.value[i], v.value[i]);
+          const GaussianTerm<compute_t> term(m.value[i], gaussian_inverse_sigma(l.value[i]), v.value[i]);
           also_for(span, i, l.value[i], term.standardized, upstream);
           v.value[i] = -upstream * term.grad_mu();
           total_mu.value[i] -= v.value[i];
