@@ -102,6 +102,21 @@ void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t
       });
 }
 
+// Computes y = a b^T for a single row a. The tiles exchange a and b, so the four rows of a tile are rows of b. They
+// hide more of the latency, and one reduction makes four results. Each result has the bits that it has in a batch.
+template <typename T>
+void multiply_row(const Strided<const T>& a, const Strided<const T>& b, int64_t K, int64_t N, T* y) {
+  const int64_t tiles = (N + kRegisterRows - 1) / kRegisterRows;
+  vectorized_parallel_for(tiles, grain_of(K * kRegisterRows), [&](auto bytes, int64_t begin, int64_t end) {
+    for (int64_t n = begin * kRegisterRows; n < std::min(N, end * kRegisterRows); n += kRegisterRows) {
+      for_at_most<kRegisterRows>(N - n, [&](auto rows) {
+        prefetch(b, n + rows, std::min(N, n + 2 * rows), 0, K);
+        dot_tile<T, bytes, rows, 1>(b.from(n, 0), a, K, {y + n, 1, 1});
+      });
+    }
+  });
+}
+
 // ---- backward: a b, b row-major ------------------------------------------------------------------------------------
 
 // The number of rows of b in a block. A block stays in cache while it is multiplied by all rows of a.
@@ -220,10 +235,13 @@ void compute(const SkinnyGemm& call, Stream) {
     using T = typename decltype(type)::type;
     const Strided<T> y = {static_cast<T*>(call.y), call.N, 1};
     const auto a = strided<T>(call.a), b = strided<T>(call.b);
+    const Strided<const T> b_transposed = {b.data, b.column, b.row};
     if (b.column == 1) {
       multiply_columns(a, b, call.M, call.K, call.N, y);
+    } else if (call.M == 1) {
+      multiply_row(a, b_transposed, call.K, call.N, y.data);
     } else {
-      multiply_rows(a, {b.data, b.column, b.row}, call.M, call.K, call.N, y);
+      multiply_rows(a, b_transposed, call.M, call.K, call.N, y);
     }
   });
 }
