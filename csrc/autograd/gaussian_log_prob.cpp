@@ -69,7 +69,7 @@ struct GaussianLogProbSum : torch::autograd::Function<GaussianLogProbSum> {
     Tensor of_weight;
     if (sample_weight.defined() && context->needs_input_grad(3)) {
       const Tensor value = differentiable ? gaussian_log_prob().call(mu, logvar, z) : log_prob;
-      of_weight = sum_like((scale == 1 ? grad : grad * scale) * value, sample_weight);
+      of_weight = gradient_of_weight(grad, value, scale, sample_weight);
     }
     return {sum_like(grad_mu, mu), sum_like(grad_logvar, logvar), with_grad_z ? sum_like(found[1], z) : Tensor(),
             of_weight, Tensor()};

@@ -130,7 +130,7 @@ struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogP
     result.emplace_back();
     if (sample_weight.defined() && context->needs_input_grad(4)) {
       const Tensor value = differentiable ? linear_bernoulli_log_prob().call(h, weight, bias, x, true) : log_prob;
-      result.back() = sum_like((scale == 1 ? grad : grad * scale) * value, sample_weight);
+      result.back() = gradient_of_weight(grad, value, scale, sample_weight);
     }
     result.emplace_back();
     return result;

@@ -58,7 +58,7 @@ inline Tensor sum_like(const Tensor& gradient, const Tensor& owner) { return at:
 // Returns views of the halves of a packed [mu | logvar].
 inline Pair halves(const Tensor& packed) {
   const c10::SymInt K = packed.sym_size(-1) / 2;
-  return {packed.narrow_symint(-1, 0, K), packed.narrow_symint(-1, K, K)};
+  return {packed.slice_symint(-1, 0, K), packed.slice_symint(-1, K, 2 * K)};  // as narrow() does, after more checks
 }
 
 }  // namespace wakesleep::autograd

@@ -12,21 +12,28 @@
 
 namespace wakesleep::autograd {
 
+inline Tensor scaled(const Tensor& tensor, double scale) { return scale == 1 ? tensor : tensor * scale; }
+
 // Returns scale sum_n sample_weight_n log_prob_n.
 inline Tensor weighted_sum(const char* op, const Tensor& log_prob, const OptionalTensor& sample_weight, double scale) {
   if (!sample_weight) {
-    return (scale == 1 ? log_prob : log_prob * scale).sum();
+    return scaled(log_prob, scale).sum();
   }
   check_row_weights(op, {"sample_weight", *sample_weight}, log_prob.sym_sizes());
-  const Tensor weight = sample_weight->to(log_prob.scalar_type());
-  return (log_prob * (scale == 1 ? weight : weight * scale)).sum();
+  return (log_prob * scaled(sample_weight->to(log_prob.scalar_type()), scale)).sum();
 }
 
 // Returns the gradient of each log-likelihood, in the shape `batch`, given the gradient of their weighted sum.
 inline Tensor gradient_of_rows(const Tensor& grad, const Tensor& sample_weight, double scale,
                                c10::SymIntArrayRef batch) {
-  const Tensor scaled = scale == 1 ? grad : grad * scale;
-  return (sample_weight.defined() ? scaled * sample_weight.to(grad.scalar_type()) : scaled).expand_symint(batch);
+  const Tensor of_row = scaled(grad, scale);
+  return (sample_weight.defined() ? of_row * sample_weight.to(grad.scalar_type()) : of_row).expand_symint(batch);
+}
+
+// Returns the gradient of sample_weight, given the gradient of the weighted sum.
+inline Tensor gradient_of_weight(const Tensor& grad, const Tensor& log_prob, double scale,
+                                 const Tensor& sample_weight) {
+  return sum_like(scaled(grad, scale) * log_prob, sample_weight);
 }
 
 // Returns true if the scalar is 1 and reading it neither waits for a GPU nor breaks a trace.
