@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # so that build_support can be imported even if pip runs this file
@@ -79,6 +79,15 @@ def extension_and_commands() -> dict[str, Any]:
             super().finalize_options()
             self.build_temp = str(build_base / "objects")  # by default, editable installs use a temporary folder
 
+        def build_extension(self, ext: Extension) -> None:
+            # Without the include folders of Python and torch, the command is the same in every environment. So
+            # environments with different versions of torch share the objects.
+            folders, self.compiler.include_dirs = self.compiler.include_dirs, []
+            flags = {"cxx": ["-std=c++17", *cxx_flags], "nvcc": []}
+            ext.extra_objects = self.compiler.compile(kernels, str(ROOT / "build" / "kernels"), extra_postargs=flags)
+            self.compiler.include_dirs = folders
+            super().build_extension(ext)
+
         def run(self) -> None:
             super().run()
             facts = {
@@ -97,16 +106,18 @@ def extension_and_commands() -> dict[str, Any]:
             (ROOT / "build" / "last-build").write_text(plan.summary + "\n")
 
     csrc = ROOT / "csrc"
+    kernels = sorted(str(path.relative_to(ROOT)) for path in csrc.glob("kernels/cpu/*.cpp"))
     # The other host files are included by these.
-    patterns = ["autograd.cpp", "backend.cpp", "module.cpp", "ops.cpp", "kernels/cpu/*.cpp"]
+    patterns = ["autograd.cpp", "backend.cpp", "module.cpp", "ops.cpp"]
     cxx_flags = [*CXX_FLAGS, *OPENMP_FLAGS]
+    host_flags = [*cxx_flags]
     nvcc_flags = [*NVCC_FLAGS]
     include_dirs: list[str] = []
     kind = cpp_extension.CppExtension
     if plan.toolkit is not None:
         kind = cpp_extension.CUDAExtension
         patterns.append("kernels/cuda/*.cu")
-        cxx_flags.append(f'-DWAKESLEEP_CUDA_VERSION="{plan.toolkit.version}"')
+        host_flags.append(f'-DWAKESLEEP_CUDA_VERSION="{plan.toolkit.version}"')
         if "NVCC_THREADS" in os.environ:
             nvcc_flags.append(f"--threads={os.environ['NVCC_THREADS']}")
         # The headers of cuBLAS and similar libraries may come with torch's wheels instead of the toolkit.
@@ -115,7 +126,7 @@ def extension_and_commands() -> dict[str, Any]:
         "wakesleep_ext._C",
         sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in csrc.glob(pattern)),
         include_dirs=include_dirs,
-        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+        extra_compile_args={"cxx": host_flags, "nvcc": nvcc_flags},
         depends=sorted(
             str(path.relative_to(ROOT)) for path in csrc.rglob("*") if path.suffix in {".h", ".cuh", ".cpp"}
         ),
