@@ -184,7 +184,7 @@ PAGES_WITH_FIGURES = ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md")
 def _measured(unit: str, result: str, label: str) -> float | None:
     path = ROOT / "benchmarks/results" / f"{result}.json"
     if unit == "nats":
-        runs = json.loads(path.read_text())["records"]
+        runs = json.loads(path.read_text())
         return next((run["nll"] for run in runs if f"{run['objective']}, seed {run['seed']}" == label), None)
     case, bracket, candidate = label.partition("] ")
     row = next((row for row in rows(read(path)["records"]) if title(row["fused"]) == case + bracket.strip()), {})
