@@ -398,7 +398,7 @@ def assert_same_state(one: Trainer, other: Trainer) -> None:
     assert state.keys() == same.keys()
     assert all(torch.equal(state[name], same[name]) for name in state)
     assert one.step == other.step
-    assert torch.equal(one.take_step._keys, other.take_step._keys)
+    assert torch.equal(one.take_step.keys.values, other.take_step.keys.values)
 
 
 @pytest.mark.parametrize(

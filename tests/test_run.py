@@ -13,7 +13,8 @@ from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import DIGITS, DataError, load
-from wakesleep_ext.training.run import Run, RunConfig, RunError
+from wakesleep_ext.training.run import Run
+from wakesleep_ext.training.run_config import RunConfig, RunError
 from wakesleep_ext.training.trainer import Trainer
 
 MODEL = ModelConfig(64, (2,), (4,), (4,))

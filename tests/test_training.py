@@ -23,7 +23,7 @@ from wakesleep_ext.helmholtz.objectives import (
     vimco_loss,
     wake_theta_loss,
 )
-from wakesleep_ext.training import data
+from wakesleep_ext.training import data, descent
 from wakesleep_ext.training import step as steps
 from wakesleep_ext.training.config import RECIPES, TrainConfig
 from wakesleep_ext.training.data import DIGITS, Images, load
@@ -304,7 +304,7 @@ def losses_of_100_steps(device, latent=(3,), **config):
 def test_training_replayed_called_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
     replayed = losses_of_100_steps(device, **config)
     eager = losses_of_100_steps(device, replay=False, **config)
-    for module in (data, densities, modules, objectives, steps):
+    for module in (data, densities, descent, modules, objectives, steps):
         monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops.call", None)  # or a fused op would go unnoticed
     of_reference = losses_of_100_steps(device, replay=False, **config)

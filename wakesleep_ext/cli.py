@@ -69,7 +69,9 @@ def train(
         device: Device to train on; auto uses the GPU if there is one.
     """
     from wakesleep_ext.training.data import load
-    from wakesleep_ext.training.run import Run, RunConfig, overlaid, read_config
+    from wakesleep_ext.training.run import Run
+    from wakesleep_ext.training.run_config import RunConfig, overlaid, read_config
+    from wakesleep_ext.training.trainer import Trainer
 
     if recipe is not None and config is not None:
         raise UsageError("expected --recipe or --config, got both")
@@ -79,7 +81,7 @@ def train(
     dataset = load(description["data"])
     try:
         made = RunConfig.of(description, dataset)
-        trainer = made.start(dataset, where)
+        trainer = Trainer(made.machine(dataset).to(where), dataset.train.to(where), made.training)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{config}: {error}" if config else str(error)) from error
     with Run.begin(out or Path("runs") / dataset.name, made, overwrite) as folder:

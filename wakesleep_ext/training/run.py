@@ -7,24 +7,22 @@ the step number. `metrics.jsonl` contains one JSON object per epoch, and a last 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wakesleep_ext._files import FileError, locked, write_atomically
+from wakesleep_ext._files import locked, write_atomically
 from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
-from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint
-from wakesleep_ext.training.config import DIGITS, RunOptions, TrainConfig
 from wakesleep_ext.training.data import Dataset, load
+from wakesleep_ext.training.run_config import RunConfig, RunError
 from wakesleep_ext.training.trainer import DivergedError, Trainer
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -34,79 +32,6 @@ _PICTURES = ("samples", "reconstructions", "curves", "evaluation")
 _FILES = (_CHECKPOINT, _CONFIG, _METRICS, *(f"{name}.png" for name in _PICTURES))
 
 _SECONDS_BETWEEN_SAVES = 10.0
-
-
-class RunError(FileError):
-    """A run cannot be started or resumed; the message names the folder or file, and the reason."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Contains all options that determine a run.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    data: str
-    """The argument of :func:`wakesleep_ext.training.data.load`."""
-    data_sha256: str
-    """SHA-256 digest of the images."""
-    image_shape: tuple[int, int]
-    """Height and width of an image."""
-    model: ModelConfig
-    training: TrainConfig
-    bound_samples: int
-    """Samples per test image for the log-likelihood bound at the end."""
-
-    def __post_init__(self) -> None:
-        if self.bound_samples < 1:
-            raise ValueError(f"expected bound_samples of at least 1, got {self.bound_samples}")
-
-    @classmethod
-    def of(cls, description: Mapping[str, Any], dataset: Dataset) -> RunConfig:
-        """Create a config from a description and the data set.
-
-        Args:
-            description: a complete or partial config in the form of :func:`dataclasses.asdict`. Missing options get
-                their default values.
-            dataset: the data set that `data` in the description names.
-
-        Raises:
-            TypeError, ValueError: a value is invalid, `data_sha256` does not match the data set, or there are fewer
-                than two test images.
-        """
-        if len(dataset.test) < 2:
-            raise ValueError(f"expected at least two test images, got {len(dataset.test)}")
-        facts = {"data_sha256": dataset.sha256(), "image_shape": dataset.train.shape}
-        if description.get("data_sha256", facts["data_sha256"]) != facts["data_sha256"]:
-            raise ValueError(
-                f"expected the images that data_sha256 identifies, but {description['data']} contains other images"
-            )
-        model = {**description.get("model", {}), "observed": dataset.train.grey.shape[1]}
-        parts = {"model": model, "training": description.get("training", {})}
-        return cls.restore(asdict(RunOptions()) | dict(description) | facts | parts)
-
-    def start(self, dataset: Dataset, device: torch.device) -> Trainer:
-        """Create the trainer of a new run, with initial weights drawn from the seed in the config.
-
-        Raises:
-            ValueError: the objective does not support the model's latent variables.
-        """
-        torch.manual_seed(self.training.seed)
-        machine = HelmholtzMachine.from_config(self.model, dataset.train.mean())
-        return Trainer(machine.to(device), dataset.train.to(device), self.training)
-
-    @classmethod
-    def restore(cls, description: dict[str, Any]) -> RunConfig:
-        """Restore a config from the JSON form of :func:`dataclasses.asdict`.
-
-        Raises:
-            TypeError, ValueError: the object is not a valid config.
-        """
-        parts: dict[str, type[Any]] = {"model": ModelConfig, "training": TrainConfig}
-        restored = {name: checkpoint.restore(part, description.get(name)) for name, part in parts.items()}
-        return checkpoint.restore(cls, description | restored)
 
 
 class Run:
@@ -249,41 +174,6 @@ class Run:
     def _save(self, trainer: Trainer) -> int:
         checkpoint.save(self.folder / _CHECKPOINT, trainer.state_dict(), asdict(self.config) | {"step": trainer.step})
         return trainer.step
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a complete or partial description of a run, such as the `config.json` of a run folder.
-
-    Raises:
-        RunError: the file cannot be read, is not a JSON object, or has an unknown key; or `data` or `bound_samples` has
-            the wrong type.
-    """
-    try:
-        described = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(path, f"cannot be read as JSON: {error}") from error
-    for part, of in ((None, RunConfig), ("model", ModelConfig), ("training", TrainConfig)):
-        values, where = (described, "") if part is None else (described.get(part, {}), f"{part}.")
-        if not isinstance(values, dict):
-            raise RunError(path, f"expected {part or 'the file'} to be a JSON object, got {values!r}")
-        if unknown := values.keys() - {field.name for field in fields(of)}:
-            raise RunError(path, f"has unknown keys: {', '.join(where + name for name in sorted(unknown))}")
-    try:
-        checkpoint.check_types(RunOptions, described)
-    except TypeError as error:
-        raise RunError(path, str(error)) from error
-    return described
-
-
-def overlaid(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description with the chosen values. Others come from the base or, if it lacks them, the defaults."""
-    parts = {part: {**base.get(part, {}), **chosen.get(part, {})} for part in ("model", "training")}
-    described = asdict(RunOptions()) | dict(base) | dict(chosen) | parts
-    if "data" in chosen:
-        described.pop("data_sha256", None)  # the digest describes the base's data
-    if described["data"] != DIGITS:
-        described["data"] = os.path.abspath(described["data"])
-    return described
 
 
 def has_begun(folder: Path) -> bool:

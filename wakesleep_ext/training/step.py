@@ -12,95 +12,17 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from wakesleep_ext import ops, random
-from wakesleep_ext.gradients import unit_gradient
+from wakesleep_ext import ops
 from wakesleep_ext.helmholtz import objectives
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.helmholtz.objectives import WakeLosses
 from wakesleep_ext.replay import Replay, call
 from wakesleep_ext.training.config import SLEEP_WEIGHTS, TrainConfig
 from wakesleep_ext.training.data import Images
-
-
-class Descent:
-    """Applies Adam to the parameters of a network. The constructor allocates the optimizer state on their device.
-
-    You may freeze or replace parameters between steps.
-    """
-
-    def __init__(self, network: nn.Module, learning_rate: float, config: TrainConfig) -> None:
-        device = next(network.parameters()).device
-        dtype = torch.float32 if device.type == "cuda" else torch.float64  # required by torch's fused Adam
-        self.network = network
-        self.optimizer = torch.optim.Adam(
-            network.parameters(),
-            lr=torch.tensor(learning_rate, dtype=dtype, device=device),
-            betas=config.adam_betas,
-            eps=config.adam_epsilon,
-            fused=True,
-            capturable=True,
-        )
-        (group,) = self.optimizer.param_groups
-        self._start = learning_rate
-        loss_dtype = torch.promote_types(next(network.parameters()).dtype, torch.float32)
-        self._unit = unit_gradient(device, loss_dtype)
-        self.steps = torch.zeros(len(group["params"]), device=device)
-        for parameter, step in zip(group["params"], self.steps, strict=True):
-            self.optimizer.state[parameter] = {
-                "step": step,
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-
-    def trained(self) -> list[Tensor]:
-        """Return the parameters that are not frozen.
-
-        If a parameter was replaced, for example by `load_state_dict(assign=True)`, the new parameter inherits the
-        optimizer state of the old one.
-        """
-        parameters = list(self.network.parameters())
-        (group,) = self.optimizer.param_groups
-        for number, (old, new) in enumerate(zip(group["params"], parameters, strict=True)):
-            if old is not new:
-                group["params"][number] = new
-                self.optimizer.state[new] = self.optimizer.state.pop(old)
-        return [parameter for parameter in parameters if parameter.requires_grad]
-
-    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of the trained parameters. Existing `.grad` values are ignored."""
-        trained = self.trained()
-        return self.gradients_of(loss, trained)
-
-    def gradients_of(self, loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the gradients of any parameters. Creates no tensor for the gradient of the loss, which is 1."""
-        unit = self._unit if loss.dtype == self._unit.dtype else None
-        return torch.autograd.grad(loss, parameters, unit) if parameters else ()
-
-    def set_learning_rate(self, factor: Tensor) -> None:
-        """Set the learning rate to `factor` times its initial value."""
-        (group,) = self.optimizer.param_groups
-        group["lr"].copy_(self._start * factor)
-
-    @torch.no_grad()
-    def descend(self, gradients: Sequence[Tensor]) -> None:
-        """Take an Adam step, given the gradients of the trained parameters. The caller has advanced `steps`."""
-        trained = self.trained()
-        if not trained:
-            return
-        (group,) = self.optimizer.param_groups
-        states = [self.optimizer.state[parameter] for parameter in trained]
-        exp_avgs, exp_avg_sqs = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
-        beta1, beta2 = group["betas"]
-        step = states[0]["step"]  # equal for all parameters
-        ops.adam_(trained, gradients, exp_avgs, exp_avg_sqs, step, group["lr"], beta1, beta2, group["eps"])
-
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and tensor of each optimizer state, such as `weight.exp_avg`. The tensors are not copies."""
-        for name, parameter in self.network.named_parameters():
-            for slot, value in self.optimizer.state[parameter].items():
-                yield f"{name}.{slot}", value
+from wakesleep_ext.training.descent import Descent, Schedule
+from wakesleep_ext.training.keys import StepKeys
 
 
 class Step:
@@ -129,14 +51,11 @@ class Step:
         device = images.grey.device
         if config.precision == "tf32" and device.type != "cuda":
             raise ValueError(f'Step: expected precision "float32" on {device}, got "tf32", which only a GPU has')
-        self._falls = torch.tensor(config.stages[1:], dtype=torch.float64, device=device) * self.per_epoch
+        self._schedule = Schedule(config, self.per_epoch, device)
         self._wake_losses = self._objective()
         chosen = config.sleep_weight
         self._sleep_weight = SLEEP_WEIGHTS[config.objective] if chosen is None else chosen
-        self._draws = self._number_draws()
-        self._keys = torch.empty(sum(map(len, self._draws.values())), 2, dtype=torch.int64, device=device)
-        self._key = self._keys.unbind()
-        self._offsets = self._keys[:, 1]
+        self.keys = StepKeys(config, len(machine.recognition), device)
         self._number = torch.zeros((), dtype=torch.int64)  # a tensor: a changed int would invalidate the recording
         self.number = 0
         self.replays = {awake: Replay(partial(self._train, awake=awake)) for awake in (False, True)}
@@ -161,10 +80,7 @@ class Step:
 
     @number.setter
     def number(self, number: int) -> None:
-        count = len(self._keys)
-        keys = [random.make_key(self.config.seed, number * count + draw) for draw in range(count)]
-        self._keys.copy_(torch.stack(keys))
-        self._offsets.sub_(count)  # a step begins by advancing the keys
+        self.keys.rewind(number)
         self._number.fill_(number)
 
     @property
@@ -189,8 +105,7 @@ class Step:
         """Shuffle the images for an epoch that starts at the current step, and return the image indices per batch."""
         # sorting random draws of a key gives the same order on every device, unlike randperm
         zeros = torch.zeros(len(self.images), dtype=torch.float64, device=self.images.grey.device)
-        (draw,) = self._draws["order"]
-        key = random.make_key(self.config.seed, self.number * len(self._keys) + draw, zeros.device)
+        (key,) = self.keys.at("order", self.number)
         order = ops.gaussian_rsample(zeros, zeros, key=key).argsort()
         return tuple(order.split(self.batch_size)[: self.per_epoch])
 
@@ -223,25 +138,6 @@ class Step:
             objectives.require_rsample(recognition)
         return lambda x, keys: WakeLosses(loss(recognition, generative, x, config.num_samples, keys=keys))
 
-    def _number_draws(self) -> dict[str, range]:
-        """Assign each draw of a step its own range of keys."""
-        layers = len(self.machine.recognition)
-        counts = {
-            "order": 1,  # order of the images; only the first step of an epoch uses this key
-            "binarize": 1,
-            "wake": 2 * layers + 1 if self.config.defensive_fraction else layers,
-            "dream": layers + 1,
-        }
-        draws, first = {}, 0
-        for name, count in counts.items():
-            draws[name] = range(first, first + count)
-            first += count
-        return draws
-
-    def _keys_of(self, name: str) -> tuple[Tensor, ...]:
-        numbers = self._draws[name]
-        return self._key[numbers.start : numbers.stop]
-
     def _train(self, index: Tensor, *, awake: bool) -> Tensor:
         """Run the step. Every value that can change is held in a tensor, because the step may be recorded."""
         losses: list[Tensor] = []
@@ -260,13 +156,15 @@ class Step:
     def _advance(self, descents: Sequence[Descent]) -> None:
         """Advance the random keys and the optimizers' step counts to this step, on a GPU in one kernel."""
         steps = [descent.steps for descent in descents if descent.trained()]
-        torch.ops.wakesleep_ext.advance_.default([self._offsets, *steps], [len(self._keys), *[1] * len(steps)])
+        torch.ops.wakesleep_ext.advance_.default(
+            [self.keys.offsets, *steps], [len(self.keys.offsets), *[1] * len(steps)]
+        )
 
     def _wake(self, index: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
         """Train the generative network. Return the losses, and the recognition network's gradient if there is one."""
-        (key,) = self._keys_of("binarize")
+        (key,) = self.keys.of("binarize")
         x = self.images.binarize(key, index, self._dtype)
-        theta, phi = self._wake_losses(x, self._keys_of("wake"))
+        theta, phi = self._wake_losses(x, self.keys.of("wake"))
         if self._sleep_weight == 1:
             self._generative.descend(self._generative.gradients(theta))
             return [theta], None
@@ -282,7 +180,7 @@ class Step:
             self.machine.recognition,
             self.machine.generative,
             self.config.num_dreams or self.batch_size,
-            keys=self._keys_of("dream"),
+            keys=self.keys.of("dream"),
         )
         if of_wake is None:
             self._recognition.descend(self._recognition.gradients(loss))
@@ -293,17 +191,11 @@ class Step:
         return loss
 
     def _set_learning_rates(self) -> None:
-        """Set the learning rates for this step according to the schedule."""
-        config = self.config
-        if config.learning_rate_decay == 1:
-            return
-        step = self._offsets[0].double() / len(self._keys)
-        if config.schedule == "exponential":
-            part = step / (config.epochs * self.per_epoch)
-        else:
-            part = (step >= self._falls).double().sum() / max(1, len(self._falls))
-        for descent in (self._generative, self._recognition):
-            descent.set_learning_rate(config.learning_rate_decay**part)
+        """Set the learning rates for this step."""
+        factor = self._schedule.factor(self.keys.step())
+        if factor is not None:
+            for descent in self.descents.values():
+                descent.set_learning_rate(factor)
 
 
 @contextmanager

@@ -1,0 +1,116 @@
+"""Update the weights of a network with Adam, at a learning rate that follows a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep_ext import ops
+from wakesleep_ext.gradients import unit_gradient
+from wakesleep_ext.training.config import TrainConfig
+
+
+class Descent:
+    """Applies Adam to the parameters of a network. The constructor allocates the optimizer state on their device.
+
+    You may freeze or replace parameters between steps.
+    """
+
+    def __init__(self, network: nn.Module, learning_rate: float, config: TrainConfig) -> None:
+        device = next(network.parameters()).device
+        dtype = torch.float32 if device.type == "cuda" else torch.float64  # required by torch's fused Adam
+        self.network = network
+        self.optimizer = torch.optim.Adam(
+            network.parameters(),
+            lr=torch.tensor(learning_rate, dtype=dtype, device=device),
+            betas=config.adam_betas,
+            eps=config.adam_epsilon,
+            fused=True,
+            capturable=True,
+        )
+        (group,) = self.optimizer.param_groups
+        self._start = learning_rate
+        loss_dtype = torch.promote_types(next(network.parameters()).dtype, torch.float32)
+        self._unit = unit_gradient(device, loss_dtype)
+        self.steps = torch.zeros(len(group["params"]), device=device)
+        for parameter, step in zip(group["params"], self.steps, strict=True):
+            self.optimizer.state[parameter] = {
+                "step": step,
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def trained(self) -> list[Tensor]:
+        """Return the parameters that are not frozen.
+
+        If a parameter was replaced, for example by `load_state_dict(assign=True)`, the new parameter inherits the
+        optimizer state of the old one.
+        """
+        parameters = list(self.network.parameters())
+        (group,) = self.optimizer.param_groups
+        for number, (old, new) in enumerate(zip(group["params"], parameters, strict=True)):
+            if old is not new:
+                group["params"][number] = new
+                self.optimizer.state[new] = self.optimizer.state.pop(old)
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of the trained parameters. Existing `.grad` values are ignored."""
+        trained = self.trained()
+        return self.gradients_of(loss, trained)
+
+    def gradients_of(self, loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the gradients of any parameters. Creates no tensor for the gradient of the loss, which is 1."""
+        unit = self._unit if loss.dtype == self._unit.dtype else None
+        return torch.autograd.grad(loss, parameters, unit) if parameters else ()
+
+    def set_learning_rate(self, factor: Tensor) -> None:
+        """Set the learning rate to `factor` times its initial value."""
+        (group,) = self.optimizer.param_groups
+        group["lr"].copy_(self._start * factor)
+
+    @torch.no_grad()
+    def descend(self, gradients: Sequence[Tensor]) -> None:
+        """Take an Adam step, given the gradients of the trained parameters. The caller has advanced `steps`."""
+        trained = self.trained()
+        if not trained:
+            return
+        (group,) = self.optimizer.param_groups
+        states = [self.optimizer.state[parameter] for parameter in trained]
+        exp_avgs, exp_avg_sqs = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
+        beta1, beta2 = group["betas"]
+        step = states[0]["step"]  # equal for all parameters
+        ops.adam_(trained, gradients, exp_avgs, exp_avg_sqs, step, group["lr"], beta1, beta2, group["eps"])
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and tensor of each optimizer state, such as `weight.exp_avg`. The tensors are not copies."""
+        for name, parameter in self.network.named_parameters():
+            for slot, value in self.optimizer.state[parameter].items():
+                yield f"{name}.{slot}", value
+
+
+class Schedule:
+    """Computes learning rates, as a fraction of their initial values, on the device.
+
+    Args:
+        config: training options.
+        steps_per_epoch: number of steps in an epoch.
+        device: device of the networks.
+    """
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int, device: torch.device) -> None:
+        self._config, self._steps = config, config.epochs * steps_per_epoch
+        self._falls = torch.tensor(config.stages[1:], dtype=torch.float64, device=device) * steps_per_epoch
+
+    def factor(self, step: Tensor) -> Tensor | None:
+        """Return the fraction at a step, a number of completed steps in float64. None if the rates are constant."""
+        decay = self._config.learning_rate_decay
+        if decay == 1:
+            return None
+        if self._config.schedule == "exponential":
+            part = step / self._steps
+        else:
+            part = (step >= self._falls).double().sum() / max(1, len(self._falls))
+        return decay**part
