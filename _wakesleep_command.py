@@ -38,6 +38,14 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"wakesleep_ext {version('wakesleep_ext')}")
         return 0
+    try:
+        return _run()
+    except KeyboardInterrupt:  # while modules are imported; commands handle it themselves
+        return 130
+
+
+def _run() -> int:
+    """Run a command other than `info` and `--version`, and return the exit status."""
     if missing := [package for module, package in _EXTRA_PACKAGES.items() if find_spec(module) is None]:
         packages = " ".join(missing)
         return _fail(f"the command needs packages that are not installed. Install them: pip install {packages}")

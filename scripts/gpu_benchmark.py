@@ -22,6 +22,7 @@ from wakesleep_ext.benchmark import report, result
 from wakesleep_ext.benchmark.measure import Case
 from wakesleep_ext.benchmark.plan import Plan
 from wakesleep_ext.benchmark.run import SUITES, run
+from wakesleep_ext.info import commit_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +68,7 @@ def measure(plan: Plan, seconds: float, path: Path) -> None:
     keys = [" ".join(str(record[name]) for name in ("op", "pass", "dtype", "shape")) for record in figures["records"]]
     in_order = sorted(range(len(keys)), key=lambda place: places[keys[place]])
     figures["records"] = [figures["records"][place] for place in in_order]
-    figures["machine"]["commit"], figures["machine"]["modified"] = result.commit_of(ROOT)  # built from here
+    figures["machine"]["commit"], figures["machine"]["modified"] = commit_of(ROOT)  # built from here
     result.write(path, figures)
     print(report.text(figures, SUITES[plan.suite]))
     print(f"{len(set(keys))} of {len(places)} cases in {seconds:.0f} seconds")

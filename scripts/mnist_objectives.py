@@ -20,7 +20,8 @@ from wakesleep_ext._files import write_atomically
 from wakesleep_ext.benchmark import result
 from wakesleep_ext.benchmark.report import markdown
 from wakesleep_ext.report import plots
-from wakesleep_ext.training.run import has_begun, read_metrics
+from wakesleep_ext.training import metrics
+from wakesleep_ext.training.rotation import has_begun
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/mnist"
@@ -74,12 +75,14 @@ def flags(name: str, seed: int) -> str:
 
 
 def finished(run: Path) -> bool:
-    return any("nll" in record for record in read_metrics(run))
+    return metrics.read_evaluation(run) is not None
 
 
 def record_of(run: Path, name: str, seed: int) -> dict[str, Any]:
     """Return the results of a finished run, with this computer, on which it is assumed to have run."""
-    *epochs, last = read_metrics(run)
+    epochs, last = metrics.read(run), metrics.read_evaluation(run)
+    if last is None:
+        raise SystemExit(f"{run} has not been evaluated")
     command = f"wakesleep train --data mnist {flags(name, seed)}"
     return {
         "objective": name,

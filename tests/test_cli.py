@@ -1,6 +1,7 @@
 """Test the commands as users type them."""
 
 import json
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -13,17 +14,20 @@ from matplotlib.image import imread
 import _wakesleep_command
 from wakesleep_ext import cli
 from wakesleep_ext.training import checkpoint
-from wakesleep_ext.training import run as runs
+from wakesleep_ext.training import trainer as trainers
 from wakesleep_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("command line")
 
 RUN_FILES = {
+    "best.safetensors",
     "checkpoint.safetensors",
     "config.json",
     "curves.png",
+    "evaluation.json",
     "evaluation.png",
     "metrics.jsonl",
+    "previous.safetensors",
     "reconstructions.png",
     "samples.png",
 }
@@ -52,6 +56,10 @@ def read_metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_evaluation(run):
+    return json.loads((run / "evaluation.json").read_text())
+
+
 def test_a_run_leaves_its_files(run):
     assert {path.name for path in run.iterdir()} == RUN_FILES
     for picture in run.glob("*.png"):
@@ -75,11 +83,14 @@ def test_the_config_tells_how_the_run_was_made(run, data):
     assert config["training"]["num_samples"] == 2
     assert config["training"]["seed"] == 5
     described = checkpoint.load(run / "checkpoint.safetensors").description
-    assert described == {**config, "step": 2}
+    made_with = described.pop("made_with")
+    assert made_with["torch"] == torch.__version__
+    assert made_with.keys() == {"wakesleep_ext", "torch", "commit", "modified", "threads", "ranks"}
+    assert described == {**config, "step": 2, "seconds": 0.0}
 
 
 def test_the_metrics_are_one_object_an_epoch_and_the_result(run):
-    *epochs, result = read_metrics(run)
+    epochs, result = read_metrics(run), read_evaluation(run)
     assert [record["epoch"] for record in epochs] == [1, 2]
     for record in epochs:
         assert record["wake_loss"] > 0
@@ -101,7 +112,8 @@ def test_deep_and_discrete_machines_go_by_the_same_commands(tmp_path, data, mach
     command = ["train", "--data", str(data), "--out", str(out), *SMALL, *MACHINES[machine], *reweighted]
     assert cli.main([*command, "--epochs", "30", "--bound-samples", "20"]) == 0
     assert {path.name for path in out.iterdir()} == RUN_FILES
-    first, *_, last, result = read_metrics(out)
+    first, *_, last = read_metrics(out)
+    result = read_evaluation(out)
     assert last["test_elbo"] > first["test_elbo"]
     assert {"wake_loss", "wake_phi_loss", "sleep_loss"} <= last.keys()
     assert cli.main(["evaluate", str(out), "--bound-samples", "20", "--json"]) == 0
@@ -111,32 +123,53 @@ def test_deep_and_discrete_machines_go_by_the_same_commands(tmp_path, data, mach
 
 
 class Interrupted(Trainer):
-    """Raises KeyboardInterrupt in the third epoch, as Ctrl-C does."""
+    """Receives a signal in its tenth step, which is in the middle of an epoch."""
 
     def epochs(self, on_step):
-        for epoch in super().epochs(on_step):
-            yield epoch
-            if epoch.epoch == 2:
-                self.take_step(self.take_step.batches()[0])
-                raise KeyboardInterrupt
+        def after_step():
+            if self.step == 10:
+                signal.raise_signal(self.signal)
+            on_step()
+
+        return super().epochs(after_step)
 
 
-def test_an_interrupted_run_is_resumed_to_the_same_end(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(runs, "_SECONDS_BETWEEN_SAVES", -1.0)
+def assert_same_run(one, other):
+    """Check that two runs have the same checkpoints, bit for bit, and the same metrics and evaluation."""
+    for name in ("checkpoint.safetensors", "best.safetensors"):
+        tensors, same = (checkpoint.load(folder / name).tensors for folder in (one, other))
+        assert tensors.keys() == same.keys()
+        assert all(torch.equal(tensors[name], same[name]) for name in tensors)
+    records = [[{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(f)] for f in (one, other)]
+    assert records[0] == records[1]
+    assert read_evaluation(one) == read_evaluation(other)
+
+
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [
+        (signal.SIGINT, ["--objective", "reweighted-wake-sleep", "--num-samples", "2"]),
+        (signal.SIGTERM, ["--sleep-warm-up", "3"]),
+    ],
+)
+def test_a_signal_saves_the_run_after_the_step_and_it_resumes_to_the_same_end(
+    tmp_path, data, monkeypatch, capsys, number, flags
+):
     command = ["train", "--data", str(data), *SMALL, "--epochs", "4", "--batch-size", "30", "--bound-samples", "5"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert cli.main([*command, "--out", str(whole)]) == 0
+    assert cli.main([*command, *flags, "--out", str(whole)]) == 0
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(runs, "Trainer", Interrupted)
-        assert cli.main([*command, "--out", str(broken)]) == 130
+        interrupted.setattr(Interrupted, "signal", number, raising=False)
+        interrupted.setattr(trainers, "Trainer", Interrupted)
+        assert cli.main([*command, *flags, "--out", str(broken)]) == 128 + number
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"wakesleep: stopped by {number.name} after step 10; wakesleep resume {broken} continues"
+    assert checkpoint.load(broken / "checkpoint.safetensors").description["step"] == 10
     assert len(read_metrics(broken)) == 2
     with (broken / "metrics.jsonl").open("a") as metrics:  # of an epoch that the checkpoint has not seen
-        print(json.dumps({"epoch": 3, "step": 12}), file=metrics)
+        print(json.dumps({"epoch": 3, "step": 12, "test_elbo": -1.0}), file=metrics)
     assert cli.main(["resume", str(broken)]) == 0
-    tensors, same = (checkpoint.load(folder / "checkpoint.safetensors").tensors for folder in (whole, broken))
-    assert all(torch.equal(tensors[name], same[name]) for name in tensors)
-    records = [[{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(f)] for f in (whole, broken)]
-    assert records[0] == records[1]
+    assert_same_run(whole, broken)
 
 
 def test_a_checkpoint_that_does_not_tell_how_to_go_on_is_refused(tmp_path, run, capsys):
@@ -236,7 +269,7 @@ def test_evaluate_prints_one_json_object(run, capsys):
     assert captured.out.count("\n") == 1
     assert result["bound_samples"] == 50
     assert result["nll"] <= -result["elbo"]
-    *_, trained = read_metrics(run)
+    trained = read_evaluation(run)
     assert result["baseline_nll"] == trained["baseline_nll"]
     assert result["nll"] == pytest.approx(trained["nll"], abs=0.5)
 
@@ -292,7 +325,7 @@ def test_the_table_names_the_baseline_beside_the_bound(tmp_path, data, capsys):
     command = ["train", "--data", str(data), "--out", str(tmp_path / "r"), *SMALL]
     assert cli.main([*command, "--bound-samples", "7"]) == 0
     out = capsys.readouterr().out
-    *_, result = read_metrics(tmp_path / "r")
+    result = read_evaluation(tmp_path / "r")
     assert f"{result['baseline_nll']:.3f}" in out
     assert f"{result['nll']:.3f}" in out
     assert "K = 7" in out
@@ -307,7 +340,7 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
     assert cli.main([*command, "--seed", "1", "--overwrite"]) == 0
     assert (tmp_path / "checkpoint.safetensors").read_bytes() != before
-    assert len(read_metrics(tmp_path)) == 3
+    assert len(read_metrics(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -361,7 +394,7 @@ def test_a_diverging_run_names_its_last_good_checkpoint(tmp_path, data, capsys):
     command = ["train", "--data", str(data), "--out", str(tmp_path), *SMALL]
     assert cli.main([*command, "--generative-learning-rate", "1e38"]) == 1
     error = capsys.readouterr().err
-    assert "at step 1" in error
+    assert "after step 1: " in error
     assert f"the last good checkpoint, of step 0, is {tmp_path}/checkpoint.safetensors" in error
     assert checkpoint.load(tmp_path / "checkpoint.safetensors").description["step"] == 0
 

@@ -1,6 +1,10 @@
 """Check that the folder of a run survives failures, and rejects files of other runs."""
 
+import errno
 import json
+import math
+import os
+import shutil
 import threading
 from dataclasses import asdict, replace
 
@@ -10,9 +14,10 @@ import torch
 from wakesleep_ext._files import FileError, locked
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
-from wakesleep_ext.training import checkpoint
+from wakesleep_ext.training import checkpoint, metrics
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import DIGITS, DataError, load
+from wakesleep_ext.training.divergence import DivergedError
 from wakesleep_ext.training.run import Run
 from wakesleep_ext.training.run_config import RunConfig, RunError
 from wakesleep_ext.training.trainer import Trainer
@@ -35,7 +40,7 @@ def begin(folder, digits, **options):
     """Train a run of two epochs to its end."""
     config = RunConfig.of(described(), digits)
     trainer = Trainer(HelmholtzMachine.from_config(MODEL, digits.train.mean()), digits.train, TRAINING)
-    with Run.begin(folder, config, **options) as run:
+    with Run.begin(folder, config, trainer, **options) as run:
         return list(run.train(trainer, digits.binary_test(), on_step=lambda: None))
 
 
@@ -171,25 +176,13 @@ def test_data_that_are_gone_are_named(run, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("part", [20, pytest.param(150, marks=pytest.mark.thorough)])
-def test_damage_anywhere_is_named_or_does_not_matter(run, digits, part):
-    """Changes a byte or cuts off the end, at places spread over every file of the run."""
-    expected = resume(run, digits)
-    for file in ("checkpoint.safetensors", "metrics.jsonl"):
-        path = run / file
-        content = path.read_bytes()
-        for number in range(part):
-            place = number * len(content) // part
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << number % 8
-            path.write_bytes(damaged if number % 3 else content[:place])
-            found = outcome_of_resuming(run, digits)
-            if isinstance(found, str):
-                assert file in found
-            else:
-                assert file == "metrics.jsonl"
-                assert len(found) <= len(expected)
-            path.write_bytes(content)
+def damaged(content, count):
+    """Yield copies with one changed bit or without their end, at places spread over the content."""
+    for number in range(count):
+        place = number * len(content) // count
+        changed = bytearray(content)
+        changed[place] ^= 1 << number % 8
+        yield bytes(changed) if number % 3 else content[:place]
 
 
 def outcome_of_resuming(folder, digits):
@@ -197,3 +190,133 @@ def outcome_of_resuming(folder, digits):
         return resume(folder, digits)
     except FileError as error:
         return str(error)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(150, marks=pytest.mark.thorough)])
+def test_damage_to_the_metrics_is_named_or_does_not_matter(run, digits, count):
+    expected = resume(run, digits)
+    path = run / "metrics.jsonl"
+    for content in damaged(path.read_bytes(), count):
+        path.write_bytes(content)
+        found = outcome_of_resuming(run, digits)
+        assert "metrics.jsonl" in found if isinstance(found, str) else len(found) <= len(expected)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.thorough)])
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(run, digits, caplog, count):
+    """The run then takes its last steps again, to the same bits. Without a previous checkpoint, the damage is named."""
+    last, previous = run / "checkpoint.safetensors", run / "previous.safetensors"
+    content, before, noted = last.read_bytes(), previous.read_bytes(), (run / "metrics.jsonl").read_bytes()
+    expected, saved = [{**r, "seconds": 0} for r in resume(run, digits)], checkpoint.load(last).tensors
+    for number, changed in enumerate(damaged(content, count)):
+        last.write_bytes(changed)
+        caplog.clear()
+        if number % 5:
+            assert [{**record, "seconds": 0} for record in resume(run, digits)] == expected
+            (warning,) = caplog.messages
+            assert str(last) in warning
+            assert str(previous) in warning
+            assert all(torch.equal(saved[name], value) for name, value in checkpoint.load(last).tensors.items())
+        else:
+            previous.write_bytes(changed[: number * len(changed) // count])
+            found = outcome_of_resuming(run, digits)
+            assert isinstance(found, str)
+            assert found.startswith(f"{last}: ")
+            assert "previous.safetensors" in found
+        previous.write_bytes(before)
+        (run / "metrics.jsonl").write_bytes(noted)
+
+
+def test_a_newer_format_is_refused(run, digits, monkeypatch):
+    held = checkpoint.load(run / "checkpoint.safetensors")
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        checkpoint.save(run / "checkpoint.safetensors", *held)
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.safetensors: expected a format up to 2, got 3"):
+        resume(run, digits)
+
+
+def test_a_checkpoint_of_the_first_format_is_resumed(run, digits, monkeypatch):
+    """It stores neither its format nor what it was made with."""
+    tensors, description = checkpoint.load(run / "checkpoint.safetensors")
+    for name in ("made_with", "seconds"):
+        del description[name]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(checkpoint, "FORMAT", 1)
+        checkpoint.save(run / "checkpoint.safetensors", tensors, description)
+    assert len(resume(run, digits)) == 2
+
+
+def test_a_checkpoint_without_the_losses_of_its_epoch_is_refused(run, digits):
+    save_described(run, lambda description: description.update(step=1))
+    with pytest.raises(checkpoint.CheckpointError, match="does not hold the losses of its incomplete epoch"):
+        resume(run, digits)
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_test_elbo(tmp_path, digits):
+    trainer = Trainer(HelmholtzMachine.from_config(MODEL, digits.train.mean()), digits.train, TRAINING)
+    first, test = {}, digits.binary_test()
+    with Run.begin(tmp_path, RunConfig.of(described(), digits), trainer) as run:
+        for record in run.train(trainer, test):
+            if not first:
+                first = {name: value.clone() for name, value in trainer.machine.state_dict().items()}
+                with torch.no_grad():  # the second epoch ends worse than the first
+                    trainer.machine.generative[0].network.head.bias += 3
+            elbo = record["test_elbo"]
+    best, last = (Run.load(tmp_path, which)[1].state_dict() for which in ("best", "last"))
+    assert all(torch.equal(best[name], value) for name, value in first.items())
+    assert not torch.equal(best["generative.0.network.0.weight"], last["generative.0.network.0.weight"])
+    assert metrics.read(tmp_path)[0]["test_elbo"] > elbo
+
+
+def test_a_full_disk_is_found_before_training(tmp_path, digits, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    with pytest.raises(FileError, match=r"expected [0-9,]+ free bytes on its disk, got 1,000,000"):
+        begin(tmp_path / "new", digits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_checkpoint_that_cannot_be_written_leaves_no_file(tmp_path, digits, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        begin(tmp_path, digits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_later_checkpoint_that_cannot_be_written_is_named_with_the_last_good_one(tmp_path, digits, monkeypatch):
+    def fail(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = Trainer(HelmholtzMachine.from_config(MODEL, digits.train.mean()), digits.train, TRAINING)
+    with Run.begin(tmp_path, RunConfig.of(described(), digits), trainer) as run:
+        epochs = run.train(trainer, digits.binary_test())
+        next(epochs)
+        monkeypatch.setattr(checkpoint, "write_atomically", fail)
+        with pytest.raises(RunError, match=r"No space left.*the last good checkpoint, of step 0, is .*checkpoint\."):
+            list(epochs)
+    assert checkpoint.load(tmp_path / "checkpoint.safetensors").description["step"] == 0
+
+
+@pytest.mark.parametrize("of", ["machine.generative.0.network.0.bias", "optimizer.recognition.0.network"])
+def test_weights_and_moments_that_are_not_finite_replace_no_checkpoint(tmp_path, digits, of):
+    """The trainer finds them at most 100 steps later, and a save finds them at once."""
+    longer = replace(TRAINING, epochs=1000, batch_size=1)
+    trainer = Trainer(HelmholtzMachine.from_config(MODEL, digits.train.mean()), digits.train, longer)
+    (tensor, *_) = (value for name, value in trainer.state_dict().items() if name.startswith(of))
+    broken = 30
+
+    def after_step():
+        if trainer.step == broken:
+            with torch.no_grad():
+                tensor.fill_(math.inf)
+
+    config = RunConfig.of({**described(), "training": asdict(longer)}, digits)
+    with Run.begin(tmp_path, config, trainer) as run, pytest.raises(DivergedError, match="good checkpoint, of step 0"):
+        list(run.train(trainer, digits.binary_test(), after_step))
+    assert broken <= trainer.step <= broken + 100
+    state = checkpoint.load(tmp_path / "checkpoint.safetensors").tensors
+    assert all(value.isfinite().all() for value in state.values())

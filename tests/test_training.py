@@ -27,7 +27,8 @@ from wakesleep_ext.training import data, descent
 from wakesleep_ext.training import step as steps
 from wakesleep_ext.training.config import RECIPES, TrainConfig
 from wakesleep_ext.training.data import DIGITS, Images, load
-from wakesleep_ext.training.trainer import DivergedError, Trainer
+from wakesleep_ext.training.divergence import DivergedError
+from wakesleep_ext.training.trainer import Trainer
 
 BARS = Images(
     torch.tensor([[255, 255, 0, 0], [0, 0, 255, 255], [255, 0, 255, 0], [0, 255, 0, 255]]).to(torch.uint8).repeat(6, 1),
@@ -431,7 +432,7 @@ def test_a_nan_loss_stops_and_names_phase_and_step(phase, network):
     returns_nan_in_phase(getattr(trainer.machine, network)[0].network, 6, trainer, with_gradients=True)
     epochs = trainer.epochs()
     assert next(epochs).step == 4
-    with pytest.raises(DivergedError, match=rf"the {phase} loss became nan at step 6 \(epoch 2\)"):
+    with pytest.raises(DivergedError, match=rf"the {phase} loss became nan at step 6$"):
         next(epochs)
 
 
@@ -443,7 +444,7 @@ def test_weights_that_explode_in_the_last_step_stop_the_run():
             with torch.no_grad():
                 trainer.machine.recognition[0].network[0].weight[0, 0] = math.inf
 
-    with pytest.raises(DivergedError, match="a weight of the recognition network became infinite at step 4"):
+    with pytest.raises(DivergedError, match="a weight of the recognition network is not finite after step 4: machine"):
         next(trainer.epochs(on_step=explode))
 
 

@@ -1,12 +1,16 @@
-"""Write files atomically, lock folders, and raise errors that name the file."""
+"""Write files atomically, write strict JSON, lock folders, and raise errors that name the file."""
 
 from __future__ import annotations
 
 import fcntl
+import json
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class FileError(ValueError):
@@ -44,6 +48,46 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)  # otherwise, a power failure could undo the rename
     finally:
         os.close(folder)
+
+
+def keep(path: Path, copy: Path) -> None:
+    """Give the content of a file a second name, replacing the file of that name. Later writes change only one of them.
+
+    If the file system has no hard links, the content is copied.
+    """
+    linked = copy.with_name(copy.name + ".partial")
+    linked.unlink(missing_ok=True)
+    try:
+        os.link(path, linked)
+    except OSError:
+        write_atomically(copy, path.read_bytes())
+    else:
+        os.replace(linked, copy)
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Check that the disk of a folder, which need not exist yet, has room for `size` bytes.
+
+    Raises:
+        FileError: the disk has less room.
+    """
+    disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if free < size:
+        raise FileError(folder, f"expected {size:,} free bytes on its disk, got {free:,}")
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON. Infinite numbers and NaN, which JSON does not have, become null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: finite(each) for name, each in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(each) for each in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
@@ -69,6 +69,7 @@ def train(
         device: Device to train on; auto uses the GPU if there is one.
     """
     from wakesleep_ext.training.data import load
+    from wakesleep_ext.training.ranks import joined
     from wakesleep_ext.training.run import Run
     from wakesleep_ext.training.run_config import RunConfig, overlaid, read_config
     from wakesleep_ext.training.trainer import Trainer
@@ -79,13 +80,14 @@ def train(
     base = {"training": asdict(RECIPES[recipe or "digits"])} if config is None else read_config(config)
     description = overlaid(base, {**run, "model": model, "training": training})
     dataset = load(description["data"])
-    try:
-        made = RunConfig.of(description, dataset)
-        trainer = Trainer(made.machine(dataset).to(where), dataset.train.to(where), made.training)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{config}: {error}" if config else str(error)) from error
-    with Run.begin(out or Path("runs") / dataset.name, made, overwrite) as folder:
-        _finish(folder, trainer, dataset)
+    with joined(where) as ranks:
+        try:
+            made = RunConfig.of(description, dataset)
+            trainer = Trainer(made.machine(dataset).to(where), dataset.train.to(where), made.training, ranks)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{config}: {error}" if config else str(error)) from error
+        with Run.begin(out or Path("runs") / dataset.name, made, trainer, overwrite) as folder:
+            _finish(folder, trainer, dataset)
 
 
 def resume(run: Path, /, device: Device = "auto") -> None:
@@ -95,9 +97,11 @@ def resume(run: Path, /, device: Device = "auto") -> None:
         run: Folder of the training run.
         device: Device to train on; auto uses the GPU if there is one.
     """
+    from wakesleep_ext.training.ranks import joined
     from wakesleep_ext.training.run import Run
 
-    with Run.resume(run, find_device(device)) as (resumed, trainer, dataset):
+    where = find_device(device)
+    with joined(where) as ranks, Run.resume(run, where, ranks) as (resumed, trainer, dataset):
         _finish(resumed, trainer, dataset)
 
 
@@ -108,19 +112,25 @@ def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
     from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
     from wakesleep_ext.report.pictures import draw_run
     from wakesleep_ext.report.tables import table
+    from wakesleep_ext.training.metrics import write_evaluation
+    from wakesleep_ext.training.signals import requests
 
     where = trainer.images.grey.device
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
     steps = trainer.config.epochs * trainer.steps_per_epoch
     epochs = []
-    with tqdm(total=steps, initial=trainer.step, unit="step", desc=f"Training on {where}") as bar:
-        for epoch in run.train(trainer, test, on_step=bar.update):
+    is_first = trainer.ranks.rank == 0
+    bar = tqdm(total=steps, initial=trainer.step, unit="step", desc=f"Training on {where}", disable=not is_first)
+    with bar, requests() as stop:
+        for epoch in run.train(trainer, test, bar.update, stop):
             epochs.append(epoch)
             bar.set_postfix(epoch=epoch["epoch"], test_elbo=f"{epoch['test_elbo']:.2f}", refresh=False)
+    if not is_first:
+        return
     evaluation = _evaluation(trainer.machine, test, Effort(run.config.bound_samples))
     result = {"baseline_nll": baseline_nll} | evaluation.summary()
-    run.note({"step": trainer.step} | result)
+    write_evaluation(run.folder, {"step": trainer.step} | result)
     draw_run(run.picture, trainer.machine, test, dataset.train.shape, epochs, evaluation, baseline_nll)
     print(table(result))
     print(f"\nRun folder: {run.folder}")
@@ -155,6 +165,7 @@ def evaluate(
     data: str | None = None,
     device: Device = "auto",
     seed: int = 0,
+    checkpoint: Literal["last", "best"] = "last",
     picture: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -167,6 +178,7 @@ def evaluate(
         data: Data to test on, in the format of train --data; by default, the data of the run.
         device: Device to compute on; auto uses the GPU if there is one.
         seed: Seed of the random number generator.
+        checkpoint: The last checkpoint of the run, or the one with the highest test ELBO.
         picture: File for a plot of the result: .png, .pdf or .svg.
         json: Print one JSON object instead of a table.
     """
@@ -179,7 +191,7 @@ def evaluate(
     if picture:
         picture_format(picture, "--picture")
     where = find_device(device)
-    trained, machine = Run.load(run)
+    trained, machine = Run.load(run, checkpoint)
     dataset = trained.load_data(data)
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
@@ -190,7 +202,15 @@ def evaluate(
     print(dumps(result) if json else table(result))
 
 
-def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", seed: int = 0) -> None:
+def sample(
+    run: Path,
+    /,
+    out: Path,
+    count: int = 100,
+    device: Device = "auto",
+    seed: int = 0,
+    checkpoint: Literal["last", "best"] = "last",
+) -> None:
     """Draw dreams from the generative network, and write a picture of their pixel means.
 
     Args:
@@ -199,6 +219,7 @@ def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", s
         count: Number of dreams.
         device: Device to compute on; auto uses the GPU if there is one.
         seed: Seed of the random number generator.
+        checkpoint: The last checkpoint of the run, or the one with the highest test ELBO.
     """
     from wakesleep_ext.report.pictures import draw_dreams
     from wakesleep_ext.training.run import Run
@@ -207,7 +228,7 @@ def sample(run: Path, /, out: Path, count: int = 100, device: Device = "auto", s
         raise UsageError(f"expected --count of at least 1, got {count}")
     picture_format(out, "--out")
     where = find_device(device)
-    trained, machine = Run.load(run)
+    trained, machine = Run.load(run, checkpoint)
     draw_dreams(out, machine.to(where), trained.config.image_shape, count, seed)
 
 
@@ -290,10 +311,13 @@ def run(command: Command) -> int:
     """Run a command and return the exit status."""
     import torch
 
-    from wakesleep_ext.training.trainer import DivergedError
+    from wakesleep_ext.training.divergence import DivergedError
+    from wakesleep_ext.training.signals import StoppedError
 
     try:
         return command() or 0
+    except StoppedError as stopped:
+        return _fail(str(stopped), stopped.status)
     except (UsageError, FileError, DivergedError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:

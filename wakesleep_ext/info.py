@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
@@ -55,6 +56,21 @@ def gpu_support(capability: tuple[int, int], architectures: str) -> str:
             return "supported by compiling PTX at first use"
     command = reinstall_command(f'TORCH_CUDA_ARCH_LIST="{wanted}"')
     return f"not supported: the kernels were compiled for {architectures}. Reinstall them for this GPU: {command}"
+
+
+def commit_of(checkout: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of a checkout, and True if tracked files differ from it. Elsewhere, both are None."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout:
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
 
 
 def reinstall_command(*variables: str) -> str:

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints, i
 import torch
 
 from wakesleep_ext._files import write_atomically
+from wakesleep_ext.info import commit_of
 
 _Record = TypedDict(
     "_Record",
@@ -172,21 +172,6 @@ def _version() -> str | None:
         return version("wakesleep_ext")
     except PackageNotFoundError:  # a source tree built in place
         return None
-
-
-def commit_of(checkout: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of a checkout, and True if tracked files differ from it. Elsewhere, both are None."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout:
-            return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
 
 
 def place(result: Result) -> str:

@@ -33,7 +33,7 @@ from torch.func import functional_call
 from wakesleep_ext import ops
 from wakesleep_ext.densities import Distribution
 from wakesleep_ext.helmholtz.config import PhiGradient
-from wakesleep_ext.helmholtz.models import Factor, GenerativeNetwork, Keys, RecognitionNetwork
+from wakesleep_ext.helmholtz.models import Factor, GenerativeNetwork, HelmholtzMachine, Keys, RecognitionNetwork
 
 
 class WakeLosses(NamedTuple):
@@ -305,6 +305,51 @@ def _draw_fixed(
     return [draw.z for draw in draws], _sum([draw.log_q for draw in draws])
 
 
+def named(
+    objective: str,
+    machine: HelmholtzMachine,
+    num_samples: int,
+    phi_gradient: PhiGradient | None = None,
+    defensive_fraction: float = 0.0,
+) -> Callable[[Tensor, Keys], WakeLosses]:
+    """Return a function that maps images and keys to the losses of the wake phase.
+
+    Args:
+        objective: "wake-sleep", "reweighted-wake-sleep", "elbo", "iwae", "dreg" or "vimco".
+        machine: the networks to train.
+        num_samples: L, samples per image.
+        phi_gradient, defensive_fraction: as for :func:`reweighted_wake_losses`, for that objective only.
+
+    Raises:
+        ValueError: the machine or the number of samples does not suit the objective.
+    """
+    recognition, generative = machine.recognition, machine.generative
+    if objective == "reweighted-wake-sleep":
+        gradient = phi_gradient or "score"
+        require_phi_gradient(gradient, recognition, num_samples, defensive_fraction)
+        return lambda x, keys: reweighted_wake_losses(
+            recognition,
+            generative,
+            x,
+            num_samples,
+            phi_gradient=gradient,
+            defensive_fraction=defensive_fraction,
+            keys=keys,
+        )
+    loss = {
+        "wake-sleep": wake_theta_loss,
+        "elbo": elbo_loss,
+        "iwae": iwae_loss,
+        "dreg": dreg_loss,
+        "vimco": vimco_loss,
+    }[objective]
+    if objective == "vimco":
+        require_several(num_samples, "objective 'vimco'")
+    elif objective != "wake-sleep":
+        require_rsample(recognition)
+    return lambda x, keys: WakeLosses(loss(recognition, generative, x, num_samples, keys=keys))
+
+
 def _draw_defensively(
     recognition: RecognitionNetwork,
     generative: GenerativeNetwork,
@@ -319,8 +364,8 @@ def _draw_defensively(
     with torch.no_grad():
         recognised = recognition.rsample(x, num_samples, keys=keys[:layers])
         imagined = generative.sample_latents((num_samples, *x.shape[:-1]), keys=keys[layers + 1 :])
-        odds = torch.full(x.shape[:-1], math.log(share / (1 - share)), dtype=torch.float32, device=x.device)
-        chosen = ops.bernoulli_sample(odds, (num_samples,), dtype=torch.bool, key=keys[layers]).unsqueeze(-1)
+        odds = torch.full((*x.shape[:-1], 1), math.log(share / (1 - share)), dtype=torch.float32, device=x.device)
+        chosen = ops.bernoulli_sample(odds, (num_samples,), dtype=torch.bool, key=keys[layers])
         latents = [torch.where(chosen, *pair) for pair in zip(imagined, recognised, strict=True)]
         _, *of_latents = generative.factors(latents, x)
         log_prior = _sum([factor.log_prob() for factor in of_latents])

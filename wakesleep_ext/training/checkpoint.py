@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -19,11 +20,20 @@ from wakesleep_ext._files import FileError, write_atomically
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 
+FORMAT = 2
+"""Version of the format of a checkpoint. Version 1, of 0.2.0 before its release, stored no version."""
+
 Config = TypeVar("Config")
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(FileError):
     """A checkpoint cannot be loaded; the message names the file and the reason."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint was written by a later version of this package."""
 
 
 class Checkpoint(NamedTuple):
@@ -39,7 +49,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, An
 
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(description)
-    metadata = {"description": text, "sha256": _digest(held, text)}
+    metadata = {"description": text, "format": str(FORMAT), "sha256": _digest(held, text, str(FORMAT))}
     write_atomically(path, safetensors.torch.save(held, metadata))
 
 
@@ -47,7 +57,7 @@ def load(path: Path) -> Checkpoint:
     """Load a checkpoint that :func:`save` has written.
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered, or not a checkpoint.
+        CheckpointError: the file is missing, truncated, altered, not a checkpoint, or in the format of a later version.
     """
     import safetensors.torch
 
@@ -60,9 +70,37 @@ def load(path: Path) -> Checkpoint:
     text = metadata.get("description")
     if text is None or "sha256" not in metadata:
         raise CheckpointError(path, "is a safetensors file, but not a wakesleep checkpoint")
-    if _digest(tensors, text) != metadata["sha256"]:
+    written = metadata.get("format", "1")
+    if _digest(tensors, text, written) != metadata["sha256"]:
         raise CheckpointError(path, "is damaged: the SHA-256 of its content differs from the stored digest")
+    if int(written) > FORMAT:
+        raise NewerFormatError(path, f"expected a format up to {FORMAT}, got {written}; update wakesleep_ext")
     return Checkpoint(tensors, json.loads(text))
+
+
+def load_first(paths: Sequence[Path]) -> tuple[Path, Checkpoint]:
+    """Load the first checkpoint that is intact, and log a warning if that is not the first of all.
+
+    Returns:
+        The path of the loaded checkpoint, and the checkpoint.
+
+    Raises:
+        CheckpointError: none can be loaded; the message gives the reason for each existing file.
+    """
+    errors: list[CheckpointError] = []
+    for path in paths:
+        try:
+            held = load(path)
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            if not errors or path.exists():
+                errors.append(error)
+            continue
+        if errors:
+            _log.warning("%s. Continuing from the checkpoint before it, %s", "; ".join(map(str, errors)), path)
+        return path, held
+    raise CheckpointError(paths[0], "; ".join(str(error).removeprefix(f"{paths[0]}: ") for error in errors))
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -72,9 +110,9 @@ def _metadata(content: bytes) -> dict[str, str]:
     return metadata
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+def _digest(tensors: Mapping[str, Tensor], text: str, written: str) -> str:
     layout = {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}
-    digest = hashlib.sha256(json.dumps([text, layout]).encode())
+    digest = hashlib.sha256(json.dumps([text, layout] + [written] * (written != "1")).encode())
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,21 @@ from torch import Tensor, nn
 from wakesleep_ext import ops
 from wakesleep_ext.gradients import unit_gradient
 from wakesleep_ext.training.config import TrainConfig
+
+
+def require_wide(machine: nn.Module) -> None:
+    """Check that the parameters are in float32 or float64.
+
+    Raises:
+        TypeError: a parameter is not. Half precision would lose Adam's updates and moments.
+    """
+    for name, parameter in machine.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"Trainer: expected the machine's parameters to be float32 or float64, got {parameter.dtype} for "
+                f"{name}; Adam's small updates would be rounded away. Keep the parameters in float32, and run "
+                f"take_step or epochs under torch.autocast to compute in {parameter.dtype}"
+            )
 
 
 class Descent:
@@ -92,7 +107,7 @@ class Descent:
 
 
 class Schedule:
-    """Computes learning rates, as a fraction of their initial values, on the device.
+    """Sets the learning rates to a fraction of their initial values, which it computes on the device.
 
     Args:
         config: training options.
@@ -104,13 +119,14 @@ class Schedule:
         self._config, self._steps = config, config.epochs * steps_per_epoch
         self._falls = torch.tensor(config.stages[1:], dtype=torch.float64, device=device) * steps_per_epoch
 
-    def factor(self, step: Tensor) -> Tensor | None:
-        """Return the fraction at a step, a number of completed steps in float64. None if the rates are constant."""
+    def apply(self, completed: Callable[[], Tensor], descents: Iterable[Descent]) -> None:
+        """Set the learning rates of a step, given the number of completed steps in float64."""
         decay = self._config.learning_rate_decay
         if decay == 1:
-            return None
+            return
         if self._config.schedule == "exponential":
-            part = step / self._steps
+            part = completed() / self._steps
         else:
-            part = (step >= self._falls).double().sum() / max(1, len(self._falls))
-        return decay**part
+            part = (completed() >= self._falls).double().sum() / max(1, len(self._falls))
+        for descent in descents:
+            descent.set_learning_rate(decay**part)

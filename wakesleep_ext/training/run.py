@@ -1,15 +1,14 @@
-"""Read and write the folder of a run. Only this module knows the files in the folder, their formats and the lock.
+"""Read and write the folder of a run. Only this module knows the files in the folder and the lock.
 
-`config.json` describes the run. `checkpoint.safetensors` contains weights, optimizer state, the same description, and
-the step number. `metrics.jsonl` contains one JSON object per epoch, and a last object with the final evaluation.
+`config.json` describes the run. The modules `rotation` and `metrics` know the checkpoints, and what a run measures.
 """
 
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wakesleep_ext._files import locked, write_atomically
+from wakesleep_ext._files import locked, require_room, write_atomically
 from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
-from wakesleep_ext.training import checkpoint
+from wakesleep_ext.training import checkpoint, metrics, rotation
 from wakesleep_ext.training.data import Dataset, load
-from wakesleep_ext.training.run_config import RunConfig, RunError
-from wakesleep_ext.training.trainer import DivergedError, Trainer
+from wakesleep_ext.training.divergence import DivergedError
+from wakesleep_ext.training.ranks import ALONE, Ranks
+from wakesleep_ext.training.rotation import Rotation, Which
+from wakesleep_ext.training.run_config import RunConfig, RunError, of_checkpoint
+from wakesleep_ext.training.signals import Request, StoppedError
+from wakesleep_ext.training.trainer import Trainer
 
-_CHECKPOINT = "checkpoint.safetensors"
 _CONFIG = "config.json"
-_METRICS = "metrics.jsonl"
 _PICTURES = ("samples", "reconstructions", "curves", "evaluation")
-_FILES = (_CHECKPOINT, _CONFIG, _METRICS, *(f"{name}.png" for name in _PICTURES))
-
-_SECONDS_BETWEEN_SAVES = 10.0
+_FILES = (_CONFIG, *rotation.FILES, *metrics.FILES, *(f"{name}.png" for name in _PICTURES))
 
 
 class Run:
     """The folder of one run."""
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    def __init__(self, folder: Path, config: RunConfig, step: int = 0) -> None:
         self.folder, self.config = folder, config
+        self._checkpoints = Rotation(folder, config, step)
 
     @classmethod
     @contextmanager
-    def begin(cls, folder: Path, config: RunConfig, overwrite: bool = False) -> Iterator[Run]:
-        """Start a new run, and lock its folder for this process until the context ends.
+    def begin(cls, folder: Path, config: RunConfig, trainer: Trainer, overwrite: bool = False) -> Iterator[Run]:
+        """Start a new run: write checkpoint 0, and lock the folder for this process until the context ends.
 
         Args:
             overwrite: replace an existing run in the folder.
 
         Raises:
-            RunError: the folder already holds a run, or another process is writing to it.
+            FileError: the folder already holds a run, another process is writing to it, or its disk is too full for
+                three checkpoints. Nothing is written then.
         """
+        if trainer.ranks.rank > 0:
+            yield cls(folder, config)  # rank 0 writes
+            return
+        require_room(folder, 3 * sum(tensor.nbytes for tensor in trainer.state_dict().values()) + 2**20)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             held = [name for name in _FILES if (folder / name).exists()]
@@ -58,58 +63,54 @@ class Run:
                 raise RunError(
                     folder, f"already holds a run ({', '.join(held)}); choose another folder, or overwrite it"
                 )
-            for name in held:
-                (folder / name).unlink()
-            write_atomically(folder / _CONFIG, json.dumps(asdict(config), indent=2).encode() + b"\n")
-            yield cls(folder, config)
+            run = cls(folder, config)
+            try:
+                for name in set(held) - {_CONFIG, rotation.LAST}:
+                    (folder / name).unlink()
+                run._checkpoints.begin(trainer)
+                write_atomically(folder / _CONFIG, json.dumps(asdict(config), indent=2).encode() + b"\n")
+            except BaseException:
+                for name in () if held else (rotation.LAST, _CONFIG):
+                    (folder / name).unlink(missing_ok=True)
+                raise
+            yield run
 
     @classmethod
     @contextmanager
-    def resume(cls, folder: Path, device: torch.device) -> Iterator[tuple[Run, Trainer, Dataset]]:
+    def resume(cls, folder: Path, where: torch.device, ranks: Ranks = ALONE) -> Iterator[tuple[Run, Trainer, Dataset]]:
         """Resume an interrupted run. Yield the run, its trainer in the state of the last checkpoint, and its data.
 
+        If the last checkpoint is damaged, the one before it takes its place, and a warning is logged.
+
         Raises:
-            FileError: the checkpoint or the data cannot be read, the data have changed, or another process is writing
-                to the folder.
+            FileError: no checkpoint or the data cannot be read, the data have changed, or another process is writing to
+                the folder.
         """
-        path = folder / _CHECKPOINT
-        with locked(folder):
-            held = checkpoint.load(path)  # read once, under the lock, so that the run cannot be replaced
-            run, machine, step = cls._restore(folder, held)
-            dataset = load(run.config.data)
-            if dataset.sha256() != run.config.data_sha256:
-                raise RunError(folder, f"the images in {run.config.data} have changed since this run began")
-            trainer = Trainer(machine.to(device), dataset.train.to(device), run.config.training)
-            try:
-                trainer.load_state_dict(held.tensors)
-            except (KeyError, RuntimeError) as error:
-                raise checkpoint.CheckpointError(path, f"does not hold the state of a trainer: {error!r}") from error
-            trainer.step = step
+        is_writer = ranks.rank == 0
+        with locked(folder) if is_writer else nullcontext():  # read under the lock, so that no process replaces the run
+            path, held = rotation.load(folder)
+            config, step = of_checkpoint(path, held)
+            dataset = load(config.data)
+            if dataset.sha256() != config.data_sha256:
+                raise RunError(folder, f"the images in {config.data} have changed since this run began")
+            machine = checkpoint.machine_of(path, held)
+            trainer = Trainer(machine.to(where), dataset.train.to(where), config.training, ranks)
+            rotation.restore(trainer, path, held, step)
+            run = cls(folder, config, step)
+            if is_writer:
+                run._checkpoints.promote(path)
             yield run, trainer, dataset
 
     @classmethod
-    def load(cls, folder: Path) -> tuple[Run, HelmholtzMachine]:
-        """Load a run and its machine from the last checkpoint, on the CPU.
+    def load(cls, folder: Path, which: Which = "last") -> tuple[Run, HelmholtzMachine]:
+        """Load a run and its machine on the CPU, from the last checkpoint or the one with the highest test ELBO.
 
         Raises:
             CheckpointError: there is no checkpoint, or it is damaged.
         """
-        run, machine, _ = cls._restore(folder, checkpoint.load(folder / _CHECKPOINT))
-        return run, machine
-
-    @classmethod
-    def _restore(cls, folder: Path, held: checkpoint.Checkpoint) -> tuple[Run, HelmholtzMachine, int]:
-        """Restore a run and its machine on the CPU. Return both, and the number of completed steps."""
-        path = folder / _CHECKPOINT
-        machine, description = checkpoint.machine_of(path, held), dict(held.description)
-        try:
-            step = description.pop("step")
-            if type(step) is not int or step < 0:
-                raise ValueError(f"expected step to be a number of steps, got {step!r}")
-            config = RunConfig.restore(description)
-        except (KeyError, TypeError, ValueError) as error:
-            raise checkpoint.CheckpointError(path, f"does not describe the run: {error}") from error
-        return cls(folder, config), machine, step
+        path, held = rotation.load(folder, which)
+        config, step = of_checkpoint(path, held)
+        return cls(folder, config, step), checkpoint.machine_of(path, held)
 
     def load_data(self, source: str | None = None) -> Dataset:
         """Load the training data of the run, or other data of the same shape.
@@ -117,90 +118,73 @@ class Run:
         Raises:
             FileError: the data cannot be read, or their images have a different shape.
         """
-        dataset = load(source or self.config.data)
-        if dataset.test.shape != self.config.image_shape:
-            raise RunError(
-                self.folder,
-                f"was trained on images of shape {list(self.config.image_shape)}, "
-                f"but the images of {dataset.name} have shape {list(dataset.test.shape)}",
-            )
-        return dataset
+        return self.config.load_data(self.folder, source or self.config.data)
 
     def picture(self, name: str) -> Path:
         """Return the path of a picture of the run."""
         assert name in _PICTURES
         return self.folder / f"{name}.png"
 
-    def train(self, trainer: Trainer, test: Tensor, on_step: Callable[[], object]) -> Iterator[dict[str, float]]:
+    def train(
+        self,
+        trainer: Trainer,
+        test: Tensor,
+        on_step: Callable[[], object] = lambda: None,
+        stop: Request = lambda: None,
+    ) -> Iterator[dict[str, Any]]:
         """Train until the last epoch, and write metrics and checkpoints to the folder.
 
         Args:
             test: binary pixels `[N, D]`, uint8, on the trainer's device.
             on_step: called after each step.
+            stop: called after each step. If it returns a signal, the run is saved and stops, with all its ranks.
 
         Yields:
             The metrics of each epoch. A resumed run first yields the metrics of the epochs before its checkpoint.
 
         Raises:
-            DivergedError: as in :meth:`Trainer.epochs`; the message names the last good checkpoint.
+            DivergedError: as in :meth:`Trainer.epochs`, or the test ELBO is not finite; the message names the last good
+                checkpoint.
+            RunError: a file cannot be written; the message names the last good checkpoint.
+            StoppedError: `stop` returned a signal.
         """
-        saved_step, saved_at = self._save(trainer), time.monotonic()
-        noted = read_metrics(self.folder)
-        records = [record for record in noted if "epoch" in record and record["step"] <= trainer.step]
-        write_atomically(self.folder / _METRICS, "".join(f"{json.dumps(record)}\n" for record in records).encode())
-        yield from records
         machine = trainer.machine
+
+        def after_step() -> None:
+            on_step()
+            if trainer.step % trainer.steps_per_epoch:  # otherwise, the metrics of the epoch come first
+                self._save_if_due(trainer, stop)
+
         try:
-            for epoch in trainer.epochs(on_step):
+            records = [record for record in metrics.read(self.folder) if record["step"] <= trainer.step]
+            if trainer.ranks.rank == 0:
+                metrics.rewrite(self.folder, records)
+            trainer.ranks.require_equal(trainer.state_dict())
+            yield from records
+            best = max((record["test_elbo"] for record in records), default=-math.inf)
+            for epoch in trainer.epochs(after_step):
+                trainer.ranks.require_equal(machine.state_dict())
                 elbo = log_likelihood_bounds(machine.recognition, machine.generative, test, 1).elbo.mean().item()
-                progress = {"epoch": epoch.epoch, "step": epoch.step, "seconds": epoch.seconds}
-                losses = {f"{name}_loss": loss for name, loss in epoch.losses.items()}
-                record = progress | losses | {"test_elbo": elbo}
-                self.note(record)
-                if time.monotonic() > saved_at + _SECONDS_BETWEEN_SAVES:
-                    saved_step, saved_at = self._save(trainer), time.monotonic()
+                if not math.isfinite(elbo):
+                    raise DivergedError(f"the test ELBO became {elbo} at step {epoch.step}")
+                record = epoch.record(elbo)
+                if trainer.ranks.rank == 0:
+                    metrics.append(self.folder, record)
+                if elbo > best:
+                    best = elbo
+                    self._checkpoints.hold_best(machine, epoch.step)
+                self._save_if_due(trainer, stop)
                 yield record
+            self._checkpoints.save(trainer)
         except DivergedError as error:
-            raise DivergedError(
-                f"{error}; the last good checkpoint, of step {saved_step}, is {self.folder / _CHECKPOINT}"
-            ) from error
-        self._save(trainer)
+            raise DivergedError(f"{error}; {self._checkpoints.told()}") from error
+        except OSError as error:
+            raise RunError(self.folder, f"{error}; {self._checkpoints.told()}") from error
 
-    def note(self, record: dict[str, Any]) -> None:
-        """Append a record to the metrics file."""
-        with (self.folder / _METRICS).open("a") as metrics:
-            metrics.write(json.dumps(record) + "\n")
-
-    def _save(self, trainer: Trainer) -> int:
-        checkpoint.save(self.folder / _CHECKPOINT, trainer.state_dict(), asdict(self.config) | {"step": trainer.step})
-        return trainer.step
-
-
-def has_begun(folder: Path) -> bool:
-    """Return True if a folder contains a run that can be resumed."""
-    return (folder / _CHECKPOINT).exists()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run: one record per epoch, and the final evaluation if it exists.
-
-    An incomplete last line is skipped. A process leaves such a line if it ends while writing, for example because the
-    disk is full.
-
-    Raises:
-        RunError: any other line is invalid.
-    """
-    path = folder / _METRICS
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record["step"], int):
-                raise ValueError(f"step is {record['step']!r}")
-        except (KeyError, TypeError, ValueError) as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
-            raise RunError(path, f"line {number} is not a valid record: {error!r}") from error
-        records.append(record)
-    return records
+    def _save_if_due(self, trainer: Trainer, stop: Request) -> None:
+        signal = trainer.ranks.agree(stop())
+        if signal is not None or self._checkpoints.is_due:
+            self._checkpoints.save(trainer)
+        if signal is not None:
+            reason = f"stopped by {signal.name} after step {trainer.step}; wakesleep resume {self.folder} continues"
+            raise StoppedError(signal, reason)

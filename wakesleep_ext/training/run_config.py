@@ -6,17 +6,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wakesleep_ext import __version__
 from wakesleep_ext._files import FileError
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
+from wakesleep_ext.info import commit_of
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.config import DIGITS, RunOptions, TrainConfig
-from wakesleep_ext.training.data import Dataset
+from wakesleep_ext.training.data import Dataset, load
 
 
 class RunError(FileError):
@@ -75,6 +78,21 @@ class RunConfig:
         torch.manual_seed(self.training.seed)
         return HelmholtzMachine.from_config(self.model, dataset.train.mean())
 
+    def load_data(self, folder: Path, source: str) -> Dataset:
+        """Load data whose images have the shape of this run, which is in a folder.
+
+        Raises:
+            FileError: the data cannot be read, or their images have a different shape.
+        """
+        dataset = load(source)
+        if dataset.test.shape != self.image_shape:
+            raise RunError(
+                folder,
+                f"was trained on images of shape {list(self.image_shape)}, "
+                f"but the images of {dataset.name} have shape {list(dataset.test.shape)}",
+            )
+        return dataset
+
     @classmethod
     def restore(cls, description: dict[str, Any]) -> RunConfig:
         """Restore a config from the JSON form of :func:`dataclasses.asdict`.
@@ -85,6 +103,40 @@ class RunConfig:
         parts: dict[str, type[Any]] = {"model": ModelConfig, "training": TrainConfig}
         restored = {name: checkpoint.restore(part, description.get(name)) for name, part in parts.items()}
         return checkpoint.restore(cls, description | restored)
+
+
+def of_checkpoint(path: Path, held: checkpoint.Checkpoint) -> tuple[RunConfig, int]:
+    """Return the config and the number of completed steps that a checkpoint stores.
+
+    Raises:
+        CheckpointError: it does not store them.
+    """
+    description = {name: value for name, value in held.description.items() if name not in ("seconds", "made_with")}
+    try:
+        step = description.pop("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"expected step to be a number of steps, got {step!r}")
+        return RunConfig.restore(description), step
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(path, f"does not describe the run: {error}") from error
+
+
+def made_with(ranks: int) -> dict[str, Any]:
+    """Return what a checkpoint was written with, as JSON: versions, threads, and the number of ranks."""
+    commit, modified = _commit()
+    return {
+        "wakesleep_ext": __version__,
+        "torch": torch.__version__,
+        "commit": commit,
+        "modified": modified,
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+    }
+
+
+@cache
+def _commit() -> tuple[str | None, bool | None]:
+    return commit_of(Path(__file__).resolve().parents[2])
 
 
 def read_config(path: Path) -> dict[str, Any]:

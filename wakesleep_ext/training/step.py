@@ -7,8 +7,7 @@ Python overhead would double the time of a CPU step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor
 from wakesleep_ext import ops
 from wakesleep_ext.helmholtz import objectives
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
-from wakesleep_ext.helmholtz.objectives import WakeLosses
 from wakesleep_ext.replay import Replay, call
 from wakesleep_ext.training.config import SLEEP_WEIGHTS, TrainConfig
 from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.descent import Descent, Schedule
 from wakesleep_ext.training.keys import StepKeys
+from wakesleep_ext.training.precision import check_precision, matrix_products
+from wakesleep_ext.training.ranks import Ranks
 
 
 class Step:
@@ -35,24 +35,27 @@ class Step:
             some objectives, the wake phase also trains `recognition`.
         images: training images, on the device of the machine.
         config: training options.
+        ranks: the processes that share the batch and the dreams.
 
     Raises:
         ValueError: the objective differentiates through draws, but the latent variables are discrete; or the precision
             is TF32, but the device is not a GPU.
     """
 
-    def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
-        self.machine, self.images, self.config = machine, images, config
+    def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig, ranks: Ranks) -> None:
+        self.machine, self.images, self.config, self.ranks = machine, images, config, ranks
         self.batch_size = min(config.batch_size, len(images))
         self.per_epoch = len(images) // self.batch_size
         self._generative = Descent(machine.generative, config.generative_learning_rate, config)
         self._recognition = Descent(machine.recognition, config.recognition_learning_rate, config)
+        self.descents = {"generative": self._generative, "recognition": self._recognition}
         self._dtype = next(machine.parameters()).dtype
         device = images.grey.device
-        if config.precision == "tf32" and device.type != "cuda":
-            raise ValueError(f'Step: expected precision "float32" on {device}, got "tf32", which only a GPU has')
+        check_precision(config.precision, device)
         self._schedule = Schedule(config, self.per_epoch, device)
-        self._wake_losses = self._objective()
+        self._wake_losses = objectives.named(
+            config.objective, machine, config.num_samples, config.phi_gradient, config.defensive_fraction
+        )
         chosen = config.sleep_weight
         self._sleep_weight = SLEEP_WEIGHTS[config.objective] if chosen is None else chosen
         self.keys = StepKeys(config, len(machine.recognition), device)
@@ -68,7 +71,7 @@ class Step:
         """
         awake = self.is_awake
         run = self.replays[awake] if self.config.replay else partial(call, partial(self._train, awake=awake))
-        with _tf32() if self.config.precision == "tf32" else nullcontext():
+        with matrix_products(self.config.precision):
             losses: Tensor = run(index)
         self._number += 1
         return losses
@@ -93,65 +96,36 @@ class Step:
         """Names of the losses that the next step returns."""
         if not self.is_awake:
             return ["sleep"]
-        config = self.config
-        both = config.objective == "reweighted-wake-sleep" and config.phi_gradient in (None, "score", "score-cv")
+        both = self.config.objective == "reweighted-wake-sleep" and self.config.phi_gradient in (
+            None,
+            "score",
+            "score-cv",
+        )
         return ["wake"] + ["wake_phi"] * (both and self._sleep_weight < 1) + ["sleep"] * (self._sleep_weight > 0)
 
-    @property
-    def descents(self) -> dict[str, Descent]:
-        return {"generative": self._generative, "recognition": self._recognition}
-
     def batches(self) -> tuple[Tensor, ...]:
-        """Shuffle the images for an epoch that starts at the current step, and return the image indices per batch."""
+        """Return the image indices of each batch that is left of the epoch. Each epoch has an order of its own."""
         # sorting random draws of a key gives the same order on every device, unlike randperm
         zeros = torch.zeros(len(self.images), dtype=torch.float64, device=self.images.grey.device)
-        (key,) = self.keys.at("order", self.number)
+        done = self.number % self.per_epoch
+        (key,) = self.keys.at("order", self.number - done)
         order = ops.gaussian_rsample(zeros, zeros, key=key).argsort()
-        return tuple(order.split(self.batch_size)[: self.per_epoch])
-
-    def _objective(self) -> Callable[[Tensor, Sequence[Tensor]], WakeLosses]:
-        """Return a function that maps images and keys to the losses of the wake phase."""
-        recognition, generative = self.machine.recognition, self.machine.generative
-        config = self.config
-        if config.objective == "reweighted-wake-sleep":
-            phi_gradient, fraction = config.phi_gradient or "score", config.defensive_fraction
-            objectives.require_phi_gradient(phi_gradient, recognition, config.num_samples, fraction)
-            return lambda x, keys: objectives.reweighted_wake_losses(
-                recognition,
-                generative,
-                x,
-                config.num_samples,
-                phi_gradient=phi_gradient,
-                defensive_fraction=fraction,
-                keys=keys,
-            )
-        loss = {
-            "wake-sleep": objectives.wake_theta_loss,
-            "elbo": objectives.elbo_loss,
-            "iwae": objectives.iwae_loss,
-            "dreg": objectives.dreg_loss,
-            "vimco": objectives.vimco_loss,
-        }[config.objective]
-        if config.objective == "vimco":
-            objectives.require_several(config.num_samples, "objective 'vimco'")
-        elif config.objective != "wake-sleep":
-            objectives.require_rsample(recognition)
-        return lambda x, keys: WakeLosses(loss(recognition, generative, x, config.num_samples, keys=keys))
+        return tuple(order.split(self.batch_size)[done : self.per_epoch])
 
     def _train(self, index: Tensor, *, awake: bool) -> Tensor:
         """Run the step. Every value that can change is held in a tensor, because the step may be recorded."""
         losses: list[Tensor] = []
         of_wake: Sequence[Tensor] | None = None
         self._advance([self._generative, self._recognition] if awake else [self._recognition])
-        self._set_learning_rates()
+        self._schedule.apply(self.keys.step, self.descents.values())
         if awake:
             wake, of_wake = self._wake(index)
             losses += wake
         if not awake or self._sleep_weight > 0:
-            losses.append(self._sleep(of_wake))
+            losses += self._sleep(of_wake)
         elif of_wake is not None:
-            self._recognition.descend(of_wake)
-        return torch.stack([loss.detach() for loss in losses])
+            self._update(self._recognition, of_wake, [])
+        return torch.stack(losses)
 
     def _advance(self, descents: Sequence[Descent]) -> None:
         """Advance the random keys and the optimizers' step counts to this step, on a GPU in one kernel."""
@@ -163,47 +137,34 @@ class Step:
     def _wake(self, index: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
         """Train the generative network. Return the losses, and the recognition network's gradient if there is one."""
         (key,) = self.keys.of("binarize")
-        x = self.images.binarize(key, index, self._dtype)
-        theta, phi = self._wake_losses(x, self.keys.of("wake"))
-        if self._sleep_weight == 1:
-            self._generative.descend(self._generative.gradients(theta))
-            return [theta], None
-        total = theta if phi is None else theta + phi
-        of_theta, of_phi = self._generative.trained(), self._recognition.trained()
-        gradients = self._generative.gradients_of(total, [*of_theta, *of_phi])
-        self._generative.descend(gradients[: len(of_theta)])
-        return [theta] if phi is None else [theta, phi], gradients[len(of_theta) :]
+        total, ranks = len(index), self.ranks
+        x = self.images.binarize(key, index, self._dtype)[ranks.rows(total)]
+        with ranks.draws(total):
+            wake = self._wake_losses(x, self.keys.of("wake"))
+            losses = [ranks.part(loss, total) for loss in wake if loss is not None]
+            if self._sleep_weight == 1:
+                del losses[1:]
+                return self._update(self._generative, self._generative.gradients(losses[0]), losses), None
+            of_theta, of_phi = self._generative.trained(), self._recognition.trained()
+            gradients = self._generative.gradients_of(sum(losses[1:], losses[0]), [*of_theta, *of_phi])
+        number = len(of_theta)
+        return self._update(self._generative, gradients[:number], losses), gradients[number:]
 
-    def _sleep(self, of_wake: Sequence[Tensor] | None) -> Tensor:
+    def _sleep(self, of_wake: Sequence[Tensor] | None) -> list[Tensor]:
         """Train the recognition network on dreams. The gradient of the wake phase is added if there is one."""
-        loss = objectives.sleep_phi_loss(
-            self.machine.recognition,
-            self.machine.generative,
-            self.config.num_dreams or self.batch_size,
-            keys=self.keys.of("dream"),
-        )
-        if of_wake is None:
-            self._recognition.descend(self._recognition.gradients(loss))
-        else:
-            gradients = self._recognition.gradients(self._sleep_weight * loss)
-            wake_weight, pairs = 1 - self._sleep_weight, zip(gradients, of_wake, strict=True)
-            self._recognition.descend([torch.add(a, b, alpha=wake_weight) for a, b in pairs])
-        return loss
+        machine, weight, total = self.machine, self._sleep_weight, self.config.num_dreams or self.batch_size
+        rows, keys = self.ranks.rows(total), self.keys.of("dream")
+        with self.ranks.draws(total):
+            mean = objectives.sleep_phi_loss(machine.recognition, machine.generative, rows.stop - rows.start, keys=keys)
+            loss = self.ranks.part(mean, total)
+            gradients = self._recognition.gradients(loss if of_wake is None else weight * loss)
+        if of_wake is not None:
+            pairs = zip(gradients, of_wake, strict=True)
+            gradients = tuple(torch.add(a, b, alpha=1 - weight) for a, b in pairs)
+        return self._update(self._recognition, gradients, [loss])
 
-    def _set_learning_rates(self) -> None:
-        """Set the learning rates for this step."""
-        factor = self._schedule.factor(self.keys.step())
-        if factor is not None:
-            for descent in self.descents.values():
-                descent.set_learning_rate(factor)
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Let the BLAS of a GPU multiply float32 matrices in TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    def _update(self, descent: Descent, gradients: Sequence[Tensor], losses: Sequence[Tensor]) -> list[Tensor]:
+        """Update the weights of a network with the gradients of all ranks. Return the losses of all ranks."""
+        summed = self.ranks.sum([*gradients, *(loss.detach() for loss in losses)])
+        descent.descend(summed[: len(gradients)])
+        return summed[len(gradients) :]

@@ -1,13 +1,13 @@
-"""Run the wake-sleep loop until the last epoch, or until a loss is not finite.
+"""Run the wake-sleep loop until the last epoch, or until a loss or a weight is not finite.
 
-The seed determines every random draw of a run. The weights, optimizer state and step number suffice to resume a run.
+The seed determines every random draw of a run. The weights, the optimizer state, the step number and the losses of an
+incomplete epoch suffice to resume a run after any step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,26 +15,14 @@ from torch import Tensor
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
+from wakesleep_ext.training.descent import require_wide
+from wakesleep_ext.training.divergence import require_finite_losses, require_finite_state
+from wakesleep_ext.training.epoch import Epoch as Epoch  # re-exported
+from wakesleep_ext.training.ranks import ALONE, Ranks
 from wakesleep_ext.training.step import Step
 
-
-class DivergedError(ArithmeticError):
-    """A loss or weight is no longer finite; the message names the loss or the network, and the step."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The results of one pass over the training images."""
-
-    epoch: int
-    """Epochs completed, including this one."""
-    step: int
-    """Steps completed."""
-    losses: dict[str, float]
-    """Mean losses over the steps, in nats. "wake" and "wake_phi" are per image, "sleep" is per dream. "wake_phi" is the
-    recognition network's loss in the reweighted wake phase. Losses that the objective does not have are absent."""
-    seconds: float
-    """Duration of the epoch in seconds."""
+STEPS_BETWEEN_CHECKS = 100
+"""The trainer checks at least this often that all numbers are finite. Each check waits for the device."""
 
 
 class Trainer:
@@ -45,43 +33,26 @@ class Trainer:
         images: training images, binarised again each time they are used. An incomplete last batch is dropped. Images
             are shuffled, so each epoch drops different images.
         config: training options.
+        ranks: the processes that train together; only this one by default. They take the same steps.
 
     Attributes:
         take_step: runs one step, given the indices of a batch, int64 `[batch_size]`.
+        seconds: duration of the current epoch so far. To resume in the middle of an epoch, set it as well.
 
     Raises:
         ValueError: the objective differentiates through draws, but the latent variables are discrete.
         TypeError: a parameter is not float32 or float64. Half precision would lose Adam's updates and moments.
     """
 
-    def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig) -> None:
-        for name, parameter in machine.named_parameters():
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise TypeError(
-                    f"Trainer: expected the machine's parameters to be float32 or float64, got {parameter.dtype} for "
-                    f"{name}; Adam's small updates would be rounded away. Keep the parameters in float32, and run "
-                    f"take_step or epochs under torch.autocast to compute in {parameter.dtype}"
-                )
-        self.take_step = Step(machine, images, config)
-
-    @property
-    def machine(self) -> HelmholtzMachine:
-        """The model that is trained."""
-        return self.take_step.machine
-
-    @property
-    def config(self) -> TrainConfig:
-        """The training options."""
-        return self.take_step.config
-
-    @property
-    def images(self) -> Images:
-        """The training images."""
-        return self.take_step.images
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.take_step.per_epoch
+    def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+        require_wide(machine)
+        self.machine, self.images, self.config, self.ranks = machine, images, config, ranks
+        self.take_step = Step(machine, images, config, ranks)
+        self.steps_per_epoch = self.take_step.per_epoch
+        self.seconds = 0.0
+        self._names = self.take_step.names
+        self._losses: list[Tensor] = []  # of each step of the current epoch, on the CPU
+        self._unchecked: list[Tensor] = []  # of the steps after these, on the device
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -96,55 +67,53 @@ class Trainer:
     @step.setter
     def step(self, step: int) -> None:
         self.take_step.number = step
+        if len(self._losses) != step % self.steps_per_epoch:
+            self._losses = []  # they are from another epoch
 
     def epochs(self, on_step: Callable[[], object] = lambda: None) -> Iterator[Epoch]:
         """Train until `config.epochs` epochs are complete, and yield the results of each epoch.
 
         Args:
-            on_step: called after each step.
+            on_step: called after each step. If it raises an error, call this method again to continue after that step.
 
         Raises:
-            DivergedError: a loss or weight became infinite or NaN. The epoch in which this happened is not yielded.
+            DivergedError: a loss, a weight or a moment became infinite or NaN, at most 100 steps ago. The epoch in
+                which this happened is not yielded.
         """
         while self.step < self.config.epochs * self.steps_per_epoch:
-            start, names = time.perf_counter(), self.take_step.names
-            of_steps = []
+            self._names, start = self.take_step.names, time.perf_counter() - self.seconds
             for index in self.take_step.batches():
-                of_steps.append(self.take_step(index))
+                self._unchecked.append(self.take_step(index))
+                self.seconds = time.perf_counter() - start
+                if len(self._unchecked) == STEPS_BETWEEN_CHECKS:
+                    self.check_finite()
                 on_step()
-            losses = torch.stack(of_steps).cpu()
-            self._check_finite(names, losses)
-            yield Epoch(
-                epoch=self.step // self.steps_per_epoch,
-                step=self.step,
-                losses=dict(zip(names, losses.double().mean(0).tolist(), strict=True)),
-                seconds=time.perf_counter() - start,
-            )
+            self.check_finite()
+            means = torch.stack(self._losses).double().mean(0).tolist()
+            self._losses, self.seconds = [], 0.0
+            losses, seconds = dict(zip(self._names, means, strict=True)), time.perf_counter() - start
+            yield Epoch(self.step // self.steps_per_epoch, self.step, losses, seconds)
 
-    def _check_finite(self, names: Sequence[str], losses: Tensor) -> None:
-        """Check that the losses of an epoch, `[steps, names]`, and all weights are finite.
+    def check_finite(self) -> None:
+        """Check that the losses since the last check, all weights and all moments are finite.
 
-        The trainer checks once per epoch, since each check synchronises the GPU.
+        Raises:
+            DivergedError: a number is infinite or NaN.
         """
-        for row, column in (~losses.isfinite()).nonzero().tolist():
-            step = self.step - len(losses) + row + 1
-            raise DivergedError(
-                f"the {names[column]} loss became {losses[row, column].item()} at step {step} "
-                f"(epoch {self.step // self.steps_per_epoch})"
-            )
-        for name, descent in self.take_step.descents.items():
-            if not all(parameter.isfinite().all() for parameter in descent.network.parameters()):
-                raise DivergedError(f"a weight of the {name} network became infinite at step {self.step}")
+        if self._unchecked:
+            losses, self._unchecked = torch.stack(self._unchecked).cpu(), []
+            require_finite_losses(losses, self._names, self.step)
+            self._losses += losses.unbind()
+        require_finite_state(self._state(), self.step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return weights and optimizer state by name: `machine.…`, `optimizer.generative.…`.
 
-        The tensors are not copies. These tensors and `step` suffice to resume a run.
+        In the middle of an epoch, `epoch.losses` holds the losses of its steps, `[steps, names]`. The other tensors are
+        not copies. These tensors and `step` suffice to resume a run.
         """
-        tensors = {f"machine.{name}": value for name, value in self.machine.state_dict().items()}
-        for of, descent in self.take_step.descents.items():
-            tensors |= {f"optimizer.{of}.{name}": value for name, value in descent.state()}
-        return tensors
+        losses = [*self._losses, *(row.cpu() for row in self._unchecked)]
+        return self._state() | ({"epoch.losses": torch.stack(losses)} if losses else {})
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -153,7 +122,14 @@ class Trainer:
         Raises:
             KeyError: a tensor is missing. In this case, no tensor is modified.
         """
-        own = self.state_dict()
+        own = self._state()
         found = {name: tensors[name] for name in own}
         for name, tensor in own.items():
             tensor.copy_(found[name])
+        self._losses, self._unchecked = [*tensors.get("epoch.losses", ())], []
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors = {f"machine.{name}": value for name, value in self.machine.state_dict().items()}
+        for of, descent in self.take_step.descents.items():
+            tensors |= {f"optimizer.{of}.{name}": value for name, value in descent.state()}
+        return tensors
