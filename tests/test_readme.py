@@ -66,8 +66,9 @@ BRIEFLY = {
     "wakesleep info": "",
 }
 # Other tests run these commands: `make train` below and by .ci/run, `pip install .` from the source distribution in
-# test_packaging.py, the check as it is in test_check.py
-ELSEWHERE = {"make train", "pip install .", "wakesleep check --quick"}
+# test_packaging.py, the check as it is in test_check.py, and several processes below
+TORCHRUN = "torchrun --nproc-per-node 2 -m wakesleep_ext train --device cpu --epochs 5 --out runs/two"
+ELSEWHERE = {"make train", "pip install .", "wakesleep check --quick", TORCHRUN}
 
 
 def _name(command: str) -> str:
