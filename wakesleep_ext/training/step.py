@@ -22,7 +22,7 @@ from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.descent import Descent, Schedule
 from wakesleep_ext.training.keys import StepKeys
 from wakesleep_ext.training.precision import check_precision, matrix_products
-from wakesleep_ext.training.ranks import Ranks
+from wakesleep_ext.training.ranks import ALONE, Ranks
 
 
 class Step:
@@ -42,7 +42,7 @@ class Step:
             is TF32, but the device is not a GPU.
     """
 
-    def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig, ranks: Ranks = ALONE) -> None:
         self.machine, self.images, self.config, self.ranks = machine, images, config, ranks
         self.batch_size = min(config.batch_size, len(images))
         self.per_epoch = len(images) // self.batch_size
