@@ -1,17 +1,10 @@
-"""Check that several processes train the weights that one process trains, and stop and resume together."""
+"""Check that several processes train the weights that one process trains."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +12,6 @@ from torch import Tensor, multiprocessing
 
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
-from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.ranks import ALONE, Ranks, RanksDifferError
@@ -85,137 +77,3 @@ def test_rows_are_shared_without_a_gap() -> None:
     assert [index for part in rows for index in range(10)[part]] == list(range(10))
     with pytest.raises(ValueError, match="at least one row for each of 3 ranks, got 2 rows"):
         Ranks(0, 3).rows(2)
-
-
-# ---- runs that stop at any moment ------------------------------------------------------------------------------------
-
-OBJECTIVES = {
-    "plain": [],
-    "reweighted": ["--objective", "reweighted-wake-sleep", "--num-samples", "2"],
-}
-STEPS = 8 * 60
-
-
-class Runs:
-    """Trains runs on small images in processes of their own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data = folder, folder / "stripes.npz"
-        rng = np.random.default_rng(0)
-        images = np.repeat(rng.integers(256, size=(500, 6, 1), dtype=np.uint8), 5, axis=2)
-        np.savez(self.data, x_train=images[:480], x_test=images[480:])
-        self.options = ["--data", str(self.data), "--device", "cpu", "--latent", "3", "--recognition-hidden", "8"]
-        self.options += ["--generative-hidden", "8", "--epochs", "8", "--batch-size", "8", "--bound-samples", "2"]
-
-    def start(self, run: Path, ranks: int, *flags: str) -> subprocess.Popen[str]:
-        """Start a run, or resume it if it has begun."""
-        has_begun = (run / "checkpoint.safetensors").exists()
-        command = ["resume", str(run)] if has_begun else ["train", *self.options, *flags, "--out", str(run)]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] * (ranks > 1)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, *launcher, "-m", "wakesleep_ext", *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-
-    def finish(self, run: Path, ranks: int, *flags: str) -> None:
-        process = self.start(run, ranks, *flags)
-        told, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, told
-
-    def stop(self, run: Path, number: signal.Signals, delay: float, *flags: str) -> tuple[int, str]:
-        """Start or resume a run, and send it a signal some seconds after it has begun to train."""
-        process = self.start(run, 1, *flags)
-        assert process.stdout is not None
-        told = ""
-        while "step/s" not in told and process.poll() is None:
-            told += process.stdout.read(1)
-        time.sleep(delay)
-        process.send_signal(number)
-        rest, _ = process.communicate(timeout=400)
-        return process.returncode, told + rest
-
-
-def contents(run: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["seconds"]
-    return checkpoint.load(run / "checkpoint.safetensors").tensors, records, (run / "evaluation.json").read_text()
-
-
-def assert_same(run: Path, whole: Path) -> None:
-    (state, *others), (expected, *expected_others) = contents(run), contents(whole)
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert others == expected_others
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module", params=OBJECTIVES)
-def whole(request: pytest.FixtureRequest, runs: Runs) -> tuple[Path, list[str]]:
-    """A run that nothing interrupts, and its flags."""
-    run, flags = runs.folder / request.param, OBJECTIVES[request.param]
-    runs.finish(run, 1, *flags)
-    return run, flags
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 13), (signal.SIGTERM, 10), (signal.SIGINT, 5)])
-def test_a_run_survives_signals_at_random_moments(
-    runs: Runs, whole: tuple[Path, list[str]], tmp_path: Path, number: signal.Signals, times: int
-) -> None:
-    """Each interrupted run resumes to the same bits. A signal that asks loses no step, and leaves no traceback."""
-    run, (expected, flags) = tmp_path / "run", whole
-    rng = np.random.default_rng(number)
-    for _ in range(times):
-        status, told = runs.stop(run, number, rng.uniform(0, 0.6), *flags)
-        assert "Traceback" not in told
-        if number != signal.SIGKILL and status == 128 + number:
-            step = int(told.rpartition(" after step ")[2].partition(";")[0])
-            assert checkpoint.load(run / "checkpoint.safetensors").description["step"] == step
-        if status == 0:  # it ended before the signal came
-            assert_same(run, expected)
-            subprocess.run(["rm", "-r", str(run)], check=True)
-    if (run / "checkpoint.safetensors").exists() or not run.exists():
-        runs.finish(run, 1, *flags)
-    assert_same(run, expected)
-
-
-@pytest.mark.thorough
-def test_a_signal_to_one_rank_stops_both_and_both_resume(
-    runs: Runs, whole: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    """Two ranks stop in the middle of an epoch and resume to the bits of two ranks that nothing interrupts.
-
-    They also resume as one process, to the same weights up to rounding.
-    """
-    expected, flags = whole
-    both, run = tmp_path / "both", tmp_path / "run"
-    runs.finish(both, 2, *flags)
-    process = runs.start(run, 2, *flags)
-    assert process.stdout is not None
-    told = ""
-    while "step/s" not in told:
-        told += process.stdout.read(1)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGTERM)  # the last one is not rank 0
-    rest, _ = process.communicate(timeout=400)
-    assert rest.count("stopped by SIGTERM after step ") == 2, told + rest
-    stopped_at = checkpoint.load(run / "checkpoint.safetensors").description["step"]
-    assert 0 < stopped_at < STEPS
-    alone = tmp_path / "alone"
-    subprocess.run(["cp", "-r", str(run), str(alone)], check=True)
-    runs.finish(run, 2)
-    assert_same(run, both)
-    runs.finish(alone, 1)
-    for name, value in contents(expected)[0].items():
-        torch.testing.assert_close(contents(alone)[0][name], value, rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(contents(both)[0][name], value, rtol=1e-2, atol=1e-3)
-    assert checkpoint.load(both / "checkpoint.safetensors").description["made_with"]["ranks"] == 2
