@@ -320,3 +320,14 @@ def test_weights_and_moments_that_are_not_finite_replace_no_checkpoint(tmp_path,
     assert broken <= trainer.step <= broken + 100
     state = checkpoint.load(tmp_path / "checkpoint.safetensors").tensors
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_an_older_run_holds_its_evaluation_in_the_last_line_of_its_metrics(tmp_path):
+    epoch, evaluation = {"epoch": 1, "step": 4, "test_elbo": -9.5}, {"step": 4, "nll": 8.5}
+    assert metrics.read_evaluation(tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(epoch)}\n{json.dumps(evaluation)}\n")
+    assert metrics.read(tmp_path) == [epoch]
+    assert metrics.read_evaluation(tmp_path) == evaluation
+    metrics.write_evaluation(tmp_path, {"nll": 8.0, "kl": (1.0, math.nan)})
+    assert (tmp_path / "evaluation.json").read_text().count("null") == 1  # JSON has no NaN
+    assert metrics.read_evaluation(tmp_path) == {"nll": 8.0, "kl": [1.0, None]}
