@@ -407,8 +407,8 @@ def test_a_run_from_measurement_to_picture(tmp_path: Path, capsys: pytest.Captur
         ),
         ("--compare nowhere.json", "nowhere.json: cannot be read"),
         ("--show nowhere.json", "nowhere.json: cannot be read"),
-        ("--plot speed.jpg", "expected --plot to name a .png file, got speed.jpg"),
-        ("--json .", "expected --json and --plot to name files that can be written, got ."),
+        ("--plot speed.jpg", "expected --plot to end in .png, got speed.jpg"),
+        ("--json .", "expected --json to name a file that can be written, got ."),
         pytest.param(
             "--device cuda",
             "expected a GPU for --device cuda",

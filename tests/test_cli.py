@@ -1,6 +1,7 @@
 """Test the commands as users type them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,13 @@ from matplotlib.image import imread
 
 import _wakesleep_command
 from wakesleep_ext import cli
+from wakesleep_ext.helmholtz.config import ModelConfig
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint
+from wakesleep_ext.training import run as runs
 from wakesleep_ext.training import trainer as trainers
+from wakesleep_ext.training.config import TrainConfig
+from wakesleep_ext.training.data import Images, load
 from wakesleep_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("command line")
@@ -172,6 +178,100 @@ def test_a_signal_saves_the_run_after_the_step_and_it_resumes_to_the_same_end(
     assert_same_run(whole, broken)
 
 
+def test_a_run_is_resumed_where_its_data_are_now(tmp_path, run, data, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    tensors, described = checkpoint.load(folder / "checkpoint.safetensors")
+    checkpoint.save(folder / "checkpoint.safetensors", tensors, {**described, "data": str(tmp_path / "old.npz")})
+    assert cli.main(["resume", str(folder)]) == 1
+    assert "old.npz: expected 'digits', a folder" in capsys.readouterr().err
+    np.savez(tmp_path / "other.npz", x_train=np.eye(30)[:9].reshape(9, 6, 5) > 0, x_test=np.ones((3, 6, 5), bool))
+    assert cli.main(["resume", str(folder), "--data", str(tmp_path / "other.npz")]) == 1
+    assert "other.npz differ from those that this run began with" in capsys.readouterr().err
+    assert cli.main(["resume", str(folder), "--data", str(data)]) == 0
+    assert json.loads((folder / "config.json").read_text())["data"] == str(data)
+    assert checkpoint.load(folder / "checkpoint.safetensors").description["data"] == str(data)
+
+
+def test_a_run_stops_when_its_elbo_stalls_and_does_not_go_on(tmp_path, data):
+    still = ["--generative-learning-rate", "1e-30", "--recognition-learning-rate", "1e-30", "--bound-samples", "2"]
+    command = ["train", "--data", str(data), "--out", str(tmp_path / "run"), *SMALL, *still, "--epochs", "9"]
+    assert cli.main([*command, "--patience", "2"]) == 0
+    assert [record.get("epoch") for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert [record.get("epoch") for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("elbos", "stalled"),
+    [
+        ([], False),
+        ([-9, -8], False),
+        ([-9, -8, -8.5], False),
+        ([-9, -8, -8.5, -8], True),
+        ([-9, -8, -8.5, -7], False),
+    ],
+)
+def test_patience_counts_epochs_without_a_better_elbo(elbos, stalled):
+    assert TrainConfig(patience=2).has_stalled(elbos) == stalled
+    assert not TrainConfig().has_stalled(elbos)
+
+
+@pytest.mark.usefixtures("not_trained")
+def test_the_names_of_the_arrays_belong_to_the_run(tmp_path, data):
+    arrays = np.load(data)
+    np.savez(tmp_path / "named.npz", seen=arrays["x_train"] / 255, unseen=arrays["x_test"] / 255)
+    command = ["train", "--data", str(tmp_path / "named.npz"), "--train-array", "seen", "--test-array", "unseen"]
+    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["train_array"], config["test_array"]) == ("seen", "unseen")
+
+
+def test_tensorboard_gets_the_metrics_of_every_epoch_once(tmp_path, run):
+    """Also if the run is resumed, which yields its earlier epochs again."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from wakesleep_ext.report.tensorboard import follow
+
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    with follow(folder) as log:
+        log({"epoch": 1, "step": 1, "seconds": 1.0, "test_elbo": 99.0})
+    assert cli.main(["resume", str(folder), "--log", "tensorboard"]) == 0
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    epochs = [record for record in read_metrics(run) if "epoch" in record]
+    assert set(events.Tags()["scalars"]) == epochs[0].keys() - {"epoch", "step"}
+    for name in ("test_elbo", "wake_loss"):
+        found = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
+        assert found == [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in epochs]
+
+
+def test_a_missing_logger_is_named_before_the_training(tmp_path, monkeypatch, data, capsys):
+    for name in ("torch.utils.tensorboard", "wakesleep_ext.report.tensorboard"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    command = ["train", "--data", str(data), "--out", str(tmp_path / "run"), "--log", "tensorboard"]
+    assert cli.main(command) == 1
+    assert "--log tensorboard needs the package tensorboard, which is not installed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ({"wake_loss": 9.0, "sleep_loss": 3.0}, {"images/s": "250", "dreams/s": "75"}),
+        ({"sleep_loss": 3.0}, {"dreams/s": "75"}),
+    ],
+)
+def test_the_progress_bar_shows_the_speed_of_each_phase(losses, shown):
+    images = Images.of(torch.rand(500, 6))
+    machine = HelmholtzMachine.from_config(ModelConfig(6, (2,), (3,), (3,)))
+    trainer = Trainer(machine, images, TrainConfig(batch_size=100, num_dreams=30))
+    epoch = {"epoch": 3, "step": 15, "seconds": 2.0, "test_elbo": -7.125} | losses
+    assert cli._progress(trainer, epoch) == {"epoch": "3", "test_elbo": "-7.12"} | shown
+
+
 def test_a_checkpoint_that_does_not_tell_how_to_go_on_is_refused(tmp_path, run, capsys):
     tensors, description = checkpoint.load(run / "checkpoint.safetensors")
     for change, reason in (
@@ -307,6 +407,29 @@ def test_sample_draws_as_many_dreams_as_asked(run, tmp_path):
     assert again.read_bytes() == (tmp_path / "new" / "4.png").read_bytes()
 
 
+def test_encode_writes_the_latent_variables_of_both_sets(run, tmp_path, data):
+    out = tmp_path / "new" / "latents.npz"
+    assert cli.main(["encode", str(run), "--out", str(out)]) == 0
+    latents = np.load(out)
+    shapes = {name: latents[name].shape for name in latents}
+    assert shapes == {f"{of}_{name}": (n, 3) for of, n in (("train", 120), ("test", 30)) for name in ("mu", "logvar")}
+    _, machine = runs.Run.load(run)
+    code, *_ = machine.encode(load(data).binary_test())
+    assert torch.equal(code.mu, torch.from_numpy(latents["test_mu"]))
+    assert torch.equal(code.logvar, torch.from_numpy(latents["test_logvar"]))
+
+
+def test_report_compares_runs_on_one_page(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    out = tmp_path / "new" / "report.html"
+    assert cli.main(["report", str(run), str(other), "--out", str(out), "--images", "9", "--weights", "20"]) == 0
+    page = out.read_text()
+    result = read_evaluation(run)
+    assert page.count(f"{result['nll']:.2f} (K = 30)") == 2
+    assert f"<title>{run.name} and other</title>" in page
+
+
 PICTURES = {"png": b"\x89PNG", "PNG": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
 
 
@@ -366,6 +489,14 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
         (["sample", "nowhere", "--out", "x.jpg"], "expected --out to end in .png, .pdf, .svg, got x.jpg"),
         (["evaluate", "nowhere", "--picture", "x"], "expected --picture to end in .png, .pdf, .svg, got x"),
         (["sample", "nowhere", "--out", "x.png", "--count", "0"], "--count of at least 1, got 0"),
+        (["sample", "nowhere", "--out", "/dev/null/x.png"], "--out to name a file that can be written, got /dev/null/"),
+        (["check", "--plot", "x.gif"], "expected --plot to end in .png, .pdf, .svg, got x.gif"),
+        (["bench", "--plot", "x.svg"], "expected --plot to end in .png, got x.svg"),
+        (["encode", "nowhere", "--out", "x.npy"], "expected --out to end in .npz, got x.npy"),
+        (["report", "nowhere", "--out", "x.pdf"], "expected --out to end in .html, got x.pdf"),
+        (["report", "nowhere", "--out", "x.html", "--weights", "1"], "expected --weights of at least 2, got 1"),
+        (["report", "--out", "x.html"], "expected one to 7 runs, got 0"),
+        (["encode", "nowhere", "--out", "x.npz"], "nowhere/checkpoint.safetensors: cannot be read"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -431,7 +562,7 @@ def test_the_version_needs_no_torch(monkeypatch, capsys):
     assert capsys.readouterr().out == f"wakesleep_ext {metadata.version('wakesleep_ext')}\n"
 
 
-COMMANDS = ("train", "resume", "evaluate", "sample", "bench", "check", "selftest", "info")
+COMMANDS = ("train", "resume", "evaluate", "sample", "encode", "report", "bench", "check", "selftest", "info")
 
 
 def test_help_names_the_commands(capsys):

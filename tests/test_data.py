@@ -9,6 +9,7 @@ import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ TEST = rng.integers(256, size=(2, 3, 4), dtype=np.uint8)
 
 
 def idx(pixels, header=None):
-    header = header or (0, 0, 8, 3, *pixels.shape)
-    return struct.pack(">4B3I", *header) + pixels.tobytes()
+    header = header or (0, 0, 8, pixels.ndim, *pixels.shape)
+    return struct.pack(f">4B{len(header) - 4}I", *header) + pixels.tobytes()
 
 
 def write_idx(folder, *, train=None, test=None, compress=False):
@@ -104,6 +105,22 @@ class TestSources:
             (tmp_path / name).write_bytes(idx(pixels))
         assert len(load(tmp_path).test) == 2
 
+    def test_idx_files_of_flat_images(self, tmp_path):
+        for name, pixels in (("train-images-idx2-ubyte", TRAIN), ("t10k-images.idx2-ubyte", TEST)):
+            (tmp_path / name).write_bytes(idx(pixels.reshape(len(pixels), 12)))
+        dataset = load(tmp_path)
+        assert dataset.train.shape == (1, 12)
+        assert torch.equal(dataset.test.grey, torch.from_numpy(TEST).flatten(1))
+
+    @pytest.mark.parametrize("above", ["", "MNIST"])
+    def test_the_root_of_a_data_set_of_torchvision(self, tmp_path, above):
+        raw = tmp_path / above / "raw"
+        raw.mkdir(parents=True)
+        write_idx(raw)
+        write_idx(raw, compress=True)
+        (raw / "train-labels-idx1-ubyte").write_bytes(bytes(8))
+        assert torch.equal(load(tmp_path).train.grey, torch.from_numpy(TRAIN).flatten(1))
+
     @pytest.mark.skipif(not MNIST.is_dir(), reason="WAKESLEEP_MNIST names no folder")
     def test_mnist_itself(self):
         mnist = load(MNIST)
@@ -122,12 +139,114 @@ class TestSources:
         dataset = load(write_npz(tmp_path / "images.npz", x_train=x, x_test=x))
         assert torch.equal(dataset.binary_test(), torch.from_numpy(x).flatten(1).to(torch.uint8))
 
+    @pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2"])
+    def test_npz_of_probabilities_by_any_names(self, tmp_path, dtype):
+        pixels = (TRAIN / 255).astype(dtype)
+        path = write_npz(tmp_path / "images.npz", train=pixels, held_out=pixels[:2])
+        dataset = load(path, train_array="train", test_array="held_out")
+        assert torch.equal(dataset.train.grey, torch.from_numpy(pixels.astype(np.float32)).flatten(1))
+        assert len(dataset.test) == 2
+
     @pytest.mark.parametrize(("pixels", "shape"), [(9, (3, 3)), (12, (1, 12))])
     def test_npz_of_flat_images(self, tmp_path, pixels, shape):
         x = TRAIN.reshape(7, 12)[:, :pixels]
         dataset = load(write_npz(tmp_path / "images.npz", x_train=x, x_test=np.asfortranarray(x)))
         assert dataset.train.shape == shape
         assert torch.equal(dataset.test.grey, torch.from_numpy(x))
+
+
+class Items(torch.utils.data.Dataset):
+    """A map-style dataset of the given items."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+class TestImages:
+    GREY = torch.from_numpy(TRAIN)
+    SOURCES: ClassVar = {
+        "tensor": GREY,
+        "array": TRAIN,
+        "read-only array": np.frombuffer(TRAIN.tobytes(), np.uint8).reshape(TRAIN.shape),
+        "other strides": np.asfortranarray(TRAIN),
+        "one channel": GREY.unsqueeze(1),
+        "TensorDataset": torch.utils.data.TensorDataset(GREY, torch.arange(7)),
+        "images alone": Items(list(GREY.unsqueeze(1))),
+        "images and labels": Items([(image, 3) for image in TRAIN]),
+    }
+
+    @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+    def test_pixels_may_come_from_anywhere(self, source):
+        images = Images.of(source)
+        assert torch.equal(images.grey, self.GREY.flatten(1))
+        assert (images.shape, images.white) == ((3, 4), 255)
+
+    def test_pictures_of_pillow(self):
+        pillow = pytest.importorskip("PIL.Image")
+        images = Images.of(Items([(pillow.fromarray(image), 0) for image in TRAIN]))
+        assert torch.equal(images.grey, self.GREY.flatten(1))
+
+    def test_binary_pixels(self):
+        images = Images.of(self.GREY > 99)
+        assert (images.grey.dtype, images.white) == (torch.uint8, 1)
+        assert torch.equal(images.binarize(make_key(0)), (self.GREY > 99).flatten(1).byte())
+
+    def test_probabilities_are_not_rounded_to_grey_levels(self):
+        p = torch.tensor([0.0, 1e-3, 0.25, 0.5011, 1 - 1e-3, 1.0])
+        count = 200_000
+        images = Images.of(p.expand(count, -1))
+        assert torch.equal(images.grey[0], p)
+        torch.testing.assert_close(images.mean(), p.double())
+        x = images.binarize(make_key(0))
+        assert x.dtype == torch.uint8
+        frequency = x.double().mean(0)
+        assert (frequency[0], frequency[-1]) == (0, 1)
+        assert ((frequency - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()
+        index = torch.tensor([2, 0])
+        assert torch.equal(images.binarize(make_key(1), index, torch.float32), images.binarize(make_key(1))[:2].float())
+
+    NAN = torch.tensor([[0.5, torch.nan]])
+    BAD: ClassVar = {
+        "NaN": (NAN, ValueError, "expected pixels from 0 to 1, got values from nan"),
+        "negative": (-GREY.float(), ValueError, "from 0 to 1, got values from -2"),
+        "infinite": (np.full((2, 4), 1e300), ValueError, "from 0 to 1, got values from inf"),
+        "no images": (GREY[:0], ValueError, r"expected pixels to be at least one image, .* got \[0, 3, 4\]"),
+        "no pixels": (GREY[..., :0], ValueError, r"at least one image, .* got \[7, 3, 0\]"),
+        "one row": (GREY[0, 0], ValueError, r"\[N, H, W\] or \[N, D\], got \[4\]"),
+        "colour": (GREY.unsqueeze(1).expand(-1, 3, -1, -1), ValueError, r"got \[7, 3, 3, 4\]"),
+        "binary": (GREY // 128, ValueError, "every grey level in pixels is 0 or 1, .* use bool pixels"),
+        "int64": (GREY.long(), TypeError, "expected pixels to be uint8 .* got torch.int64"),
+        "int16 array": (TRAIN.astype("i2"), TypeError, "expected pixels to be uint8 .* got int16"),
+        "list": (GREY.tolist(), TypeError, "in a tensor, an array or a map-style dataset, got list"),
+        "empty dataset": (Items([]), ValueError, r"at least one image, .* got \[0\]"),
+        "dict items": (Items([{"image": GREY[0]}]), TypeError, r"expected pixels\[0\] to be uint8 .* got dict"),
+        "sizes that differ": (Items([GREY[0], GREY[0, :2]]), ValueError, r"pixels\[1\] to be torch.uint8 \[3, 4\] as "),
+        "a stream": (
+            torch.utils.data.ChainDataset([]),
+            TypeError,
+            "map-style dataset with a length, got Chain",
+        ),
+    }
+
+    @pytest.mark.parametrize(("pixels", "error", "message"), BAD.values(), ids=BAD)
+    def test_other_pixels_are_refused(self, pixels, error, message):
+        with pytest.raises(error, match=message):
+            Images.of(pixels)
+
+    @pytest.mark.parametrize(("pixels", "white"), [(GREY, 0), (GREY, 256), (GREY > 0, 16), (GREY / 255, 255)])
+    def test_white_is_a_grey_level(self, pixels, white):
+        with pytest.raises(ValueError, match=rf"expected white in 1 \.\. 255, and only with uint8 pixels, got {white}"):
+            Images.of(pixels, white=white)
+
+    def test_levels_above_white_are_refused(self):
+        with pytest.raises(ValueError, match="expected levels from 0 to 16, got values from 0 to 2"):
+            Images.of(self.GREY, white=16, name="levels")
 
 
 class TestBinarisation:
@@ -175,7 +294,7 @@ class Explosive:
 SIZE = 7 * 3 * 4
 
 BAD_IDX = {
-    "empty": (b"", "holds 0 bytes, less than an IDX header"),
+    "empty": (b"", "expected an IDX header .* got an empty file"),
     "half a header": (idx(TRAIN)[:9], "holds 9 bytes, less than an IDX header"),
     "labels": (idx(TRAIN, (0, 0, 8, 1, 7, 3, 4)), "got 00 00 08 01"),
     "floats": (idx(TRAIN, (0, 0, 13, 3, 7, 3, 4)), "got 00 00 0d 03"),
@@ -224,6 +343,17 @@ class TestBadFiles:
         with pytest.raises(DataError, match="no train-images-idx3-ubyte or"):
             load(tmp_path)
 
+    def test_mnist_is_not_downloaded_but_pointed_to(self, tmp_path):
+        with pytest.raises(DataError, match=r"mnist: does not exist\. Download train-images-.* pass --data"):
+            load(tmp_path / "mnist")
+
+    def test_a_root_with_several_data_sets_of_torchvision(self, tmp_path):
+        for name in ("MNIST", "KMNIST"):
+            (tmp_path / name / "raw").mkdir(parents=True)
+            write_idx(tmp_path / name / "raw")
+        with pytest.raises(DataError, match=r"several data sets; pass one of .*/KMNIST/raw, .*/MNIST/raw"):
+            load(tmp_path)
+
     def test_a_folder_with_several_data_sets(self, tmp_path):
         write_idx(tmp_path)
         (tmp_path / "emnist-train-images-idx3-ubyte").write_bytes(idx(TRAIN))
@@ -238,9 +368,11 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("members", "reason"),
         [
-            ({"x_train.npy": npy(TRAIN)}, "expected arrays x_train and x_test, got x_train.npy"),
-            ({}, "expected arrays x_train and x_test, got nothing"),
-            ({"x_train.npy": npy(TRAIN / 255)}, "expected x_train to be uint8 .* got float64"),
+            ({"x_train.npy": npy(TRAIN)}, "expected arrays x_train and x_test .* got x_train.npy"),
+            ({}, "expected arrays x_train and x_test .* got nothing"),
+            ({"x_train.npy": npy(TRAIN.astype(int))}, "expected x_train to be uint8 .* got int64"),
+            ({"x_train.npy": npy(TRAIN.astype("f4"))}, "expected x_train from 0 to 1, got values from 0 to 2"),
+            ({"x_train.npy": npy(shape=(2**29, 3), descr="<f8")}, "more than the limit of .* bytes"),
             ({"x_train.npy": npy(TRAIN[0, 0])}, r"\[N, H, W\] or \[N, D\], got \[4\]"),
             ({"x_train.npy": npy(TRAIN[:0])}, "expected each to be positive"),
             ({"x_train.npy": npy(TRAIN // 128)}, "every grey level in x_train is 0 or 1"),

@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from wakesleep_ext.densities import LinearBernoulli
 from wakesleep_ext.helmholtz.conditionals import (
@@ -33,6 +34,52 @@ def test_pixels_of_any_dtype_are_recognised_alike(dtype):
     x = torch.tensor([[0, 1, 1, 0, 1, 0]])
     one, other = (machine.recognition[0](pixels) for pixels in (x.to(dtype), x.float()))
     torch.testing.assert_close((one.mu, one.logvar), (other.mu, other.logvar), rtol=0, atol=0)
+
+
+def convolutions():
+    """Return an encoder of 16 pixels and a decoder of two latent variables, which work on rows only."""
+    to_maps, to_features = nn.Unflatten(1, (1, 4, 4)), nn.Unflatten(1, (3, 2, 2))
+    encoder = nn.Sequential(to_maps, nn.Conv2d(1, 3, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4))
+    decoder = nn.Sequential(nn.Linear(2, 12), nn.BatchNorm1d(12), to_features, nn.ConvTranspose2d(3, 1, 2, 2))
+    return encoder, decoder
+
+
+def test_networks_may_be_any_modules():
+    machine = HelmholtzMachine.from_networks(*convolutions(), latent=2).eval()
+    x = torch.rand(6, 16) < 0.5
+    assert machine.dream(5).x.shape == (5, 16)
+    (z,) = machine.recognition.rsample(x, num_samples=3)
+    log_prob = machine.generative.log_prob([z], x)
+    for sample, of_sample in zip(z, log_prob, strict=True):  # in one batch, or each sample alone
+        torch.testing.assert_close(machine.generative.log_prob([sample], x), of_sample)
+    assert machine.generative[0](z[0, 0]).mean.shape == (16,)
+
+
+@pytest.mark.parametrize("returns", ["one row", "no rows"])
+def test_a_network_that_mixes_rows_is_refused(returns):
+    class Mixing(nn.Module):
+        def forward(self, rows):
+            return rows.mean(0, keepdim=True) if returns == "one row" else rows.mean()
+
+    with pytest.raises(ValueError, match=r"BernoulliConditional: expected the network to return \[5, \.\.\.\] "):
+        BernoulliConditional(Mixing())(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("latents", ["gaussian", "bernoulli"])
+def test_codes_are_moments_of_the_recognition_network(latents):
+    machine = HelmholtzMachine.from_config(ModelConfig(6, (3, 2), (5,), (4,), (3,), latents))
+    x = (torch.rand(7, 6) < 0.5).to(torch.uint8)
+    first, second = machine.encode(x, chunk_rows=3)
+    with torch.no_grad():
+        q = machine.recognition[0](x)
+        above = machine.recognition[1](q.mean)
+        draws = above.rsample((100_000,))
+    torch.testing.assert_close(first.mu, q.mean)
+    torch.testing.assert_close(second.mu, draws.mean(0), rtol=0, atol=0.02)
+    torch.testing.assert_close(second.logvar, draws.var(0).log(), rtol=0, atol=0.02)
+    assert first.logvar.shape == (7, 3)
+    with pytest.raises(ValueError, match="expected chunk_rows >= 1, got 0"):
+        machine.encode(x, chunk_rows=0)
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))

@@ -61,6 +61,8 @@ BRIEFLY = {
     "wakesleep resume": "",
     "wakesleep evaluate": "",
     "wakesleep sample": "",
+    "wakesleep encode": "",
+    "wakesleep report": "--images 9 --weights 20",
     "wakesleep bench": "--candidates fused eager",
     "wakesleep selftest": "",
     "wakesleep info": "",

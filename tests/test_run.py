@@ -87,7 +87,7 @@ def test_another_damaged_line_is_named(run, digits, line):
 
 def test_other_images_of_the_same_shape_are_refused(run, digits):
     save_described(run, lambda described: described.update(data_sha256="0" * 64))
-    with pytest.raises(RunError, match="the images in digits have changed since this run began"):
+    with pytest.raises(RunError, match="the images in digits differ from those that this run began with"):
         resume(run, digits)
 
 
@@ -95,7 +95,7 @@ def test_a_digest_is_of_every_image_and_of_what_its_levels_mean(digits):
     others = [
         replace(digits, test=digits.train),
         replace(digits, train=replace(digits.train, white=15)),
-        replace(digits, train=replace(digits.train, shape=(4, 16))),
+        replace(digits, train=replace(digits.train, shape=(4, 16)), test=replace(digits.test, shape=(4, 16))),
         replace(digits, train=replace(digits.train, grey=digits.train.grey.flip(0))),
     ]
     assert len({dataset.sha256() for dataset in (digits, *others)}) == 5

@@ -1,4 +1,4 @@
-"""The command line: `wakesleep train | resume | evaluate | sample | bench | check | selftest | info`.
+"""The command line: `wakesleep train | resume | evaluate | sample | encode | report | bench | check | selftest | info`.
 
 :func:`parse` reads the arguments and :func:`run` runs the command. Each command imports the
 modules it needs when it runs, so that parsing and `--help` do not import torch.
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from wakesleep_ext._files import FileError
+from wakesleep_ext._files import FileError, write_atomically
 from wakesleep_ext._options import options_of
 from wakesleep_ext.benchmark.command import bench
 from wakesleep_ext.check.command import check
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.training.config import RECIPES, Recipe, RunOptions, TrainConfig
-from wakesleep_ext.usage import Device, UsageError, find_device, picture_format
+from wakesleep_ext.usage import PICTURES, Device, Log, UsageError, check_output, find_device, load_logger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,7 @@ def train(
     config: Path | None = None,
     out: Path | None = None,
     overwrite: FlagCreatePairsOff[bool] = False,
+    log: tuple[Log, ...] = (),
     device: Device = "auto",
 ) -> None:
     """Train a Helmholtz machine on images.
@@ -66,6 +67,7 @@ def train(
         config: JSON file with defaults for all options, such as the config.json of a run folder.
         out: Run folder to create; runs/<name of the data> by default.
         overwrite: Replace an existing run in the run folder.
+        log: Also send the metrics of each epoch to these loggers. tensorboard writes event files to the run folder.
         device: Device to train on; auto uses the GPU if there is one.
     """
     from wakesleep_ext.training.data import load
@@ -76,10 +78,11 @@ def train(
 
     if recipe is not None and config is not None:
         raise UsageError("expected --recipe or --config, got both")
-    where = find_device(device)
+    where, loggers = find_device(device), [load_logger(name) for name in log]
     base = {"training": asdict(RECIPES[recipe or "digits"])} if config is None else read_config(config)
     description = overlaid(base, {**run, "model": model, "training": training})
-    dataset = load(description["data"])
+    arrays = {name: description[name] for name in ("train_array", "test_array")}
+    dataset = load(description["data"], **arrays)
     with joined(where) as ranks:
         try:
             made = RunConfig.of(description, dataset)
@@ -87,25 +90,27 @@ def train(
         except (TypeError, ValueError) as error:
             raise UsageError(f"{config}: {error}" if config else str(error)) from error
         with Run.begin(out or Path("runs") / dataset.name, made, trainer, overwrite) as folder:
-            _finish(folder, trainer, dataset)
+            _finish(folder, trainer, dataset, loggers)
 
 
-def resume(run: Path, /, device: Device = "auto") -> None:
+def resume(run: Path, /, data: str | None = None, log: tuple[Log, ...] = (), device: Device = "auto") -> None:
     """Resume an interrupted training run. The result is bit for bit the same as without the interruption.
 
     Args:
         run: Folder of the training run.
+        data: Where the data of the run are now, if they have moved. The images must be the same.
+        log: Also send the metrics of each epoch to these loggers. tensorboard writes event files to the run folder.
         device: Device to train on; auto uses the GPU if there is one.
     """
     from wakesleep_ext.training.ranks import joined
     from wakesleep_ext.training.run import Run
 
-    where = find_device(device)
-    with joined(where) as ranks, Run.resume(run, where, ranks) as (resumed, trainer, dataset):
-        _finish(resumed, trainer, dataset)
+    where, loggers = find_device(device), [load_logger(name) for name in log]
+    with joined(where) as ranks, Run.resume(run, where, ranks, data) as (resumed, trainer, dataset):
+        _finish(resumed, trainer, dataset, loggers)
 
 
-def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
+def _finish(run: Run, trainer: Trainer, dataset: Dataset, loggers: Sequence[Any]) -> None:
     """Train up to the last epoch, evaluate the model, and draw the pictures of the run folder."""
     from tqdm import tqdm
 
@@ -119,13 +124,15 @@ def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
     steps = trainer.config.epochs * trainer.steps_per_epoch
-    epochs = []
+    epochs: list[dict[str, Any]] = []
     is_first = trainer.ranks.rank == 0
     bar = tqdm(total=steps, initial=trainer.step, unit="step", desc=f"Training on {where}", disable=not is_first)
-    with bar, requests() as stop:
+    with bar, requests() as stop, ExitStack() as stack:
+        followers = [stack.enter_context(follow(run.folder)) for follow in loggers if is_first]
         for epoch in run.train(trainer, test, bar.update, stop):
-            epochs.append(epoch)
-            bar.set_postfix(epoch=epoch["epoch"], test_elbo=f"{epoch['test_elbo']:.2f}", refresh=False)
+            for consume in (epochs.append, *followers):
+                consume(epoch)
+            bar.set_postfix(_progress(trainer, epoch), refresh=False)
     if not is_first:
         return
     evaluation = _evaluation(trainer.machine, test, Effort(run.config.bound_samples))
@@ -134,6 +141,14 @@ def _finish(run: Run, trainer: Trainer, dataset: Dataset) -> None:
     draw_run(run.picture, trainer.machine, test, dataset.train.shape, epochs, evaluation, baseline_nll)
     print(table(result))
     print(f"\nRun folder: {run.folder}")
+
+
+def _progress(trainer: Trainer, epoch: dict[str, float]) -> dict[str, str]:
+    """Return what the progress bar shows about an epoch: its number, the test ELBO, and the speed of its phases."""
+    batch, steps = trainer.take_step.batch_size, trainer.steps_per_epoch
+    phases = {"images/s": ("wake_loss", batch), "dreams/s": ("sleep_loss", trainer.config.num_dreams or batch)}
+    speeds = {name: f"{size * steps / epoch['seconds']:,.0f}" for name, (loss, size) in phases.items() if loss in epoch}
+    return {"epoch": f"{epoch['epoch']}", "test_elbo": f"{epoch['test_elbo']:.2f}"} | speeds
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,7 @@ def evaluate(
 
     effort.check()
     if picture:
-        picture_format(picture, "--picture")
+        check_output(picture, "--picture", *PICTURES)
     where = find_device(device)
     trained, machine = Run.load(run, checkpoint)
     dataset = trained.load_data(data)
@@ -226,10 +241,90 @@ def sample(
 
     if count < 1:
         raise UsageError(f"expected --count of at least 1, got {count}")
-    picture_format(out, "--out")
+    check_output(out, "--out", *PICTURES)
     where = find_device(device)
     trained, machine = Run.load(run, checkpoint)
     draw_dreams(out, machine.to(where), trained.config.image_shape, count, seed)
+
+
+def encode(run: Path, /, out: Path, data: str | None = None, device: Device = "auto") -> None:
+    """Write the latent variables that the recognition network infers for all images.
+
+    The file holds train_mu, train_logvar, test_mu and test_logvar, float32 [N, K]. Further stochastic layers have the
+    suffix _2, _3 and so on; their values hold at the mean of the layer below. Images that are not binary are first
+    binarised with a fixed seed.
+
+    Args:
+        run: Folder of a training run.
+        out: File for the arrays: .npz.
+        data: Data to encode, in the format of train --data; by default, the data of the run.
+        device: Device to compute on; auto uses the GPU if there is one.
+    """
+    import io
+
+    import numpy as np
+
+    from wakesleep_ext.training.run import Run
+
+    check_output(out, "--out", ".npz")
+    where = find_device(device)
+    trained, machine = Run.load(run)
+    dataset = trained.load_data(data)
+    machine.to(where)
+    arrays: dict[str, Any] = {}
+    for of, images in (("train", dataset.train), ("test", dataset.test)):
+        for layer, code in enumerate(machine.encode(images.to(where).binarize_once()), start=1):
+            suffix = f"_{layer}" if layer > 1 else ""
+            arrays |= {f"{of}_{name}{suffix}": value.cpu().numpy() for name, value in code._asdict().items()}
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, content.getvalue())
+
+
+def report(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    out: Path,
+    data: str | None = None,
+    images: int = 500,
+    weights: int = 200,
+    device: Device = "auto",
+    seed: int = 0,
+) -> None:
+    """Compare training runs on one HTML page: learning curves, dreams, reconstructions, importance weights, settings
+    and commands.
+
+    Args:
+        runs: Folders of training runs.
+        out: File for the page: .html. It contains its pictures, and refers to no other file.
+        data: Data to test all runs on, in the format of train --data; by default, the data of each run.
+        images: Number of test images whose importance weights are shown: the first ones.
+        weights: Number of importance weights per image.
+        device: Device to compute on; auto uses the GPU if there is one.
+        seed: Seed of the random number generator.
+    """
+    from wakesleep_ext.report.page import MOST_RUNS, Compared, page
+    from wakesleep_ext.training import metrics
+    from wakesleep_ext.training.run import Run
+
+    folders = dict.fromkeys(run.resolve() for run in runs)
+    if not 1 <= len(folders) <= MOST_RUNS:
+        raise UsageError(f"expected one to {MOST_RUNS} runs, got {len(folders)}")
+    for option, value, least in (("--images", images, 1), ("--weights", weights, 2)):
+        if value < least:
+            raise UsageError(f"expected {option} of at least {least}, got {value}")
+    check_output(out, "--out", ".html")
+    where = find_device(device)
+    alike = len({folder.name for folder in folders}) < len(folders)
+    compared = []
+    for folder in folders:
+        run, machine = Run.load(folder)
+        test = run.load_data(data).binary_test().to(where)
+        epochs, result = metrics.read(folder), metrics.read_evaluation(folder)
+        name = str(folder) if alike else folder.name
+        compared.append(Compared(name, run.config, epochs, result, machine.to(where), test))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page(compared, images, weights, seed).encode())
 
 
 def selftest() -> int:
@@ -281,7 +376,18 @@ def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: i
             raise UsageError(str(error)) from error
 
 
-_COMMANDS: tuple[Callable[..., int | None], ...] = (train, resume, evaluate, sample, bench, check, selftest, info)
+_COMMANDS: tuple[Callable[..., int | None], ...] = (
+    train,
+    resume,
+    evaluate,
+    sample,
+    encode,
+    report,
+    bench,
+    check,
+    selftest,
+    info,
+)
 
 
 def parse(argv: Sequence[str]) -> Command:

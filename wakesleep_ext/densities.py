@@ -34,6 +34,11 @@ class Distribution(ABC):
     def mean(self) -> Tensor:
         """The mean, `[*B, K]`."""
 
+    @property
+    def log_variance(self) -> Tensor:
+        """The logarithm of each element's variance, `[*B, K]`."""
+        raise NotImplementedError(f"{type(self).__name__} has no log_variance")
+
     @abstractmethod
     def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
         """Draw samples `[*S, *B, K]`. If `key` is None, a new key is drawn.
@@ -86,6 +91,10 @@ class Gaussian(Distribution):
     def mean(self) -> Tensor:
         return self.mu
 
+    @property
+    def log_variance(self) -> Tensor:
+        return self.logvar
+
     def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
         return ops.gaussian_rsample(self.mu, self.logvar, sample_shape, key=key)
 
@@ -133,6 +142,10 @@ class Bernoulli(Distribution):
     @property
     def mean(self) -> Tensor:
         return self.logits.sigmoid()
+
+    @property
+    def log_variance(self) -> Tensor:
+        return nn.functional.logsigmoid(self.logits) + nn.functional.logsigmoid(-self.logits)
 
     def rsample(self, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
         return ops.bernoulli_sample(self.logits, sample_shape, key=key)

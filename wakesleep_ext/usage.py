@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
 Device = Literal["auto", "cpu", "cuda"]
 
+Log = Literal["tensorboard"]
+"""The loggers. Each is a module of :mod:`wakesleep_ext.report`."""
+
 
 class UsageError(ValueError):
     """A command got invalid arguments."""
 
 
-PICTURE_FORMATS = ("png", "pdf", "svg")
+PICTURES = (".png", ".pdf", ".svg")
+"""Suffixes of pictures."""
 
 
-def picture_format(path: Path, option: str = "path") -> str:
-    """Return the format of a picture, "png", "pdf" or "svg", from the suffix of its path.
-
-    Args:
-        path: path of the picture.
-        option: name of the argument, for the error message.
+def check_output(path: Path, option: str, *suffixes: str) -> None:
+    """Check that a file of this name can be written, before the command computes what goes in it.
 
     Raises:
-        UsageError: the path has another suffix, or none.
+        UsageError: the suffix is not one of `suffixes` (by default any, such as ".html"), or it cannot be written.
     """
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in PICTURE_FORMATS:
-        raise UsageError(f"expected {option} to end in .{', .'.join(PICTURE_FORMATS)}, got {path}")
-    return kind
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"expected {option} to end in {', '.join(suffixes)}, got {path}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"expected {option} to name a file that can be written, got {path}")
+
+
+def load_logger(log: Log) -> Any:
+    """Return the `follow` function of a logger; see :mod:`wakesleep_ext.report.tensorboard`.
+
+    Raises:
+        UsageError: a package that the logger needs is not installed.
+    """
+    try:
+        return import_module(f"wakesleep_ext.report.{log}").follow
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--log {log} needs the package {error.name}, which is not installed. Install it: pip install {error.name}"
+        ) from error
 
 
 def find_device(device: Device) -> torch.device:

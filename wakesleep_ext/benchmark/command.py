@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wakesleep_ext.benchmark.plan import Plan
-from wakesleep_ext.usage import UsageError
+from wakesleep_ext.usage import UsageError, check_output
 
 if TYPE_CHECKING:
     from wakesleep_ext.benchmark.measure import Case
@@ -40,14 +39,12 @@ def bench(
     from wakesleep_ext.benchmark import report, result
     from wakesleep_ext.benchmark.run import suite_of
 
-    if plot and plot.suffix != ".png":
-        raise UsageError(f"expected --plot to name a .png file, got {plot}")
+    for path, option, suffixes in ((json, "--json", ()), (plot, "--plot", (".png",))):
+        if path:
+            check_output(path, option, *suffixes)
+            path.parent.mkdir(parents=True, exist_ok=True)
     try:
         earlier = result.read(compare) if compare else None
-        for path in filter(None, (json, plot)):  # fail before the measurements, not after them
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir() or not os.access(path.parent, os.W_OK):
-                raise UsageError(f"expected --json and --plot to name files that can be written, got {path}")
         figures = result.read(show) if show else _watched(plan)
         if json:
             result.write(json, figures)

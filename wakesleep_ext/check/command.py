@@ -7,7 +7,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wakesleep_ext.usage import picture_format
+from wakesleep_ext.usage import PICTURES, check_output
 
 if TYPE_CHECKING:
     from wakesleep_ext.check.problems import Answer
@@ -26,7 +26,7 @@ def check(quick: bool = False, json: bool = False, plot: Path | None = None) -> 
     from wakesleep_ext.report import plots
 
     if plot:
-        picture_format(plot, "--plot")
+        check_output(plot, "--plot", *PICTURES)
     form, answers = problems.Check(quick=quick, ranks={}), []
     if not json:
         print(_ROW.format("problem", "quantity", "expected", "got", "tolerance", ""))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep_ext.densities import Bernoulli, Gaussian, LinearBernoulli, StandardGaussian
-from wakesleep_ext.helmholtz.networks import MultilayerPerceptron
+from wakesleep_ext.helmholtz.networks import Constant, MultilayerPerceptron
 
 
 class Conditional(nn.Module):
@@ -23,36 +23,61 @@ class Conditional(nn.Module):
     """True if draws are differentiable, as in `torch.distributions`."""
 
 
-class GaussianConditional(Conditional):
+class NetworkConditional(Conditional):
+    """A conditional whose parameters come from a network.
+
+    Args:
+        network: any module that maps rows `[N, J]` to rows `[N, F]` or `[N, ...]`, such as feature maps. It receives
+            one batch of rows in the dtype of its parameters, also if there are several samples per image. So it may
+            contain convolutions and batch normalisation.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def parameters_given(self, given: Tensor | None) -> Tensor:
+        """Return the output of the network for `given`, `[*B, J] -> [*B, F]`.
+
+        Raises:
+            ValueError: the network does not return one row for each row.
+        """
+        if given is None or isinstance(self.network, (MultilayerPerceptron, Constant)):  # accept any leading dimensions
+            return self.network(given)
+        rows = given.reshape(-1, given.shape[-1])
+        parameter = next(self.network.parameters(), rows)
+        output = self.network(rows.to(parameter.dtype))
+        if output.dim() < 2 or len(output) != len(rows):
+            raise ValueError(
+                f"{type(self).__name__}: expected the network to return [{len(rows)}, ...] for rows "
+                f"{list(rows.shape)}, got {list(output.shape)}"
+            )
+        flat = output.flatten(1)
+        return flat.reshape(*given.shape[:-1], flat.shape[1])
+
+
+class GaussianConditional(NetworkConditional):
     """A diagonal Gaussian whose parameters come from a network.
 
     Args:
-        network: maps `given`, `[*B, J]`, to `[mu | logvar]` `[*B, 2K]`.
+        network: maps `given`, `[*B, J]`, to `[mu | logvar]` `[*B, 2K]`; see :class:`NetworkConditional`.
     """
 
     has_rsample = True
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
     def forward(self, given: Tensor) -> Gaussian:
-        return Gaussian.from_packed(self.network(given))
+        return Gaussian.from_packed(self.parameters_given(given))
 
 
-class BernoulliConditional(Conditional):
+class BernoulliConditional(NetworkConditional):
     """Independent Bernoulli variables whose logits come from a network.
 
     Args:
-        network: maps `given`, `[*B, J]`, to logits `[*B, D]`.
+        network: maps `given`, `[*B, J]`, to logits `[*B, D]`; see :class:`NetworkConditional`.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
     def forward(self, given: Tensor) -> Bernoulli | LinearBernoulli:
-        return Bernoulli(self.network(given))
+        return Bernoulli(self.parameters_given(given))
 
 
 class LinearBernoulliConditional(BernoulliConditional):

@@ -193,6 +193,15 @@ def _keys(keys: Keys, conditionals: Iterable[nn.Module]) -> Sequence[Tensor | No
     return [None for _ in conditionals] if keys is None else keys
 
 
+class Code(NamedTuple):
+    """The latent variables that the recognition network infers for images, in one stochastic layer."""
+
+    mu: Tensor
+    """Means, `[N, K]`."""
+    logvar: Tensor
+    """Log-variances, `[N, K]`."""
+
+
 class HelmholtzMachine(nn.Module):
     """A recognition and a generative network with the same latent variables (Dayan, Hinton, Neal & Zemel 1995).
 
@@ -224,6 +233,50 @@ class HelmholtzMachine(nn.Module):
                 f"got {list(pixel_mean.shape)}"
             )
         return cls(RecognitionNetwork(_recognition(config)), GenerativeNetwork(_generative(config, pixel_mean)))
+
+    @classmethod
+    def from_networks(cls, encoder: nn.Module, decoder: nn.Module, latent: int) -> HelmholtzMachine:
+        """Build a machine of one Gaussian layer with prior N(0, I) from two networks of any kind.
+
+        The networks work on rows; see :class:`wakesleep_ext.helmholtz.conditionals.NetworkConditional`.
+
+        Args:
+            encoder: maps pixels `[N, D]` to `[mu | logvar]`, `[N, 2K]`.
+            decoder: maps z `[N, K]` to logits of the pixels, `[N, D]` or a shape with as many elements per row, such as
+                `[N, 1, H, W]`.
+            latent: K.
+        """
+        generative = GenerativeNetwork([BernoulliConditional(decoder), StandardGaussianPrior(latent)])
+        return cls(RecognitionNetwork([GaussianConditional(encoder)]), generative)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, chunk_rows: int = 2000) -> list[Code]:
+        """Return mean and log-variance of the latent variables that the recognition network infers.
+
+        The first layer has those of q(z_1|x). Above it, those of q(z_t|z_{t-1}) at the mean of z_{t-1}. This takes no
+        random draw, but is not the mean over z_{t-1}.
+
+        Args:
+            x: binary pixels `[N, D]`.
+            chunk_rows: maximum number of images in a pass.
+
+        Returns:
+            One :class:`Code` per stochastic layer, starting with the layer next to x, on the device of x.
+
+        Raises:
+            ValueError: `chunk_rows` is below 1.
+        """
+        if chunk_rows < 1:
+            raise ValueError(f"HelmholtzMachine.encode: expected chunk_rows >= 1, got {chunk_rows}")
+        chunks = []
+        for given in x.split(chunk_rows):
+            codes = []
+            for conditional in self.recognition:
+                q = conditional(given)
+                given = q.mean
+                codes.append(Code(given, q.log_variance))
+            chunks.append(codes)
+        return [Code(*map(torch.cat, zip(*layer, strict=True))) for layer in zip(*chunks, strict=True)]
 
     def dream(self, num_dreams: int, *, keys: Keys = None) -> Dream:
         """Draw from the generative network; see :meth:`GenerativeNetwork.dream`."""

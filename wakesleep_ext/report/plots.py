@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wakesleep_ext._files import write_atomically
 from wakesleep_ext.evaluation.bounds import ACTIVE, Evaluation
-from wakesleep_ext.usage import picture_format
+from wakesleep_ext.usage import PICTURES, check_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _DPI = 150
+_LEAST_WEIGHT = -4.0  # of the histogram, in powers of ten; smaller weights are not drawn
 _LEAST_ACTIVITY = 1e-5  # lower limit of the plot; smaller and negative estimates are drawn at this value
 _WAKE, _SLEEP, _TEST, _BASELINE = "#c2571a", "#35478c", "#1b7f5c", "#8a8a8a"
 _NO_DATE: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
@@ -39,8 +40,13 @@ def samples(path: Path, pixels: Tensor, shape: tuple[int, int]) -> None:
         pixels: `[N, D]` in [0, 1].
         shape: height and width of an image.
     """
+    _save_mosaic(path, mosaic_of_samples(pixels, shape))
+
+
+def mosaic_of_samples(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the picture of :func:`samples`, `[height, width]` in [0, 1]."""
     columns = math.ceil(math.sqrt(len(pixels)))
-    _save_mosaic(path, _mosaic(pixels.view(-1, *shape), columns))
+    return _mosaic(pixels.view(-1, *shape), columns)
 
 
 def reconstructions(path: Path, x: Tensor, pixels: Tensor, shape: tuple[int, int]) -> None:
@@ -52,6 +58,11 @@ def reconstructions(path: Path, x: Tensor, pixels: Tensor, shape: tuple[int, int
         pixels: their reconstructions, `[N, D]` in [0, 1].
         shape: height and width of an image.
     """
+    _save_mosaic(path, mosaic_of_reconstructions(x, pixels, shape))
+
+
+def mosaic_of_reconstructions(x: Tensor, pixels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the picture of :func:`reconstructions`, `[height, width]` in [0, 1]."""
     columns = min(10, len(x))
     pairs = [
         _mosaic(torch.cat((above, below)).view(-1, *shape), columns)
@@ -60,7 +71,7 @@ def reconstructions(path: Path, x: Tensor, pixels: Tensor, shape: tuple[int, int
     ]
     gap = torch.ones(shape[0] // 4 + 1, pairs[0].shape[1])
     rows = [part for pair in pairs for part in (pair, gap)]
-    _save_mosaic(path, torch.cat(rows[:-1]))
+    return torch.cat(rows[:-1])
 
 
 def curves(path: Path, epochs: Sequence[Mapping[str, float]], baseline_nll: float) -> None:
@@ -117,6 +128,106 @@ def comparison(
     right.legend(frameon=False, loc="lower right")
     _label(right, "Test, after the last epoch, each run", "", "nats per image")
     _save(path, figure)
+
+
+def curves_of_runs(
+    epochs: Mapping[str, Sequence[Mapping[str, float]]], nll: Mapping[str, float], colors: Mapping[str, str]
+) -> list[Figure]:
+    """Plot the test -ELBO of several runs against the epoch, then each of their losses, one figure each.
+
+    Args:
+        epochs: maps the name of a run to one record per epoch, as for :func:`curves`.
+        nll: maps the name of a run to its final NLL bound, if there is one.
+        colors: maps the name of a run to its colour.
+    """
+    figures = []
+    for metric, title, unit in (("test_elbo", "Test: $-$ELBO", "nats per image"), *(loss[:3] for loss in _LOSSES)):
+        curves = {
+            name: [(record["epoch"], record[metric]) for record in records if metric in record]
+            for name, records in epochs.items()
+        }
+        if not any(curves.values()):
+            continue
+        sign = -1 if metric == "test_elbo" else 1
+        figure, axes = _small()
+        for name, points in curves.items():
+            axes.plot([x for x, _ in points], [sign * y for _, y in points], color=colors[name], label=name)
+            if metric == "test_elbo" and name in nll and points:
+                axes.plot(points[-1][0], nll[name], "o", color=colors[name])
+        _zoom(axes, [[sign * y for _, y in points] for points in curves.values()])
+        axes.legend(frameon=False)
+        axes.locator_params(axis="x", integer=True)
+        _label(axes, title, unit)
+        figures.append(figure)
+    return figures
+
+
+def importance_weights(log_w: Mapping[str, Tensor], colors: Mapping[str, str]) -> list[Figure]:
+    """Plot histograms of relative importance weights, and of effective sample sizes, one figure each.
+
+    Args:
+        log_w: maps the name of a run to log weights, `[K, N]`, with the same K for each run.
+        colors: maps the name of a run to its colour.
+    """
+    samples = len(next(iter(log_w.values())))
+    figures = {name: _small() for name in ("weights", "sizes")}
+    for name, values in log_w.items():
+        shares = values.softmax(0)
+        sizes = 1 / shares.square().sum(0)
+        relative = (samples * shares).log10().flatten()
+        for (_, axes), drawn, edges in (
+            (figures["weights"], relative, torch.linspace(_LEAST_WEIGHT, math.log10(samples) + 0.1, 41)),
+            (figures["sizes"], sizes.clamp(1, samples), torch.logspace(0, math.log10(samples + 0.01), 31)),
+        ):
+            weights = [1 / len(drawn)] * len(drawn)
+            axes.hist(drawn.tolist(), edges.tolist(), weights=weights, histtype="step", color=colors[name], label=name)
+    figures["sizes"][1].set_xscale("log")
+    for name, title, unit in (
+        ("weights", "Weights relative to their mean", "$\\log_{10}$ of the weight"),
+        ("sizes", f"Effective sample size, $K = {samples}$", "samples"),
+    ):
+        axes = figures[name][1]
+        axes.legend(frameon=False, loc="upper left" if name == "weights" else "upper right")
+        axes.margins(y=0.25)  # room for the legend above the steps
+        _label(axes, title, "share", unit)
+    return [figure for figure, _ in figures.values()]
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element. Equal figures give equal elements."""
+    import matplotlib
+
+    text = io.StringIO()
+    title = "".join(axes.get_title() for axes in figure.axes)
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # the elements of a page need different ids
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return text.getvalue().partition("<svg")[2].join(("<svg role='img'", ""))
+
+
+def png(mosaic: Tensor) -> bytes:
+    """Return a mosaic as a PNG file with one pixel for each of its elements."""
+    from matplotlib.image import imsave
+
+    picture = io.BytesIO()
+    imsave(picture, mosaic.numpy(), cmap="gray", vmin=0, vmax=1, format="png")
+    return picture.getvalue()
+
+
+def _small() -> tuple[Figure, Axes]:
+    """Return a figure for a column of a page, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.9, 3), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _zoom(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
+    """Hide the first tenth of each curve if it is far above the rest."""
+    rest = [value for curve in curves for value in curve[len(curve) // 10 :]]
+    low, high = min(rest), max(rest)
+    margin = 0.06 * (high - low or 1)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low - 20 * margin), min(top, high + margin))
 
 
 def rank_histograms(path: Path, ranks: Mapping[str, Tensor], num_ranks: int) -> None:
@@ -220,7 +331,8 @@ def _save(path: Path, figure: Figure) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    kind = picture_format(path)
+    check_output(path, "path", *PICTURES)
+    kind = path.suffix.lower().removeprefix(".")
     picture = io.BytesIO()
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": path.name}):  # equal figures give equal files

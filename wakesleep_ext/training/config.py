@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,7 +34,11 @@ class RunOptions:
     """Options for the data of a run and for its final evaluation."""
 
     data: str = DIGITS
-    """"digits", a folder of IDX files such as MNIST's, or an .npz file with uint8 or bool arrays x_train and x_test."""
+    """"digits", a folder of IDX files such as MNIST's, or an .npz file with two arrays of images."""
+    train_array: str = "x_train"
+    """Name of the array of training images in the .npz file."""
+    test_array: str = "x_test"
+    """Name of the array of test images in the .npz file."""
     bound_samples: int = 1000
     """Samples per test image for the log-likelihood bound that is reported at the end."""
 
@@ -63,6 +68,9 @@ class TrainConfig:
     """Seed of the initial weights and all draws."""
     epochs: int = 500
     """Passes over the training images."""
+    patience: int | None = None
+    """Stop when the test ELBO has not improved for this number of epochs; by default, train all epochs. The test ELBO
+    then chooses the length of the training, so it is no longer an unbiased measure."""
     sleep_warm_up: int = 0
     """Number of initial epochs that run only the sleep phase."""
     batch_size: int = 100
@@ -101,6 +109,7 @@ class TrainConfig:
             "defensive_fraction": 0 <= self.defensive_fraction < 1,
             "seed": 0 <= self.seed < 2**63,
             "epochs": self.epochs >= 0,
+            "patience": self.patience is None or self.patience >= 1,
             "sleep_warm_up": self.sleep_warm_up >= 0,
             "batch_size": self.batch_size >= 1,
             "num_samples": self.num_samples >= 1,
@@ -136,6 +145,13 @@ class TrainConfig:
                 f"TrainConfig: expected epochs that make up whole stages ({', '.join(map(str, of_stages[:8]))}, ...) "
                 f"with a staged schedule, got {self.epochs}"
             )
+
+    def has_stalled(self, test_elbos: Sequence[float]) -> bool:
+        """Return True if the last `patience` of the test ELBOs, one per epoch, do not exceed those before them."""
+        patience = self.patience
+        if patience is None or len(test_elbos) <= patience:
+            return False
+        return max(test_elbos[-patience:]) <= max(test_elbos[:-patience])
 
     @property
     def stages(self) -> list[int]:

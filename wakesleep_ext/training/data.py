@@ -1,8 +1,8 @@
-"""Load grey images and binarise them: handwritten digits, IDX files such as MNIST's, and `.npz` files.
+"""Check and binarise images, and load them from files: handwritten digits, IDX files such as MNIST's, `.npz` files.
 
-Pixels are stored as uint8 grey levels. Training images are binarised again each time they are used, x ~ Bernoulli(grey
-/ white); the test set is binarised once. The sizes in a file's header are checked before memory is allocated. A file is
-rejected if its header declares more pixels than the file can contain, or more than the limit.
+Pixels are uint8 grey levels, or probabilities in float32. Training images are binarised again each time they are used,
+x ~ Bernoulli(grey / white); the test set is binarised once. The sizes in a file's header are checked before memory is
+allocated. A file is rejected if its header declares more pixels than the file can contain, or more than the limit.
 """
 
 from __future__ import annotations
@@ -18,19 +18,31 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import data as torch_data
 
 from wakesleep_ext import ops, random
 from wakesleep_ext._files import FileError
 from wakesleep_ext.training.config import DIGITS as DIGITS  # re-exported
+from wakesleep_ext.training.config import RunOptions
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_BYTES = 4 * 2**30
 """Maximum size of an image set in memory, in bytes. A pixel takes one byte."""
 
-TEST_BINARIZATION_SEED = 0
-"""Seed for the binarisation of the test set."""
+BINARIZATION_SEED = 0
+"""Seed of the draws that binarise a set once, such as the test set."""
+
+_WHERE_MNIST_IS = (
+    "does not exist. Download train-images-idx3-ubyte.gz and t10k-images-idx3-ubyte.gz, for example from "
+    "https://ossci-datasets.s3.amazonaws.com/mnist/ or with torchvision.datasets.MNIST(folder, download=True). Then "
+    "pass --data the folder"
+)
 
 _DIGITS_TEST = 360
 _DEFLATE_MAX_RATIO = 1032  # the most bytes that one byte of a deflate stream can expand to
@@ -43,14 +55,58 @@ class DataError(FileError):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Grey images, one per row."""
+    """Grey images, one per row. :meth:`of` makes them from arrays, tensors and datasets."""
 
     grey: Tensor
-    """Grey levels, uint8 `[N, D]`, from 0 to `white`."""
+    """Pixels `[N, D]` from 0 to `white`: uint8 grey levels, or float32 probabilities, for which `white` is 1."""
     white: int
-    """The grey level at which a pixel is on with probability 1."""
+    """The value at which a pixel is on with probability 1."""
     shape: tuple[int, int]
     """Height and width of an image; their product is D."""
+
+    @classmethod
+    def of(cls, pixels: Any, *, white: int | None = None, name: str = "pixels") -> Images:
+        """Check the type, the shape and every value of the pixels, and store them without a copy where possible.
+
+        Args:
+            pixels: a tensor or a NumPy array, `[N, D]`, `[N, H, W]` or `[N, 1, H, W]`; or a map-style
+                `torch.utils.data.Dataset`, whose items are images or tuples that begin with an image, such as (image,
+                label). An image is a tensor, an array or a PIL image. Pixels may be
+
+                - uint8: grey levels from 0 to `white`;
+                - bool: binary images;
+                - floating point from 0 to 1: the probability that a pixel is on. These are stored in float32. They are
+                  not rounded to grey levels.
+            white: the level of a white uint8 pixel, 255 by default.
+            name: the name of the pixels in error messages.
+
+        Raises:
+            TypeError: the pixels have another type.
+            ValueError: there are no images, or their shape or a value is invalid. The message says what is expected.
+        """
+        found = _stack(name, pixels) if isinstance(pixels, torch_data.Dataset) else _tensor(name, pixels)
+        if found.dim() == 4 and found.shape[1] == 1:
+            found = found.squeeze(1)
+        if found.dim() not in (2, 3) or not found.numel():
+            raise ValueError(
+                f"expected {name} to be at least one image, [N, 1, H, W], [N, H, W] or [N, D], got {list(found.shape)}"
+            )
+        if found.dim() == 2:
+            side = math.isqrt(found.shape[1])
+            found = found.unflatten(1, (side if side * side == found.shape[1] else 1, -1))
+        highest = (255 if white is None else white) if found.dtype == torch.uint8 else 1
+        if white not in (None, highest) or not 1 <= highest <= 255:
+            raise ValueError(f"expected white in 1 .. 255, and only with uint8 {name}, got {white}")
+        low, high = (value.item() for value in (found.byte() if found.dtype == torch.bool else found).aminmax())
+        if not 0 <= low <= high <= highest:  # also if they are NaN
+            raise ValueError(f"expected {name} from 0 to {highest}, got values from {low:g} to {high:g}")
+        if white is None and highest > 1 >= high:
+            raise ValueError(
+                f"every grey level in {name} is 0 or 1, but 0 to 255 was expected; if the images are binary, use bool "
+                "pixels (in a file: a bool array in a .npz file)"
+            )
+        grey = found.flatten(1)
+        return cls(grey.byte() if grey.dtype == torch.bool else grey, highest, (found.shape[1], found.shape[2]))
 
     def __len__(self) -> int:
         return len(self.grey)
@@ -60,7 +116,7 @@ class Images:
 
     def mean(self) -> Tensor:
         """Return the mean of each pixel in [0, 1], float64 `[D]`."""
-        return self.grey.sum(0, dtype=torch.int64).double() / (len(self) * self.white)
+        return self.grey.sum(0, dtype=torch.float64) / (len(self) * self.white)
 
     def binarize(self, key: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.uint8) -> Tensor:
         """Draw binary pixels x ~ Bernoulli(grey / white), `[N, D]`.
@@ -70,16 +126,74 @@ class Images:
             index: int64 `[N]`, the indices of the images to binarise; all images by default.
             dtype: dtype of the pixels.
         """
-        return ops.binarize(self.grey, self.white, index, dtype=dtype, key=key)
+        if self.grey.dtype == torch.uint8:
+            return ops.binarize(self.grey, self.white, index, dtype=dtype, key=key)
+        probabilities = self.grey if index is None else self.grey.index_select(0, index)
+        return ops.bernoulli_sample(probabilities.logit(), dtype=dtype, key=key)
+
+    def binarize_once(self) -> Tensor:
+        """Draw binary pixels of all images with the fixed seed `BINARIZATION_SEED`, uint8 `[N, D]`."""
+        return self.binarize(random.make_key(BINARIZATION_SEED, device=self.grey.device))
+
+
+def _tensor(name: str, pixels: Any) -> Tensor:
+    """Convert an array, a tensor or a PIL image to a uint8, bool or float32 tensor."""
+    dtype = getattr(pixels, "dtype", type(pixels).__name__)
+    if not isinstance(pixels, Tensor) and hasattr(pixels, "__array_interface__"):
+        import numpy as np
+
+        array = np.asarray(pixels)
+        dtype = array.dtype
+        if _holds_pixels(dtype):
+            with np.errstate(over="ignore"):  # infinity is out of range
+                array = array.astype(np.float32 if dtype.kind == "f" else dtype, copy=False)
+            pixels = torch.from_numpy(np.require(array, requirements=("C", "W")))
+    if isinstance(pixels, Tensor):
+        pixels = pixels.detach().float() if pixels.is_floating_point() else pixels
+        if pixels.dtype in (torch.uint8, torch.bool, torch.float32):
+            return pixels
+    raise TypeError(
+        f"expected {name} to be uint8 (grey levels 0 to 255), bool or floating point (0 to 1), in a tensor, an array "
+        f"or a map-style dataset, got {dtype}"
+    )
+
+
+def _holds_pixels(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "bf" or dtype == "uint8"
+
+
+def _stack(name: str, dataset: torch_data.Dataset[Any]) -> Tensor:
+    """Stack the images of a map-style dataset."""
+    if isinstance(dataset, torch_data.IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError(f"expected {name} to be a map-style dataset with a length, got {type(dataset).__name__}")
+    images: list[Tensor] = []
+    for number in range(len(dataset)):
+        item = dataset[number]
+        image = _tensor(f"{name}[{number}]", item[0] if isinstance(item, tuple) else item)
+        if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
+            raise ValueError(
+                f"expected {name}[{number}] to be {images[0].dtype} {list(images[0].shape)} as {name}[0], "
+                f"got {image.dtype} {list(image.shape)}"
+            )
+        images.append(image)
+    return torch.stack(images) if images else torch.empty(0)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training images, and test images of the same shape."""
+    """Training images, and test images of the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
 
     name: str
     train: Images
     test: Images
+
+    def __post_init__(self) -> None:
+        if self.train.shape != self.test.shape:
+            raise ValueError(f"training images have shape {self.train.shape}, but test images {self.test.shape}")
 
     def sha256(self) -> str:
         """Return the SHA-256 digest of all images, including their shape and white level."""
@@ -90,12 +204,17 @@ class Dataset:
         return digest.hexdigest()
 
     def binary_test(self) -> Tensor:
-        """Return the test set binarised with the fixed seed `TEST_BINARIZATION_SEED`, uint8 `[N, D]`."""
-        device = self.test.grey.device
-        return self.test.binarize(random.make_key(TEST_BINARIZATION_SEED, device=device))
+        """Return the test set binarised with the fixed seed `BINARIZATION_SEED`, uint8 `[N, D]`."""
+        return self.test.binarize_once()
 
 
-def load(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Dataset:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    train_array: str = RunOptions.train_array,
+    test_array: str = RunOptions.test_array,
+    max_bytes: int = MAX_BYTES,
+) -> Dataset:
     """Load a data set.
 
     Args:
@@ -104,9 +223,12 @@ def load(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Datas
             - ``"digits"``, the 1,797 handwritten digits (8 x 8, 17 grey levels) in scikit-learn, shuffled with a fixed
               seed and split into 1,437 training and 360 test images;
             - a folder of IDX files named like MNIST's, ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte`` (or
-              ``test-images…``), which may be gzipped, and whose names may have a prefix, as in EMNIST;
-            - a ``.npz`` file with arrays ``x_train`` and ``x_test``, `[N, H, W]` or `[N, D]`, of uint8 (grey levels 0
-              to 255) or bool (binary pixels).
+              ``test-images…``). They may be gzipped, and their names may have a prefix, as in EMNIST. Files with
+              ``idx2`` in their names hold flat images `[N, D]`. The folder may also be the root of a data set of
+              torchvision, with the files in ``MNIST/raw``;
+            - a ``.npz`` file with two arrays, `[N, H, W]` or `[N, D]`, of uint8 (grey levels 0 to 255), bool (binary
+              pixels) or floating point (0 to 1), as in :meth:`Images.of`.
+        train_array, test_array: the names of the arrays in the ``.npz`` file.
         max_bytes: maximum memory of an image set, in bytes; larger sets are rejected.
 
     Raises:
@@ -116,15 +238,20 @@ def load(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Datas
         return _load_digits()
     path = Path(source)
     if path.is_dir():
-        train, test = (_read_idx(_find_idx(path, names), max_bytes) for names in _IDX_NAMES)
+        folder = _find_folder(path)
+        train, test = (_read_idx(_find_idx(folder, names), max_bytes) for names in _IDX_NAMES)
     elif path.suffix == ".npz" and path.is_file():
-        train, test = (_read_npz(path, name, max_bytes) for name in ("x_train", "x_test"))
+        arrays = (train_array, test_array)
+        train, test = (_read_npz(path, name, arrays, max_bytes) for name in arrays)
+    elif path.name.lower() == "mnist" and not path.exists():
+        raise DataError(path, _WHERE_MNIST_IS)
     else:
         missing = "" if path.exists() else "; it does not exist"
         raise DataError(path, f"expected {DIGITS!r}, a folder of IDX files, or a .npz file{missing}")
-    if train.shape != test.shape:
-        raise DataError(path, f"training images have shape {train.shape}, but test images {test.shape}")
-    return Dataset(path.resolve().stem, train, test)
+    try:
+        return Dataset(path.resolve().stem, train, test)
+    except ValueError as error:
+        raise DataError(path, str(error)) from error
 
 
 def _load_digits() -> Dataset:
@@ -132,7 +259,7 @@ def _load_digits() -> Dataset:
 
     pixels = torch.from_numpy(load_digits().images).to(torch.uint8)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    images = Images(pixels.flatten(1)[order], white=16, shape=(8, 8))
+    images = Images.of(pixels[order], white=16)
     return Dataset(
         DIGITS,
         train=replace(images, grey=images.grey[_DIGITS_TEST:]),
@@ -140,38 +267,46 @@ def _load_digits() -> Dataset:
     )
 
 
-def _check_shape(path: Path, name: str, shape: tuple[int, ...], max_bytes: int) -> None:
+def _check_shape(path: Path, name: str, shape: tuple[int, ...], max_bytes: int, pixel_bytes: int = 1) -> None:
     """Reject sizes that are not positive, exceed the limit, or are too large for the file even if it is compressed."""
     declared = f"{name} declares sizes {list(shape)}"
-    if not all(size > 0 for size in shape):
+    size = math.prod(shape) * pixel_bytes
+    if not all(length > 0 for length in shape):
         raise DataError(path, f"{declared}, expected each to be positive")
-    if math.prod(shape) > max_bytes:
+    if size > max_bytes:
         raise DataError(path, f"{declared}, more than the limit of {max_bytes:,} bytes")
-    if math.prod(shape) > path.stat().st_size * _DEFLATE_MAX_RATIO:
+    if size > path.stat().st_size * _DEFLATE_MAX_RATIO:
         raise DataError(path, f"{declared}, more than a file of {path.stat().st_size:,} bytes can hold")
 
 
-def _grey_images(path: Path, name: str, pixels: Tensor) -> Images:
-    """Build images from uint8 levels 0 to 255, `[N, H, W]`."""
-    if pixels.max() <= 1:
-        raise DataError(
-            path,
-            f"every grey level in {name} is 0 or 1, but 0 to 255 was expected; if the images are binary, store them as "
-            "a bool array in a .npz file",
-        )
-    return Images(pixels.flatten(1), white=255, shape=(pixels.shape[1], pixels.shape[2]))
+def _images(path: Path, name: str, pixels: Any) -> Images:
+    try:
+        return Images.of(pixels, name=name)
+    except (TypeError, ValueError) as error:
+        raise DataError(path, str(error)) from error
 
 
 # IDX: two zero bytes, the type (8 is uint8), the number of dimensions, each size as a big-endian 32-bit integer, then
 # the pixels (described on the MNIST page of Y. LeCun).
 
 _IDX_NAMES = (("train-images",), ("t10k-images", "test-images"))
-_IDX_HEADER = struct.Struct(">HBB3I")
+_IDX_HEADERS = (b"\0\0\x08\x02", b"\0\0\x08\x03")
+_IMAGE_FILES = "*-images[-.]idx[23]-ubyte*"
+
+
+def _find_folder(root: Path) -> Path:
+    """Return the folder of the IDX files: the given one, or <data set>/raw in it, where torchvision puts them."""
+    if any(root.glob(_IMAGE_FILES)):
+        return root
+    found = sorted({file.parent for below in ("raw", "*/raw") for file in root.glob(f"{below}/{_IMAGE_FILES}")})
+    if len(found) > 1:
+        raise DataError(root, f"holds several data sets; pass one of {', '.join(map(str, found))}")
+    return found[0] if found else root
 
 
 def _find_idx(folder: Path, names: tuple[str, ...]) -> Path:
     for suffix in ("", ".gz"):
-        found = [p for name in names for p in folder.glob(f"*{name}[-.]idx3-ubyte{suffix}")]
+        found = [p for name in names for p in folder.glob(f"*{name}[-.]idx[23]-ubyte{suffix}")]
         if len(found) == 1:
             return found[0]
         if found:
@@ -183,16 +318,19 @@ def _find_idx(folder: Path, names: tuple[str, ...]) -> Path:
 def _read_idx(path: Path, max_bytes: int) -> Images:
     try:
         with _open(path) as file:
-            header = file.read(_IDX_HEADER.size)
-            if len(header) < _IDX_HEADER.size:
-                raise DataError(path, f"holds {len(header)} bytes, less than an IDX header")
-            zeros, dtype, dims, *shape = _IDX_HEADER.unpack(header)
-            if (zeros, dtype, dims) != (0, 8, 3):
+            header = file.read(4)
+            if header not in _IDX_HEADERS:
                 raise DataError(
                     path,
-                    f"expected an IDX header of three-dimensional uint8 data (00 00 08 03), got {header[:4].hex(' ')}",
+                    "expected an IDX header of two- or three-dimensional uint8 data (00 00 08 02 or 00 00 08 03), "
+                    f"got {header.hex(' ') or 'an empty file'}",
                 )
-            _check_shape(path, "the header", tuple(shape), max_bytes)
+            dims = header[-1]
+            sizes = file.read(4 * dims)
+            if len(sizes) < 4 * dims:
+                raise DataError(path, f"holds {len(header + sizes)} bytes, less than an IDX header")
+            shape = struct.unpack(f">{dims}I", sizes)
+            _check_shape(path, "the header", shape, max_bytes)
             size = math.prod(shape)
             pixels = bytearray()
             while chunk := file.read(min(_READ_BYTES, size + 1 - len(pixels))):
@@ -204,7 +342,7 @@ def _read_idx(path: Path, max_bytes: int) -> Images:
     if len(pixels) != size:
         held = "more" if len(pixels) > size else f"{len(pixels):,}"
         raise DataError(path, f"the header declares {size:,} pixels, the file holds {held}")
-    return _grey_images(path, "the file", torch.frombuffer(pixels, dtype=torch.uint8).view(*shape))
+    return _images(path, "the file", torch.frombuffer(pixels, dtype=torch.uint8).view(*shape))
 
 
 # Errors that gzip, zipfile and NumPy raise for malformed files. NumPy parses the header of an array with Python's
@@ -219,8 +357,7 @@ def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
-def _read_npz(path: Path, name: str, max_bytes: int) -> Images:
-    import numpy as np
+def _read_npz(path: Path, name: str, expected: tuple[str, str], max_bytes: int) -> Images:
     from numpy.lib import format as npy
 
     try:
@@ -228,7 +365,9 @@ def _read_npz(path: Path, name: str, max_bytes: int) -> Images:
             member = f"{name}.npy"
             if member not in archive.namelist():
                 names = ", ".join(archive.namelist()) or "nothing"
-                raise DataError(path, f"expected arrays x_train and x_test, got {names}")
+                raise DataError(
+                    path, f"expected arrays {' and '.join(expected)} (--train-array, --test-array), got {names}"
+                )
             if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise DataError(path, f"{member} uses a compression method other than deflate")
             with archive.open(member) as file:
@@ -236,27 +375,18 @@ def _read_npz(path: Path, name: str, max_bytes: int) -> Images:
                 if npy.read_magic(file) != (1, 0):
                     raise DataError(path, f"{name} is not in version 1.0 of the .npy format")
                 shape, _, dtype = npy.read_array_header_1_0(file)
-            if dtype not in (np.dtype(np.uint8), np.dtype(np.bool_)):
+            if not _holds_pixels(dtype):
                 raise DataError(
                     path,
-                    f"expected {name} to be uint8 (grey levels 0 to 255) or bool, got {dtype}",
+                    f"expected {name} to be uint8 (grey levels 0 to 255), bool or floating point (0 to 1), got {dtype}",
                 )
-            if len(shape) not in (2, 3):
-                raise DataError(path, f"expected {name} to have shape [N, H, W] or [N, D], got {list(shape)}")
-            _check_shape(path, name, shape, max_bytes)
+            _check_shape(path, name, shape, max_bytes, dtype.itemsize)
             with archive.open(member) as file:
-                pixels = torch.from_numpy(npy.read_array(file, allow_pickle=False))
+                pixels = npy.read_array(file, allow_pickle=False)
                 if file.read(1):
                     raise DataError(path, f"{name} holds more than the sizes it declares")
     except DataError:
         raise
     except _UNREADABLE as error:
         raise DataError(path, f"cannot be read: {error or type(error).__name__}") from error
-    if pixels.dim() == 2:
-        side = math.isqrt(pixels.shape[1])
-        rows = side if side * side == pixels.shape[1] else 1
-        pixels = pixels.unflatten(1, (rows, -1))
-    if pixels.dtype == torch.bool:
-        shape = (pixels.shape[1], pixels.shape[2])
-        return Images(pixels.flatten(1).to(torch.uint8), white=1, shape=shape)
-    return _grey_images(path, name, pixels)
+    return _images(path, name, pixels)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from wakesleep_ext._files import locked, require_room, write_atomically
 from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint, metrics, rotation
-from wakesleep_ext.training.data import Dataset, load
+from wakesleep_ext.training.data import Dataset
 from wakesleep_ext.training.divergence import DivergedError
 from wakesleep_ext.training.ranks import ALONE, Ranks
 from wakesleep_ext.training.rotation import Rotation, Which
@@ -68,7 +69,7 @@ class Run:
                 for name in set(held) - {_CONFIG, rotation.LAST}:
                     (folder / name).unlink()
                 run._checkpoints.begin(trainer)
-                write_atomically(folder / _CONFIG, json.dumps(asdict(config), indent=2).encode() + b"\n")
+                run._describe()
             except BaseException:
                 for name in () if held else (rotation.LAST, _CONFIG):
                     (folder / name).unlink(missing_ok=True)
@@ -77,10 +78,16 @@ class Run:
 
     @classmethod
     @contextmanager
-    def resume(cls, folder: Path, where: torch.device, ranks: Ranks = ALONE) -> Iterator[tuple[Run, Trainer, Dataset]]:
+    def resume(
+        cls, folder: Path, where: torch.device, ranks: Ranks = ALONE, data: str | None = None
+    ) -> Iterator[tuple[Run, Trainer, Dataset]]:
         """Resume an interrupted run. Yield the run, its trainer in the state of the last checkpoint, and its data.
 
         If the last checkpoint is damaged, the one before it takes its place, and a warning is logged.
+
+        Args:
+            data: where the data of the run are now, if they have moved. The images must be the same. Later checkpoints
+                name the new place.
 
         Raises:
             FileError: no checkpoint or the data cannot be read, the data have changed, or another process is writing to
@@ -90,15 +97,18 @@ class Run:
         with locked(folder) if is_writer else nullcontext():  # read under the lock, so that no process replaces the run
             path, held = rotation.load(folder)
             config, step = of_checkpoint(path, held)
-            dataset = load(config.data)
+            if data is not None:
+                config = replace(config, data=os.path.abspath(data))
+            dataset = config.load_data(folder, config.data)
             if dataset.sha256() != config.data_sha256:
-                raise RunError(folder, f"the images in {config.data} have changed since this run began")
+                raise RunError(folder, f"the images in {config.data} differ from those that this run began with")
             machine = checkpoint.machine_of(path, held)
             trainer = Trainer(machine.to(where), dataset.train.to(where), config.training, ranks)
             rotation.restore(trainer, path, held, step)
             run = cls(folder, config, step)
             if is_writer:
                 run._checkpoints.promote(path)
+                run._describe()
             yield run, trainer, dataset
 
     @classmethod
@@ -132,7 +142,7 @@ class Run:
         on_step: Callable[[], object] = lambda: None,
         stop: Request = lambda: None,
     ) -> Iterator[dict[str, Any]]:
-        """Train until the last epoch, and write metrics and checkpoints to the folder.
+        """Train until the last epoch, or until the test ELBO stalls, and write metrics and checkpoints to the folder.
 
         Args:
             test: binary pixels `[N, D]`, uint8, on the trainer's device.
@@ -161,8 +171,9 @@ class Run:
                 metrics.rewrite(self.folder, records)
             trainer.ranks.require_equal(trainer.state_dict())
             yield from records
-            best = max((record["test_elbo"] for record in records), default=-math.inf)
-            for epoch in trainer.epochs(after_step):
+            elbos = [record["test_elbo"] for record in records]
+            epochs = trainer.epochs(after_step)
+            while not trainer.config.has_stalled(elbos) and (epoch := next(epochs, None)):
                 trainer.ranks.require_equal(machine.state_dict())
                 elbo = log_likelihood_bounds(machine.recognition, machine.generative, test, 1).elbo.mean().item()
                 if not math.isfinite(elbo):
@@ -170,9 +181,9 @@ class Run:
                 record = epoch.record(elbo)
                 if trainer.ranks.rank == 0:
                     metrics.append(self.folder, record)
-                if elbo > best:
-                    best = elbo
+                if elbo > max(elbos, default=-math.inf):
                     self._checkpoints.hold_best(machine, epoch.step)
+                elbos.append(elbo)
                 self._save_if_due(trainer, stop)
                 yield record
             self._checkpoints.save(trainer)
@@ -180,6 +191,9 @@ class Run:
             raise DivergedError(f"{error}; {self._checkpoints.told()}") from error
         except OSError as error:
             raise RunError(self.folder, f"{error}; {self._checkpoints.told()}") from error
+
+    def _describe(self) -> None:
+        write_atomically(self.folder / _CONFIG, json.dumps(asdict(self.config), indent=2).encode() + b"\n")
 
     def _save_if_due(self, trainer: Trainer, stop: Request) -> None:
         signal = trainer.ranks.agree(stop())

@@ -44,6 +44,10 @@ class RunConfig:
     training: TrainConfig
     bound_samples: int
     """Samples per test image for the log-likelihood bound at the end."""
+    train_array: str = RunOptions.train_array
+    """Name of the array of training images, if the data are an .npz file."""
+    test_array: str = RunOptions.test_array
+    """Name of the array of test images, if the data are an .npz file."""
 
     def __post_init__(self) -> None:
         if self.bound_samples < 1:
@@ -84,7 +88,7 @@ class RunConfig:
         Raises:
             FileError: the data cannot be read, or their images have a different shape.
         """
-        dataset = load(source)
+        dataset = load(source, train_array=self.train_array, test_array=self.test_array)
         if dataset.test.shape != self.image_shape:
             raise RunError(
                 folder,
