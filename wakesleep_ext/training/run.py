@@ -109,6 +109,9 @@ class Run:
             if is_writer:
                 run._checkpoints.promote(path)
                 run._describe()
+            if data is not None:
+                run._checkpoints.saved_step = -1  # so that the checkpoint names the new place
+                run._checkpoints.save(trainer)
             yield run, trainer, dataset
 
     @classmethod
