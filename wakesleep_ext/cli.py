@@ -7,8 +7,8 @@ modules it needs when it runs, so that parsing and `--help` do not import torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from json import dumps
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wakesleep_ext.evaluation.bounds import Evaluation
+    from wakesleep_ext.evaluation.diagnostics import Diagnosis
     from wakesleep_ext.helmholtz.models import HelmholtzMachine
     from wakesleep_ext.training.data import Dataset
     from wakesleep_ext.training.run import Run
@@ -165,12 +166,27 @@ class Effort:
     """Number of chains per image in annealed importance sampling."""
     ais_steps: int = 1000
     """Number of steps from prior to posterior in annealed importance sampling."""
+    diagnostics: int = 0
+    """Number of dreams for calibration tests of the recognition network, such as 1000; 0 leaves all diagnostics out.
+    They take about a minute, and need the extra "diagnostics"."""
 
     def check(self) -> None:
         """Raise a UsageError if any of the numbers is too small."""
-        for name, least in {"bound_samples": 1, "dreams": 2, "ais_images": 0, "ais_chains": 2, "ais_steps": 1}.items():
+        least_of = {"bound_samples": 1, "dreams": 2, "ais_images": 0, "ais_chains": 2, "ais_steps": 1, "diagnostics": 0}
+        for name, least in least_of.items():
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
+        if self.diagnostics:
+            from wakesleep_ext.evaluation import _arviz
+
+            for name, least in {"diagnostics": 2, "bound_samples": 25}.items():
+                if (value := getattr(self, name)) < least:
+                    option = name.replace("_", "-")
+                    raise UsageError(f"expected --{option} of at least {least} with --diagnostics, got {value}")
+            try:
+                _arviz.arviz_stats()
+            except ModuleNotFoundError as error:
+                raise UsageError(f"--diagnostics: {error}") from error
 
 
 def evaluate(
@@ -194,7 +210,8 @@ def evaluate(
         device: Device to compute on; auto uses the GPU if there is one.
         seed: Seed of the random number generator.
         checkpoint: The last checkpoint of the run, or the one with the highest test ELBO.
-        picture: File for a plot of the result: .png, .pdf or .svg.
+        picture: File for a plot of the result: .png, .pdf or .svg. With --diagnostics, a second file, whose name ends
+            in -diagnostics, is for their plot.
         json: Print one JSON object instead of a table.
     """
     from wakesleep_ext.evaluation.bounds import independent_bernoulli_nll
@@ -211,10 +228,16 @@ def evaluate(
     test = dataset.binary_test().to(where)
     baseline_nll = independent_bernoulli_nll(dataset.train.mean().to(where), test)
     evaluation = _evaluation(machine.to(where), test, effort, seed)
+    diagnosis = _diagnosis(machine, test, effort, seed) if effort.diagnostics else None
     if picture:
         plots.evaluation(picture, evaluation)
+        if diagnosis:
+            plots.diagnosis(picture.with_stem(f"{picture.stem}-diagnostics"), diagnosis)
     result = {"baseline_nll": baseline_nll} | evaluation.summary()
-    print(dumps(result) if json else table(result))
+    if json:
+        print(dumps(result | ({"diagnostics": diagnosis.summary()} if diagnosis else {})))
+    else:
+        print("\n\n".join([table(result), *([diagnosis.table()] if diagnosis else [])]))
 
 
 def sample(
@@ -349,17 +372,9 @@ def info() -> int:
 
 def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: int = 0) -> Evaluation:
     """Evaluate a model, and show a progress bar for each part of the evaluation."""
-    from tqdm import tqdm
-
     from wakesleep_ext.evaluation import bounds
 
-    with ExitStack() as bars:
-
-        def progress(part: str, images: int) -> Callable[[int], object]:
-            bars.close()  # closes the bar of the previous part
-            bar = bars.enter_context(tqdm(total=images, unit="image", desc=part))
-            return bar.update
-
+    with _progress("image") as progress:
         try:
             return bounds.evaluate(
                 machine,
@@ -374,6 +389,33 @@ def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: i
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+
+def _diagnosis(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: int) -> Diagnosis:
+    """Diagnose a recognition network, and show a progress bar for each part."""
+    from wakesleep_ext.evaluation.diagnostics import diagnose_machine
+
+    with _progress() as progress:
+        try:
+            return diagnose_machine(
+                machine, test, effort.diagnostics, num_weights=effort.bound_samples, seed=seed, progress=progress
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
+@contextmanager
+def _progress(unit: str = "it") -> Iterator[Callable[[str, int], Callable[[int], object]]]:
+    """Yield a function that shows a progress bar for a part, given its name and size, and closes the previous one."""
+    from tqdm import tqdm
+
+    with ExitStack() as bars:
+
+        def progress(part: str, size: int) -> Callable[[int], object]:
+            bars.close()
+            return bars.enter_context(tqdm(total=size, unit=unit, desc=part)).update
+
+        yield progress
 
 
 _COMMANDS: tuple[Callable[..., int | None], ...] = (

@@ -1,8 +1,4 @@
-"""Run simulation-based calibration (Talts, Betancourt, Simpson, Vehtari & Gelman, "Validating Bayesian inference
-algorithms with simulation-based calibration", 2018).
-
-For z ~ p(z) and x ~ p(x|z), the rank of z among draws from q(z|x) is uniform if q(z|x) = p(z|x).
-"""
+"""Run simulation-based calibration (see `wakesleep_ext.evaluation.calibration`) with a chi-squared test."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext.check.training import Keys, Networks
+from wakesleep_ext.evaluation.calibration import rank
 
 NUM_SAMPLES = 19
 """Draws from q per dream. The rank of z among 19 draws has 20 possible values."""
@@ -24,7 +21,7 @@ def ranks(networks: Networks, num_dreams: int, seed: int = 1) -> Tensor:
     keys, (recognition, generative) = Keys(seed), networks
     latents, x = generative.dream(num_dreams, keys=keys(len(generative)))
     draws = recognition.rsample(x, NUM_SAMPLES, keys=keys(len(recognition)))
-    return (draws[0] < latents[0]).sum(0)
+    return rank(latents[0], draws[0], *keys(1))
 
 
 def uniformity(ranks: Tensor) -> float:

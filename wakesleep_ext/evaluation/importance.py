@@ -1,9 +1,16 @@
-"""Accumulate any number of importance weights in constant memory."""
+"""Measure importance weights: statistics of any number of weights in constant memory, and the tail of the largest."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from wakesleep_ext.evaluation._arviz import arviz_stats
+
+_EQUAL = 1e-3  # weights are equal if their logarithms differ by less: the mean is then known to 0.1%
+_LEAST_SAMPLES = 25  # arviz-stats fits the tail to a fifth of the weights, and to five of them at least
 
 
 class ImportanceWeights:
@@ -68,3 +75,45 @@ class ImportanceWeights:
         """
         excess = (self.count / self.effective_sample_size - 1).clamp_min(0)
         return (excess / (self.count - 1 or torch.nan)).sqrt()
+
+
+def pareto_k(log_w: Tensor) -> Tensor:
+    r"""Return Pareto's k of the largest importance weights of each image: float64 `[N]`, on the CPU.
+
+    The weights have about 1/k finite moments. Importance sampling is reliable if k is below :func:`pareto_threshold`.
+    `arviz-stats` fits k to the largest weights: the top fifth, or the top :math:`3\sqrt K` if that is fewer. If these
+    weights are equal to 0.1%, as for the exact posterior, k is 0. If over a quarter of them vanish in comparison with
+    the largest, k is infinite. If over a quarter of them equal the smallest, there is no fit, and k is NaN; only
+    discrete latent variables repeat weights.
+
+    Source: Vehtari, Simpson, Gelman, Yao & Gabry, "Pareto smoothed importance sampling" (JMLR 2024).
+
+    Args:
+        log_w: log weights `[K, N]`, K >= 25.
+
+    Raises:
+        ValueError: there are fewer than 25 weights, or an image has NaN, infinite or no positive weights.
+        ModuleNotFoundError: `arviz-stats` is not installed.
+    """
+    if log_w.ndim != 2 or len(log_w) < _LEAST_SAMPLES:
+        raise ValueError(f"pareto_k: expected log_w [K, N] with K >= {_LEAST_SAMPLES}, got {list(log_w.shape)}")
+    if (bad := log_w.isnan().any(0) | ~log_w.amax(0).isfinite()).any():
+        raise ValueError(f"pareto_k: expected finite weights, not all zero, got others for {int(bad.sum())} images")
+    array_stats = arviz_stats().array_stats
+    log_w = log_w.double().cpu()
+    size = len(log_w) // 5 if len(log_w) <= 225 else int(3 * len(log_w) ** 0.5)  # of the tail, as in arviz-stats
+    tail = (log_w - log_w.amax(0)).topk(size + 1, 0).values
+    quartile, cutoff = tail[size - int(size / 4 + 0.5)].exp(), tail[-1].exp()
+    k = torch.where(quartile > 0, torch.nan, torch.inf).double()
+    k[tail[-1] > -_EQUAL] = 0
+    for image in (k.isnan() & (quartile > cutoff)).nonzero().flatten().tolist():
+        k[image] = float(array_stats.psislw(-log_w[:, image].numpy())[1])  # it takes negative log weights
+    return k
+
+
+def pareto_threshold(num_samples: int) -> float:
+    r"""Return the largest k at which K weights suffice: :math:`\min(1 - 1/\log_{10} K,\, 0.7)`.
+
+    Source: Vehtari et al. 2024, as for :func:`pareto_k`.
+    """
+    return min(1 - 1 / math.log10(num_samples), 0.7)

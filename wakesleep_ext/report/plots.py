@@ -13,6 +13,8 @@ from torch import Tensor
 
 from wakesleep_ext._files import write_atomically
 from wakesleep_ext.evaluation.bounds import ACTIVE, Evaluation
+from wakesleep_ext.evaluation.diagnostics import Diagnosis
+from wakesleep_ext.evaluation.importance import pareto_threshold
 from wakesleep_ext.usage import PICTURES, check_output
 
 if TYPE_CHECKING:
@@ -290,6 +292,48 @@ def evaluation(path: Path, found: Evaluation) -> None:
     right.margins(y=0.3)  # room for the legend above the bars
     right.legend(frameon=False)
     _label(right, "Recognition against the posterior", "nats", "")
+    _save(path, figure)
+
+
+def diagnosis(path: Path, found: Diagnosis) -> None:
+    """Plot the calibration tests with their bands, Pareto's k, and the signal-to-noise ratios of gradients.
+
+    Args:
+        path: the file to write.
+        found: the diagnosis to draw.
+    """
+    from matplotlib.figure import Figure
+
+    panels = len(found.ranks) + (found.pareto_k is not None) + bool(found.gradients)
+    rows = math.ceil(panels / 3)
+    figure = Figure(figsize=(10, 3.2 * rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False).flatten()
+    for unused in grid[panels:]:
+        unused.set_axis_off()
+    axes_left = iter(grid)
+
+    for name, ranks in found.ranks.items():
+        axes, levels = next(axes_left), ranks.levels()
+        (lower, upper), curves, outside = ranks.band(), ranks.ecdf() - levels[:, None], ranks.outside().tolist()
+        axes.fill_between(levels, lower - levels, upper - levels, color=_BASELINE, alpha=0.4)
+        for curve, is_outside in zip(curves.t(), outside, strict=True):
+            axes.plot(levels, curve, color=_WAKE if is_outside else _SLEEP, linewidth=1)
+        _label(axes, f"{name}: {sum(outside)} of {len(outside)} leave the 95% band", "ECDF $-$ uniform", "level")
+
+    if found.pareto_k is not None:
+        axes, threshold = next(axes_left), pareto_threshold(found.num_weights)
+        axes.hist(found.pareto_k[found.pareto_k.isfinite()].tolist(), 30, color=_TEST, alpha=0.7)
+        axes.axvline(threshold, color=_BASELINE, linestyle="--")
+        above = (found.pareto_k > threshold).double().mean().item()
+        _label(axes, f"Pareto k: {above:.0%} above {threshold:.2f}", "observations", "k")
+
+    if found.gradients:
+        axes, ratios = next(axes_left), {name: of.ratio for name, of in found.gradients.items()}
+        bars = axes.barh(list(ratios), list(ratios.values()), color=_SLEEP)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)  # room for the numbers
+        _label(axes, "Gradient of q", "", "signal-to-noise ratio")
     _save(path, figure)
 
 
