@@ -13,7 +13,7 @@ STEP_RESULT ?= benchmarks/results/0.2.0-amd-epyc-zen3-avx2-1-thread-step.json
 ON_EVERY_CORE := --numprocesses auto --dist loadgroup
 # pip would compile every module to bytecode, which takes a minute. Python compiles the modules that it imports.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
-EXTRAS := train diagnostics bench test lint docs examples
+EXTRAS := train diagnostics tensorboard bench test lint docs examples
 BUILD_TOOLS := setuptools wheel ninja pybind11
 # Returns the packages of an extra. pyproject.toml lists each extra on one line.
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
@@ -48,7 +48,7 @@ train: $(VENV)/.installed
 	@echo "Training a Helmholtz machine on the digits (half a minute)"
 	@$(VENV)/bin/wakesleep train --out $(RUN) --overwrite
 
-test: $(VENV)/.installed $(VENV)/.diagnostics $(VENV)/.bench $(VENV)/.test
+test: $(VENV)/.installed $(VENV)/.diagnostics $(VENV)/.tensorboard $(VENV)/.bench $(VENV)/.test
 	@echo "Compiling the CUDA kernels to run on the CPU (a minute on two cores; later, only what changed)"
 	@PYTHONPATH=tests $(VENV)/bin/python tests/cuda_on_cpu/emulation.py
 	@echo "Running the everyday tests (6 minutes on two cores)"

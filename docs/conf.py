@@ -26,6 +26,7 @@ PUBLIC = (
     "densities",
     "random",
     "replay",
+    "npe",
     "reference",
     "pyro",
     "helmholtz",

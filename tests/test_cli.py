@@ -381,6 +381,18 @@ def test_evaluate_prints_a_table(run, capsys):
     assert "K = 5" in out
 
 
+def test_diagnostics_are_printed_and_drawn(run, tmp_path, capsys):
+    pytest.importorskip("arviz_stats", reason="the extra wakesleep_ext[diagnostics] contains it")
+    command = ["evaluate", str(run), "--bound-samples", "25", "--dreams", "20", "--diagnostics", "5"]
+    assert cli.main([*command, "--picture", str(tmp_path / "found.png")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"found.png", "found-diagnostics.png"}
+    assert "expected coverage" in capsys.readouterr().out
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["diagnostics"]
+    assert found["simulations"] == 5
+    assert found["gradient_signal_to_noise"]["sleep"] >= 0
+
+
 def test_annealing_is_asked_for_and_drawn_with_the_rest(run, tmp_path, capsys):
     picture = tmp_path / "new" / "evaluation.png"
     annealed = ["--ais-images", "4", "--ais-chains", "3", "--ais-steps", "5"]

@@ -15,7 +15,7 @@ from checkout import ROOT
 pytestmark = pytest.mark.source_tree
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"pyro_vae": "pyro", "lightning_vae": "pytorch_lightning"}
+NEEDS = {"pyro_vae": "pyro", "lightning_vae": "pytorch_lightning", "npe_sbi": "sbi"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.source_tree
 
 
 GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
+NEEDS = {"diagnostics": ["arviz_stats"], "npe": ["sbi", "zuko"]}
+"""Packages that a guide needs, and that the everyday tests may lack."""
 Blocks = list[tuple[str, str]]
 
 
@@ -55,7 +57,7 @@ def _run(command: str, folder: Path) -> str:
     return done.stdout
 
 
-# Options that shorten a command, in addition to one epoch and ten samples for a bound.
+# Options that shorten a command, in addition to one epoch and 25 samples for a bound.
 BRIEFLY = {
     "wakesleep train": "--bound-samples 10",
     "wakesleep resume": "",
@@ -85,7 +87,7 @@ def _in_brief(commands: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
         if command in ELSEWHERE:
             continue
         brief = re.sub(r"--epochs \d+", "--epochs 1", f"{command} {BRIEFLY[_name(command)]}")
-        brief = re.sub(r"--bound-samples \d+", "--bound-samples 10", brief)
+        brief = re.sub(r"--(bound-samples|diagnostics) \d+", r"--\1 25", brief)
         monkeypatch.setattr(sys, "argv", shlex.split(brief))
         assert _wakesleep_command.main() == 0, brief
     _check_pictures(commands, folder)
@@ -116,6 +118,8 @@ def test_python() -> None:
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_guides(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in NEEDS.get(guide.stem, []):
+        pytest.importorskip(package)
     blocks = _blocks(guide)
     assert {language for language, _ in blocks} <= {"sh", "python", "text"}
     monkeypatch.chdir(tmp_path)

@@ -167,8 +167,8 @@ class Effort:
     ais_steps: int = 1000
     """Number of steps from prior to posterior in annealed importance sampling."""
     diagnostics: int = 0
-    """Number of dreams for calibration tests of the recognition network, such as 1000; 0 leaves all diagnostics out.
-    They take about a minute, and need the extra "diagnostics"."""
+    """Number of dreams for calibration tests of the recognition network, such as 1000, and number of gradients per
+    objective, at most 200. 0 leaves all diagnostics out. They need the extra "diagnostics"."""
 
     def check(self) -> None:
         """Raise a UsageError if any of the numbers is too small."""
@@ -398,7 +398,13 @@ def _diagnosis(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: in
     with _progress() as progress:
         try:
             return diagnose_machine(
-                machine, test, effort.diagnostics, num_weights=effort.bound_samples, seed=seed, progress=progress
+                machine,
+                test,
+                effort.diagnostics,
+                num_weights=effort.bound_samples,
+                num_gradients=min(effort.diagnostics, 200),
+                seed=seed,
+                progress=progress,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
