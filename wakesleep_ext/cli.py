@@ -374,7 +374,7 @@ def _evaluation(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: i
     """Evaluate a model, and show a progress bar for each part of the evaluation."""
     from wakesleep_ext.evaluation import bounds
 
-    with _progress("image") as progress:
+    with _progress_bars("image") as progress:
         try:
             return bounds.evaluate(
                 machine,
@@ -395,7 +395,7 @@ def _diagnosis(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: in
     """Diagnose a recognition network, and show a progress bar for each part."""
     from wakesleep_ext.evaluation.diagnostics import diagnose_machine
 
-    with _progress() as progress:
+    with _progress_bars() as progress:
         try:
             return diagnose_machine(
                 machine,
@@ -411,7 +411,7 @@ def _diagnosis(machine: HelmholtzMachine, test: Tensor, effort: Effort, seed: in
 
 
 @contextmanager
-def _progress(unit: str = "it") -> Iterator[Callable[[str, int], Callable[[int], object]]]:
+def _progress_bars(unit: str = "it") -> Iterator[Callable[[str, int], Callable[[int], object]]]:
     """Yield a function that shows a progress bar for a part, given its name and size, and closes the previous one."""
     from tqdm import tqdm
 

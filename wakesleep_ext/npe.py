@@ -81,7 +81,8 @@ def fit_posterior(
         return value.detach()
 
     replayed, validate = Replay(step), torch.no_grad()(lambda: loss(z[held_out], x[held_out]).mean().item())
-    losses, best = [], deepcopy(network.state_dict())
+    losses: list[float] = []
+    best = deepcopy(network.state_dict())
     while len(losses) < max_epochs and (not losses or len(losses) - losses.index(min(losses)) <= stop_after_epochs):
         network.train()
         for index in trained[torch.randperm(len(trained), device=z.device)].split(batch_size):
