@@ -42,7 +42,7 @@ def test_the_posterior_is_found(fresh: bool) -> None:
         loss_of(network),
         simulate(2000),
         simulate=simulate if fresh else None,
-        learning_rate=0.02,
+        learning_rate=0.05,
         max_epochs=20,
     )
     assert fit.reason is None
