@@ -136,7 +136,7 @@ trains the runs that the table lacks.
 Both train the generative network on the same bound of five samples. They train the recognition network differently:
 IWAE follows the gradient of the bound, and wake-wake descends KL(p(z|x) || q(z|x)), which makes q cover the posterior.
 With the score function ("wake-wake", "reweighted wake-sleep"), this gradient is so noisy that training ends 0.4 to 1.3
-nats behind IWAE. A doubly reparameterised estimate of the same gradient (DReG) removes the gap.
+nats behind IWAE. With a doubly reparameterised estimate of the same gradient (DReG), wake-wake ends ahead of IWAE.
 
 Without it, the sleep weight makes little difference: with seed 0, `--sleep-weight 0.25` gave 89.94 and `0.75` gave
 90.28. Less noisy dreams help a little: `--num-dreams 500` gave 89.80. These three are single runs on another processor,
