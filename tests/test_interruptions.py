@@ -176,7 +176,8 @@ def test_a_signal_to_one_rank_stops_both_and_both_resume(
     assert process.stdout is not None
     told = ""
     while "step/s" not in told:
-        told += process.stdout.read(1)
+        told += (character := process.stdout.read(1))
+        assert character, told  # the process has ended
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGTERM)  # the last one is not rank 0
     rest, _ = process.communicate()
