@@ -22,7 +22,7 @@ from wakesleep_ext.evaluation.calibration import Posterior, Ranks, calibrate
 from wakesleep_ext.evaluation.gradient_noise import GradientNoise, gradient_noise
 from wakesleep_ext.evaluation.importance import pareto_k, pareto_threshold
 from wakesleep_ext.helmholtz import objectives
-from wakesleep_ext.helmholtz.config import PhiGradient
+from wakesleep_ext.helmholtz.config import PATHWISE, PhiGradient
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 
 LogJoint = Callable[[Tensor, Tensor], Tensor]
@@ -294,7 +294,7 @@ def recognition_losses(
         return lambda: loss(recognition, generative, batch(), num_samples, keys=draws())
 
     pathwise = all(conditional.has_rsample for conditional in recognition)
-    estimators: list[PhiGradient] = [name for name in get_args(PhiGradient) if pathwise or name.startswith("score")]
+    estimators: list[PhiGradient] = [name for name in get_args(PhiGradient) if pathwise or name not in PATHWISE]
     found: dict[str, Callable[[], Tensor]] = {"sleep": sleep}
     found |= {f"wake-phi {name}": partial(wake, name) for name in estimators}
     found["vimco"] = bound(objectives.vimco_loss)

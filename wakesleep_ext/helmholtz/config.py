@@ -13,6 +13,8 @@ Latents = Literal["gaussian", "bernoulli"]
 PhiGradient = Literal["score", "score-cv", "dreg", "stl"]
 """Estimators of the recognition network's gradient in the reweighted wake phase; see
 :func:`wakesleep_ext.helmholtz.objectives.reweighted_wake_losses`."""
+PATHWISE: tuple[PhiGradient, ...] = ("dreg", "stl")
+"""The estimators that differentiate through the draws. One loss then trains both networks."""
 
 
 @dataclass(frozen=True)

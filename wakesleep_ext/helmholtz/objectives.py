@@ -32,7 +32,7 @@ from torch.func import functional_call
 
 from wakesleep_ext import ops
 from wakesleep_ext.densities import Distribution
-from wakesleep_ext.helmholtz.config import PhiGradient
+from wakesleep_ext.helmholtz.config import PATHWISE, PhiGradient
 from wakesleep_ext.helmholtz.models import Factor, GenerativeNetwork, HelmholtzMachine, Keys, RecognitionNetwork
 
 
@@ -147,7 +147,7 @@ def reweighted_wake_losses(
         ValueError: `phi_gradient` does not support the number of samples, the defensive fraction or the latents.
     """
     require_phi_gradient(phi_gradient, recognition, num_samples, defensive_fraction)
-    if phi_gradient in ("dreg", "stl"):
+    if phi_gradient in PATHWISE:
         rescale = (lambda weights: 1 - weights) if phi_gradient == "dreg" else None
         return WakeLosses(_pathwise_loss(recognition, generative, x, num_samples, rescale, keys))
     if defensive_fraction:
@@ -416,7 +416,7 @@ def require_phi_gradient(
     """
     if phi_gradient not in get_args(PhiGradient):
         raise ValueError(f"expected phi_gradient to be one of {get_args(PhiGradient)}, got {phi_gradient!r}")
-    if phi_gradient in ("dreg", "stl"):
+    if phi_gradient in PATHWISE:
         require_rsample(recognition)
     if phi_gradient in ("score-cv", "dreg"):
         require_several(num_samples, f"phi_gradient {phi_gradient!r}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wakesleep_ext import ops
 from wakesleep_ext.helmholtz import objectives
+from wakesleep_ext.helmholtz.config import PATHWISE
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.replay import Replay, call
 from wakesleep_ext.training.config import SLEEP_WEIGHTS, TrainConfig
@@ -96,11 +97,8 @@ class Step:
         """Names of the losses that the next step returns."""
         if not self.is_awake:
             return ["sleep"]
-        both = self.config.objective == "reweighted-wake-sleep" and self.config.phi_gradient in (
-            None,
-            "score",
-            "score-cv",
-        )
+        config = self.config
+        both = config.objective == "reweighted-wake-sleep" and config.phi_gradient not in PATHWISE
         return ["wake"] + ["wake_phi"] * (both and self._sleep_weight < 1) + ["sleep"] * (self._sleep_weight > 0)
 
     def batches(self) -> tuple[Tensor, ...]:
