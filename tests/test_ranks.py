@@ -21,7 +21,7 @@ IMAGES = Images(
     torch.randint(256, (30, 12), generator=torch.Generator().manual_seed(2)).to(torch.uint8), white=255, shape=(3, 4)
 )
 CASES: list[dict[str, Any]] = [
-    {"epochs": 5},
+    {"epochs": 5, "max_gradient_norm": 0.1},
     {"latents": "bernoulli", "learning_rate_decay": 0.1, "sleep_warm_up": 1},
     {"objective": "reweighted-wake-sleep", "num_samples": 3, "defensive_fraction": 0.2, "num_dreams": 7},
     {"objective": "reweighted-wake-sleep", "num_samples": 3, "sleep_weight": 0.0, "phi_gradient": "dreg"},

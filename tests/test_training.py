@@ -37,10 +37,10 @@ BARS = Images(
 )
 
 
-def make_trainer(images=BARS, device="cpu", model=None, **config):
+def make_trainer(images=BARS, device="cpu", model=None, dtype=torch.float32, **config):
     torch.manual_seed(0)
     model = ModelConfig(images.grey.shape[1], (2,), (8,), (8,)) if model is None else model
-    machine = HelmholtzMachine.from_config(model, images.mean()).to(device)
+    machine = HelmholtzMachine.from_config(model, images.mean()).to(device, dtype)
     return Trainer(machine, images.to(device), TrainConfig(**{"batch_size": 5, "epochs": 3, **config}))
 
 
@@ -170,6 +170,31 @@ def test_a_step_of_a_mixture_is_what_one_writes_by_hand():
         losses = torch.stack((theta, phi, sleep_loss)).detach()
         torch.testing.assert_close(trainer.take_step(index), losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weights(trainer), weights(by_hand))
+
+
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("max_norm", [0.01, 100.0])
+def test_gradients_are_clipped_as_by_torch(max_norm, replay):
+    """The smaller norm is always exceeded, and the larger one never."""
+    settings = {"dtype": torch.float64, "seed": 3, "max_gradient_norm": max_norm, "replay": replay}
+    trainer, by_hand = make_trainer(**settings), make_trainer(**settings)
+    recognition, generative = by_hand.machine.recognition, by_hand.machine.generative
+    of_generative, of_recognition = adam(generative, by_hand.config), adam(recognition, by_hand.config)
+    index = torch.tensor([3, 1, 4, 1, 5])
+    for step in range(5):
+        keys = [random.make_key(3, 5 * step + draw) for draw in range(5)]
+        x = BARS.binarize(keys[1], index, torch.float64)
+        wake_theta_loss(recognition, generative, x, keys=keys[2:3]).backward()
+        norms = [torch.nn.utils.clip_grad_norm_(generative.parameters(), max_norm)]
+        of_generative.step()
+        sleep_phi_loss(recognition, generative, 5, keys=keys[3:]).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(recognition.parameters(), max_norm))
+        of_recognition.step()
+        by_hand.machine.zero_grad()
+        assert [norm > max_norm for norm in norms] == [max_norm < 1] * 2
+        trainer.take_step(index)
+        torch.testing.assert_close(weights(trainer), weights(by_hand), rtol=1e-9, atol=1e-12)
+    assert trainer.take_step.replays[True].is_replayed == (replay or None)
 
 
 @pytest.mark.parametrize(
@@ -448,6 +473,14 @@ def test_weights_that_explode_in_the_last_step_stop_the_run():
         next(trainer.epochs(on_step=explode))
 
 
+@pytest.mark.parametrize("factor", [1e30, math.inf, math.nan])
+def test_clipping_hides_no_gradient_without_a_finite_norm(factor):
+    trainer = make_trainer(max_gradient_norm=1.0)
+    trainer.machine.generative[0].network[0].weight.register_hook(lambda gradient: gradient * factor)
+    with pytest.raises(DivergedError, match="the wake loss became nan at step 2"):
+        next(trainer.epochs())
+
+
 def test_the_state_names_every_weight_and_both_optimizers():
     trainer = make_trainer()
     list(trainer.epochs())
@@ -475,6 +508,8 @@ def test_the_state_names_every_weight_and_both_optimizers():
         ("learning_rate_decay", 1.5),
         ("adam_betas", (0.9, 1.0)),
         ("adam_epsilon", -1e-8),
+        ("max_gradient_norm", 0.0),
+        ("max_gradient_norm", math.inf),
         ("objective", "adversarial"),
         ("sleep_weight", 1.5),
         ("defensive_fraction", 1.0),

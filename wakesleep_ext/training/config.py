@@ -92,6 +92,8 @@ class TrainConfig:
     """Adam's decay rates for the running means of the gradient and its square."""
     adam_epsilon: float = 1e-4
     """Adam's epsilon."""
+    max_gradient_norm: float | None = None
+    """Scale the gradient of each network down to this norm if it is larger; by default, gradients keep their norm."""
     precision: Precision = "float32"
     """Precision of large matrix products. "tf32" rounds their factors to 11 significant bits, which makes them faster
     on a GPU with tensor cores. Everything else stays in float32, as do all weights. A CPU has no TF32."""
@@ -120,6 +122,7 @@ class TrainConfig:
             "schedule": self.schedule in get_args(Schedule),
             "adam_betas": all(0 <= beta < 1 for beta in self.adam_betas),
             "adam_epsilon": 0 <= self.adam_epsilon < math.inf,
+            "max_gradient_norm": self.max_gradient_norm is None or 0 < self.max_gradient_norm < math.inf,
             "precision": self.precision in get_args(Precision),
         }
         for name, valid in within.items():

@@ -27,6 +27,19 @@ def require_wide(machine: nn.Module) -> None:
             )
 
 
+def clipped(gradients: Sequence[Tensor], max_norm: float) -> tuple[Tensor, ...]:
+    r"""Scale gradients g such that their joint norm is at most `max_norm`. Reads no value on the host.
+
+    .. math:: g \cdot \min\left(\frac{\text{max\_norm}}{\lVert g \rVert_2 + 10^{-6}}, 1\right)
+
+    The formula is that of :func:`torch.nn.utils.clip_grad_norm_`. But if the norm is infinite, every result is NaN
+    instead of zero, so that training stops with an error instead of standing still.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1) + 0 * norm  # infinity times 0 is NaN
+    return torch._foreach_mul(list(gradients), scale)
+
+
 class Descent:
     """Applies Adam to the parameters of a network. The constructor allocates the optimizer state on their device.
 
@@ -46,7 +59,7 @@ class Descent:
             capturable=True,
         )
         (group,) = self.optimizer.param_groups
-        self._start = learning_rate
+        self._start, self._max_norm = learning_rate, config.max_gradient_norm
         loss_dtype = torch.promote_types(next(network.parameters()).dtype, torch.float32)
         self._unit = unit_gradient(device, loss_dtype)
         self.steps = torch.zeros(len(group["params"]), device=device)
@@ -92,6 +105,8 @@ class Descent:
         trained = self.trained()
         if not trained:
             return
+        if self._max_norm is not None:
+            gradients = clipped(gradients, self._max_norm)
         (group,) = self.optimizer.param_groups
         states = [self.optimizer.state[parameter] for parameter in trained]
         exp_avgs, exp_avg_sqs = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
