@@ -259,6 +259,21 @@ def test_weights_that_do_not_fit_the_description_are_refused(path, machine, mode
         checkpoint.machine_of(path, checkpoint.load(path))
 
 
+@pytest.mark.parametrize("bounds", [None, (-3.0, 2.5)])
+def test_bounds_on_log_variances_come_back(path, machine, bounds):
+    save_machine(path, machine, logvar_bounds=bounds)
+    loaded = checkpoint.machine_of(path, checkpoint.load(path))
+    assert [conditional.logvar_bounds for conditional in loaded.recognition] == [bounds]
+
+
+def test_a_description_of_an_earlier_version_has_no_bounds(path, machine):
+    save_machine(path, machine)
+    tensors, description = checkpoint.load(path)
+    del description["model"]["logvar_bounds"]
+    checkpoint.save(path, tensors, description)
+    assert checkpoint.machine_of(path, checkpoint.load(path)).recognition[0].logvar_bounds is None
+
+
 def test_loading_a_machine_draws_no_random_numbers(path, machine):
     save_machine(path, machine)
     before = torch.get_rng_state()

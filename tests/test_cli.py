@@ -85,6 +85,7 @@ def test_the_config_tells_how_the_run_was_made(run, data):
         "latent_hidden": [100, 100],
         "latents": "gaussian",
         "activation": "tanh",
+        "logvar_bounds": None,
     }
     assert config["training"]["num_samples"] == 2
     assert config["training"]["seed"] == 5
@@ -106,7 +107,7 @@ def test_the_metrics_are_one_object_an_epoch_and_the_result(run):
 
 
 MACHINES = {
-    "deep": ["--latent", "3", "2", "--latent-hidden", "4"],
+    "deep": ["--latent", "3", "2", "--latent-hidden", "4", "--logvar-bounds", "-5", "5"],
     "discrete": ["--latent", "3", "2", "--latent-hidden", "4", "--latents", "bernoulli"],
 }
 

@@ -1,10 +1,13 @@
 """Test shapes and initial values of the networks, and ancestral sampling."""
 
+import math
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 
 from wakesleep_ext.densities import LinearBernoulli
 from wakesleep_ext.helmholtz.conditionals import (
@@ -131,6 +134,16 @@ def test_a_pixel_mean_of_another_size_is_refused():
         ({"latent": 2}, "latent to be a tuple of sizes, got 2"),
         ({"latents": "poisson"}, "latents to be one of gaussian, bernoulli, got 'poisson'"),
         ({"activation": "swish"}, "activation to be one of tanh, .*, got 'swish'"),
+        ({"logvar_bounds": (1.0, 1.0)}, r"ModelConfig: .* two finite numbers, the lower first, got \(1.0, 1.0\)"),
+        ({"logvar_bounds": (-math.inf, 1.0)}, r"logvar_bounds to be two finite numbers, .* got \(-inf, 1.0\)"),
+        ({"logvar_bounds": (0.0, math.nan)}, r"logvar_bounds to be two finite numbers, .* got \(0.0, nan\)"),
+        ({"logvar_bounds": (1.0,)}, r"logvar_bounds to be two finite numbers, .* got \(1.0,\)"),
+        ({"logvar_bounds": 1.0}, "logvar_bounds to be two finite numbers, .* got 1.0"),
+        ({"logvar_bounds": ("0", "1")}, r"logvar_bounds to be two finite numbers, .* got \('0', '1'\)"),
+        (
+            {"logvar_bounds": (-1.0, 1.0), "latents": "bernoulli"},
+            r"logvar_bounds None with latents 'bernoulli', got \(-1.0, 1.0\)",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(change, message):
@@ -224,6 +237,40 @@ def test_a_machine_is_made_of_any_two_networks():
     assert machine.recognition is recognition
     assert machine.generative is generative
     assert machine.reconstruct(machine.dream(5).x).shape == (5, 6)
+
+
+def bounded_machine(kind):
+    if kind == "convolutions":
+        return HelmholtzMachine.from_networks(*convolutions(), latent=2, logvar_bounds=(-0.2, 0.1)).double()
+    return HelmholtzMachine.from_config(ModelConfig(16, (3, 2), (5,), (4,), logvar_bounds=(-0.2, 0.1))).double()
+
+
+def log_prob(conditional, given, value):
+    return conditional(given).log_prob(value)
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "two layers"])
+def test_log_variances_are_clamped_to_their_bounds(kind):
+    """The log-densities and their gradients are those of torch.distributions, and the prior stays as it is."""
+    machine = bounded_machine(kind)
+    *of_latents, prior = [*machine.recognition, *machine.generative[1:]]
+    x, z, scale = torch.rand(40, 16).double().round(), machine.dream(40).latents, torch.rand(40).double()
+    assert len(of_latents) == 2 * len(z) - 1
+    givens = (x, *z[:-1], *z[1:])
+    for conditional, given, value in zip(of_latents, givens, (*z, *z[:-1]), strict=True):
+        weights = list(conditional.parameters())
+        mu, logvar = conditional.network(given.clone()).chunk(2, -1)
+        assert 0 < (logvar < -0.2).double().mean() < 1
+        assert 0 < (logvar > 0.1).double().mean() < 1
+        normal = torch.distributions.Normal(mu, torch.exp(logvar.clamp(-0.2, 0.1) / 2))
+        expected = normal.log_prob(value).sum(-1)
+        q = conditional(given)
+        torch.testing.assert_close(q.log_prob(value), expected)
+        torch.testing.assert_close(vmap(partial(log_prob, conditional))(given, value), expected)
+        of_expected = torch.autograd.grad((scale * expected).sum(), weights)
+        torch.testing.assert_close(torch.autograd.grad(q.log_prob_sum(value, scale), weights), of_expected)
+    assert not prior(None).logvar.any()
+    assert all(code.logvar.min() == -0.2 and code.logvar.max() == 0.1 for code in machine.encode(x))
 
 
 def test_reconstructions_are_pixel_means_and_a_function_of_the_key():

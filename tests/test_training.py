@@ -303,14 +303,13 @@ def test_gradients_that_others_leave_do_not_enter_and_frozen_weights_stay():
     assert all((parameter.grad == 1).all() for parameter in other.machine.parameters())
 
 
-def losses_of_100_steps(device, latent=(3,), **config):
+def losses_of_100_steps(device, latent=(3,), logvar_bounds=None, **config):
     """Return losses in float64, `[steps, losses]`, on images with many grey levels."""
     generator = torch.Generator().manual_seed(2)
     images = Images(torch.randint(256, (40, 12), generator=generator).to(torch.uint8), white=255, shape=(3, 4))
     torch.manual_seed(0)
-    machine = (
-        HelmholtzMachine.from_config(ModelConfig(12, latent, (9, 8), (8, 9), (7,)), images.mean()).double().to(device)
-    )
+    model = ModelConfig(12, latent, (9, 8), (8, 9), (7,), logvar_bounds=logvar_bounds)
+    machine = HelmholtzMachine.from_config(model, images.mean()).to(device, torch.float64)
     config = {"batch_size": 8, "epochs": 20, "num_samples": 2, "learning_rate_decay": 0.1, **config}
     trainer = Trainer(machine, images.to(device), TrainConfig(**config))
     batches = (index for _ in range(20) for index in trainer.take_step.batches())
@@ -323,7 +322,7 @@ def losses_of_100_steps(device, latent=(3,), **config):
         {},
         {"objective": "reweighted-wake-sleep", "latent": (3, 2)},
         {"objective": "reweighted-wake-sleep", "phi_gradient": "dreg", "latent": (3, 2)},
-        {"objective": "dreg"},
+        {"objective": "dreg", "logvar_bounds": (-0.1, 0.1), "max_gradient_norm": 0.5},
     ],
     ids=lambda config: config.get("phi_gradient", config.get("objective", "wake-sleep")),
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep_ext.densities import Bernoulli, Gaussian, LinearBernoulli, StandardGaussian
+from wakesleep_ext.helmholtz.config import check_logvar_bounds
 from wakesleep_ext.helmholtz.networks import Constant, MultilayerPerceptron
 
 
@@ -61,12 +62,24 @@ class GaussianConditional(NetworkConditional):
 
     Args:
         network: maps `given`, `[*B, J]`, to `[mu | logvar]` `[*B, 2K]`; see :class:`NetworkConditional`.
+        logvar_bounds: the lowest and the highest log-variance. A logvar outside is clamped, and has no gradient.
+
+    Raises:
+        ValueError: the bounds are not finite numbers in increasing order.
     """
 
     has_rsample = True
 
+    def __init__(self, network: nn.Module, logvar_bounds: tuple[float, float] | None = None) -> None:
+        super().__init__(network)
+        check_logvar_bounds(type(self).__name__, logvar_bounds)
+        self.logvar_bounds = logvar_bounds
+
     def forward(self, given: Tensor) -> Gaussian:
-        return Gaussian.from_packed(self.parameters_given(given))
+        gaussian = Gaussian.from_packed(self.parameters_given(given))
+        if self.logvar_bounds is None:
+            return gaussian
+        return Gaussian(gaussian.mu, gaussian.logvar.clamp(*self.logvar_bounds))
 
 
 class BernoulliConditional(NetworkConditional):

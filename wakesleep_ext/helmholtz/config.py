@@ -5,6 +5,7 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,12 +18,26 @@ PATHWISE: tuple[PhiGradient, ...] = ("dreg", "stl")
 """The estimators that differentiate through the draws. One loss then trains both networks."""
 
 
+def check_logvar_bounds(owner: str, bounds: tuple[float, float] | None) -> None:
+    """Check that bounds on log-variances, which are optional, are two finite numbers in increasing order.
+
+    Raises:
+        ValueError: they are not; the message names their owner.
+    """
+    if bounds is None:
+        return
+    is_pair = isinstance(bounds, tuple) and len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds)
+    if not is_pair or not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise ValueError(f"{owner}: expected logvar_bounds to be two finite numbers, the lower first, got {bounds!r}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Specifies the layer sizes, the kind of latent variables and the activation of both networks.
 
     Raises:
-        ValueError: a size is not a positive integer, or a name is unknown.
+        ValueError: a size is not a positive integer, a name is unknown, or bounds are not finite numbers in increasing
+            order.
     """
 
     observed: int
@@ -40,6 +55,9 @@ class ModelConfig:
     sigmoid belief network, as in the first Helmholtz machines."""
     activation: Activation = "tanh"
     """Activation after each hidden layer."""
+    logvar_bounds: tuple[float, float] | None = None
+    """Lowest and highest log-variance of Gaussian latent variables; by default, there are no bounds. The output of the
+    networks is clamped, so a log-variance outside has no gradient. The prior stays N(0, I)."""
 
     def __post_init__(self) -> None:
         sizes = {
@@ -59,3 +77,8 @@ class ModelConfig:
         for name, known in (("latents", get_args(Latents)), ("activation", get_args(Activation))):
             if (given := getattr(self, name)) not in known:
                 raise ValueError(f"ModelConfig: expected {name} to be one of {', '.join(known)}, got {given!r}")
+        check_logvar_bounds("ModelConfig", self.logvar_bounds)
+        if self.logvar_bounds is not None and self.latents != "gaussian":
+            raise ValueError(
+                f"ModelConfig: expected logvar_bounds None with latents {self.latents!r}, got {self.logvar_bounds}"
+            )

@@ -235,7 +235,9 @@ class HelmholtzMachine(nn.Module):
         return cls(RecognitionNetwork(_recognition(config)), GenerativeNetwork(_generative(config, pixel_mean)))
 
     @classmethod
-    def from_networks(cls, encoder: nn.Module, decoder: nn.Module, latent: int) -> HelmholtzMachine:
+    def from_networks(
+        cls, encoder: nn.Module, decoder: nn.Module, latent: int, *, logvar_bounds: tuple[float, float] | None = None
+    ) -> HelmholtzMachine:
         """Build a machine of one Gaussian layer with prior N(0, I) from two networks of any kind.
 
         The networks work on rows; see :class:`wakesleep_ext.helmholtz.conditionals.NetworkConditional`.
@@ -245,9 +247,13 @@ class HelmholtzMachine(nn.Module):
             decoder: maps z `[N, K]` to logits of the pixels, `[N, D]` or a shape with as many elements per row, such as
                 `[N, 1, H, W]`.
             latent: K.
+            logvar_bounds: the lowest and the highest log-variance, to which those of the encoder are clamped.
+
+        Raises:
+            ValueError: the bounds are not finite numbers in increasing order.
         """
         generative = GenerativeNetwork([BernoulliConditional(decoder), StandardGaussianPrior(latent)])
-        return cls(RecognitionNetwork([GaussianConditional(encoder)]), generative)
+        return cls(RecognitionNetwork([GaussianConditional(encoder, logvar_bounds)]), generative)
 
     @torch.no_grad()
     def encode(self, x: Tensor, *, chunk_rows: int = 2000) -> list[Code]:
@@ -309,5 +315,6 @@ def _generative(config: ModelConfig, pixel_mean: Tensor | None) -> Iterator[Cond
 def _latent(config: ModelConfig, given: int, hidden: Sequence[int], size: int) -> Conditional:
     """Return a conditional of `size` latent variables, given pixels or the latent variables of another layer."""
     if config.latents == "gaussian":
-        return GaussianConditional(MultilayerPerceptron((given, *hidden, 2 * size), config.activation))
+        network = MultilayerPerceptron((given, *hidden, 2 * size), config.activation)
+        return GaussianConditional(network, config.logvar_bounds)
     return BernoulliConditional(MultilayerPerceptron((given, *hidden, size), config.activation))
