@@ -65,7 +65,7 @@ def maf(theta: Tensor, x: Tensor) -> nn.Module:
 def train_by_sbi(network: nn.Module, theta: Tensor, x: Tensor, epochs: int) -> int:
     """Return the number of epochs."""
     trainer = NPE(PRIOR, density_estimator=lambda *_: network, show_progress_bars=False)
-    trainer.append_simulations(theta, x).train(training_batch_size=BATCH, max_num_epochs=epochs - 1)
+    trainer.append_simulations(theta, x).train(training_batch_size=BATCH, max_num_epochs=max(1, epochs - 1))
     return trainer.summary["epochs_trained"][-1]
 
 

@@ -20,10 +20,13 @@ NEEDS = {"pyro_vae": "pyro", "lightning_vae": "pytorch_lightning", "npe_sbi": "s
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")
-def test_an_example_runs(example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_runs(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if example.stem in NEEDS:
         pytest.importorskip(NEEDS[example.stem])
     monkeypatch.setattr(sys, "argv", [example.stem, "--steps", "2"])
+    monkeypatch.chdir(tmp_path)  # sbi writes logs to the current folder
     runpy.run_path(str(example), run_name="__main__")
     assert "\nspeed: " in capsys.readouterr().out
 
