@@ -472,6 +472,14 @@ def test_weights_that_explode_in_the_last_step_stop_the_run():
         next(trainer.epochs(on_step=explode))
 
 
+def test_large_numbers_are_finite():
+    """The squares of these weights are not."""
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.machine.generative[0].network[0].weight.fill_(1e30)
+    trainer.check_finite()
+
+
 @pytest.mark.parametrize("factor", [1e30, math.inf, math.nan])
 def test_clipping_hides_no_gradient_without_a_finite_norm(factor):
     trainer = make_trainer(max_gradient_norm=1.0)

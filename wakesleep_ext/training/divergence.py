@@ -24,13 +24,16 @@ def require_finite_losses(losses: Tensor, names: Sequence[str], step: int) -> No
 
 
 def require_finite_state(state: Mapping[str, Tensor], step: int) -> None:
-    """Check the weights, `machine.…`, and the optimizer state, `optimizer.…`. Waits for the device once.
+    """Check the weights, `machine.…`, and the optimizer state, `optimizer.…`. Waits for the device.
 
     Raises:
         DivergedError: a number is infinite or NaN.
     """
-    finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
-    for name, is_finite in zip(state, finite, strict=True):
+    numbers = {name: value for name, value in state.items() if value.is_floating_point()}
+    if torch.nn.utils.get_total_norm(numbers.values()).isfinite():  # ten times as fast on a CPU as looking at each
+        return
+    finite = torch.stack([value.isfinite().all() for value in numbers.values()]).tolist()
+    for name, is_finite in zip(numbers, finite, strict=True):  # all, if only the norm overflowed
         if not is_finite:
             kind, network, _ = name.split(".", 2)
             of = "weight" if kind == "machine" else "moment"
