@@ -21,7 +21,7 @@ extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 SHELL := /bin/bash
 
-.PHONY: help train test test-thorough lint format benchmark readme mnist docs cuda-check cuda-test \
+.PHONY: help train extras test test-thorough lint format benchmark readme mnist docs cuda-check cuda-test \
 	cuda-on-cpu-asan cuda-on-cpu-asan-subset sass-report mutants gpu-check clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -53,6 +53,9 @@ test: $(VENV)/.installed $(VENV)/.diagnostics $(VENV)/.tensorboard $(VENV)/.benc
 	@PYTHONPATH=tests $(VENV)/bin/python tests/cuda_on_cpu/emulation.py
 	@echo "Running the everyday tests (6 minutes on two cores)"
 	@$(VENV)/bin/python -m pytest $(ON_EVERY_CORE) $(TESTS)
+
+# Installs what .ci/run needs, so that none of its parallel stages runs pip.
+extras: $(VENV)/.train $(VENV)/.diagnostics $(VENV)/.tensorboard $(VENV)/.bench $(VENV)/.test $(VENV)/.lint $(VENV)/.docs
 
 test-thorough: $(VENV)/.examples docs
 	@echo "Running every test (half an hour on two cores), then the sanitizers and the CUDA build"
