@@ -55,7 +55,7 @@ def train(data: Path, runs: Path, seeds: tuple[int, ...] = (0, 1), results: Path
                 continue
             run = runs / folder(name, seed)
             if not finished(run):
-                where = ["--data", str(data), "--out", str(run)]
+                where = ["--data", str(data), "--out", str(run), "--threads", str(torch.get_num_threads())]
                 status = cli.main(
                     ["resume", str(run)] if has_begun(run) else ["train", *flags(name, seed).split(), *where]
                 )

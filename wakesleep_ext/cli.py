@@ -24,7 +24,7 @@ from wakesleep_ext.benchmark.command import bench
 from wakesleep_ext.check.command import check
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.training.config import RECIPES, Recipe, RunOptions, TrainConfig
-from wakesleep_ext.usage import PICTURES, Device, Log, UsageError, check_output, find_device, load_logger
+from wakesleep_ext.usage import PICTURES, Device, Log, Threads, UsageError, check_output, find_device, load_logger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,7 @@ def train(
     out: Path | None = None,
     overwrite: FlagCreatePairsOff[bool] = False,
     log: tuple[Log, ...] = (),
+    threads: Threads = "auto",
     device: Device = "auto",
 ) -> None:
     """Train a Helmholtz machine on images.
@@ -69,12 +70,14 @@ def train(
         out: Run folder to create; runs/<name of the data> by default.
         overwrite: Replace an existing run in the run folder.
         log: Also send the metrics of each epoch to these loggers. tensorboard writes event files to the run folder.
+        threads: Number of CPU threads; auto measures which number is fastest on this computer at this moment.
         device: Device to train on; auto uses the GPU if there is one.
     """
     from wakesleep_ext.training.data import load
     from wakesleep_ext.training.ranks import joined
     from wakesleep_ext.training.run import Run
     from wakesleep_ext.training.run_config import RunConfig, overlaid, read_config
+    from wakesleep_ext.training.threads import choose, on_threads
     from wakesleep_ext.training.trainer import Trainer
 
     if recipe is not None and config is not None:
@@ -90,24 +93,33 @@ def train(
             trainer = Trainer(made.machine(dataset).to(where), dataset.train.to(where), made.training, ranks)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{config}: {error}" if config else str(error)) from error
-        with Run.begin(out or Path("runs") / dataset.name, made, trainer, overwrite) as folder:
+        to = out or Path("runs") / dataset.name
+        with on_threads(choose(threads, trainer.take_step)), Run.begin(to, made, trainer, overwrite) as folder:
             _finish(folder, trainer, dataset, loggers)
 
 
-def resume(run: Path, /, data: str | None = None, log: tuple[Log, ...] = (), device: Device = "auto") -> None:
+def resume(
+    run: Path,
+    /,
+    data: str | None = None,
+    log: tuple[Log, ...] = (),
+    threads: Threads = "auto",
+    device: Device = "auto",
+) -> None:
     """Resume an interrupted training run. The result is bit for bit the same as without the interruption.
 
     Args:
         run: Folder of the training run.
         data: Where the data of the run are now, if they have moved. The images must be the same.
         log: Also send the metrics of each epoch to these loggers. tensorboard writes event files to the run folder.
+        threads: Number of CPU threads; auto uses that of the run, but at most torch's default number.
         device: Device to train on; auto uses the GPU if there is one.
     """
     from wakesleep_ext.training.ranks import joined
     from wakesleep_ext.training.run import Run
 
     where, loggers = find_device(device), [load_logger(name) for name in log]
-    with joined(where) as ranks, Run.resume(run, where, ranks, data) as (resumed, trainer, dataset):
+    with joined(where) as ranks, Run.resume(run, where, ranks, data, threads) as (resumed, trainer, dataset):
         _finish(resumed, trainer, dataset, loggers)
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 
+Threads = int | Literal["auto"]
+
 Log = Literal["tensorboard"]
 """The loggers. Each is a module of :mod:`wakesleep_ext.report`."""
 

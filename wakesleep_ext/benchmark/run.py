@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from wakesleep_ext.benchmark import op_suite, result, step_suite
-from wakesleep_ext.benchmark.instruments import keep_freed_memory, on_threads
+from wakesleep_ext.benchmark.instruments import keep_freed_memory
 from wakesleep_ext.benchmark.measure import Case, take
 from wakesleep_ext.benchmark.plan import Plan
 from wakesleep_ext.benchmark.suite import Suite
+from wakesleep_ext.training.threads import on_threads
 from wakesleep_ext.usage import UsageError, find_device
 
 SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
@@ -39,8 +40,6 @@ def run(
     """
     device = find_device(plan.device)
     threads = torch.get_num_threads() if plan.threads is None else plan.threads
-    if threads < 1:
-        raise UsageError(f"expected --threads of at least 1, got {threads}")
     every = SUITES[plan.suite].cases(device.type, plan.quick)
     cases = [case for case in every if fnmatchcase(case.labels["op"], plan.op)]
     if not cases:

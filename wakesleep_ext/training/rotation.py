@@ -19,7 +19,8 @@ from wakesleep_ext._files import keep
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.checkpoint import Checkpoint, CheckpointError
-from wakesleep_ext.training.run_config import RunConfig, made_with
+from wakesleep_ext.training.provenance import made_with
+from wakesleep_ext.training.run_config import RunConfig
 
 if TYPE_CHECKING:
     from wakesleep_ext.training.trainer import Trainer

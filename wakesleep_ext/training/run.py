@@ -27,7 +27,9 @@ from wakesleep_ext.training.ranks import ALONE, Ranks
 from wakesleep_ext.training.rotation import Rotation, Which
 from wakesleep_ext.training.run_config import RunConfig, RunError, of_checkpoint
 from wakesleep_ext.training.signals import Request, StoppedError
+from wakesleep_ext.training.threads import on_threads, resumed
 from wakesleep_ext.training.trainer import Trainer
+from wakesleep_ext.usage import Threads
 
 _CONFIG = "config.json"
 _PICTURES = ("samples", "reconstructions", "curves", "evaluation")
@@ -79,7 +81,12 @@ class Run:
     @classmethod
     @contextmanager
     def resume(
-        cls, folder: Path, where: torch.device, ranks: Ranks = ALONE, data: str | None = None
+        cls,
+        folder: Path,
+        where: torch.device,
+        ranks: Ranks = ALONE,
+        data: str | None = None,
+        threads: Threads = "auto",
     ) -> Iterator[tuple[Run, Trainer, Dataset]]:
         """Resume an interrupted run. Yield the run, its trainer in the state of the last checkpoint, and its data.
 
@@ -88,6 +95,7 @@ class Run:
         Args:
             data: where the data of the run are now, if they have moved. The images must be the same. Later checkpoints
                 name the new place.
+            threads: number of CPU threads while the context is active; see :func:`.threads.resumed`.
 
         Raises:
             FileError: no checkpoint or the data cannot be read, the data have changed, or another process is writing to
@@ -106,13 +114,14 @@ class Run:
             trainer = Trainer(machine.to(where), dataset.train.to(where), config.training, ranks)
             rotation.restore(trainer, path, held, step)
             run = cls(folder, config, step)
-            if is_writer:
-                run._checkpoints.promote(path)
-                run._describe()
-            if data is not None:
-                run._checkpoints.saved_step = -1  # so that the checkpoint names the new place
-                run._checkpoints.save(trainer)
-            yield run, trainer, dataset
+            with on_threads(resumed(threads, held.description.get("made_with", {}))):
+                if is_writer:
+                    run._checkpoints.promote(path)
+                    run._describe()
+                if data is not None:
+                    run._checkpoints.saved_step = -1  # so that the checkpoint names the new place
+                    run._checkpoints.save(trainer)
+                yield run, trainer, dataset
 
     @classmethod
     def load(cls, folder: Path, which: Which = "last") -> tuple[Run, HelmholtzMachine]:

@@ -6,17 +6,14 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wakesleep_ext import __version__
 from wakesleep_ext._files import FileError
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
-from wakesleep_ext.info import commit_of
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.config import DIGITS, RunOptions, TrainConfig
 from wakesleep_ext.training.data import Dataset, load
@@ -123,24 +120,6 @@ def of_checkpoint(path: Path, held: checkpoint.Checkpoint) -> tuple[RunConfig, i
         return RunConfig.restore(description), step
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(path, f"does not describe the run: {error}") from error
-
-
-def made_with(ranks: int) -> dict[str, Any]:
-    """Return what a checkpoint was written with, as JSON: versions, threads, and the number of ranks."""
-    commit, modified = _commit()
-    return {
-        "wakesleep_ext": __version__,
-        "torch": torch.__version__,
-        "commit": commit,
-        "modified": modified,
-        "threads": torch.get_num_threads(),
-        "ranks": ranks,
-    }
-
-
-@cache
-def _commit() -> tuple[str | None, bool | None]:
-    return commit_of(Path(__file__).resolve().parents[2])
 
 
 def read_config(path: Path) -> dict[str, Any]:
