@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from wakesleep_ext.helmholtz.config import PhiGradient
+from wakesleep_ext.helmholtz.config import PATHWISE, PhiGradient
 
 Objective = Literal["wake-sleep", "reweighted-wake-sleep", "elbo", "iwae", "dreg", "vimco"]
 Schedule = Literal["exponential", "staged"]
@@ -148,6 +148,18 @@ class TrainConfig:
                 f"TrainConfig: expected epochs that make up whole stages ({', '.join(map(str, of_stages[:8]))}, ...) "
                 f"with a staged schedule, got {self.epochs}"
             )
+
+    @property
+    def weight_of_sleep(self) -> float:
+        """The weight of the sleep phase: `sleep_weight`, or the default of the objective."""
+        return SLEEP_WEIGHTS[self.objective] if self.sleep_weight is None else self.sleep_weight
+
+    @property
+    def losses(self) -> list[str]:
+        """Names of the losses of a step with a wake phase."""
+        has_two = self.objective == "reweighted-wake-sleep" and self.phi_gradient not in PATHWISE
+        weight = self.weight_of_sleep
+        return ["wake"] + ["wake_phi"] * (has_two and weight < 1) + ["sleep"] * (weight > 0)
 
     def has_stalled(self, test_elbos: Sequence[float]) -> bool:
         """Return True if the last `patience` of the test ELBOs, one per epoch, do not exceed those before them."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ def append(folder: Path, record: Mapping[str, Any]) -> None:
         metrics.write(strict_json(record) + "\n")
 
 
-def rewrite(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replace all records."""
-    write_atomically(folder / METRICS, "".join(f"{strict_json(record)}\n" for record in records).encode())
+def rewind(folder: Path, step: int, is_writer: bool = True) -> list[dict[str, Any]]:
+    """Return the records up to a step, and delete later ones unless another process does this."""
+    records = [record for record in read(folder) if record["step"] <= step]
+    if is_writer:
+        write_atomically(folder / METRICS, "".join(f"{strict_json(record)}\n" for record in records).encode())
+    return records
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

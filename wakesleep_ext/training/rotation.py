@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,8 +20,9 @@ from wakesleep_ext._files import keep
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint
 from wakesleep_ext.training.checkpoint import Checkpoint, CheckpointError
+from wakesleep_ext.training.divergence import DivergedError
 from wakesleep_ext.training.provenance import made_with
-from wakesleep_ext.training.run_config import RunConfig
+from wakesleep_ext.training.run_config import RunConfig, RunError
 
 if TYPE_CHECKING:
     from wakesleep_ext.training.trainer import Trainer
@@ -78,9 +80,21 @@ class Rotation:
         self._due = time.monotonic() + _SECONDS_BETWEEN_SAVES
         self._best: tuple[dict[str, Tensor], int] | None = None
 
-    def told(self) -> str:
-        """Return a description of the last good checkpoint, for error messages."""
-        return f"the last good checkpoint, of step {self.saved_step}, is {self.path}"
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Name the last good checkpoint in an error that ends the run while the context is active.
+
+        Raises:
+            DivergedError: the run has diverged.
+            RunError: a file cannot be written.
+        """
+        try:
+            yield
+        except (DivergedError, OSError) as error:
+            reason = f"{error}; the last good checkpoint, of step {self.saved_step}, is {self.path}"
+            if isinstance(error, OSError):
+                raise RunError(self.path.parent, reason) from error
+            raise DivergedError(reason) from error
 
     @property
     def is_due(self) -> bool:

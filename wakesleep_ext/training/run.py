@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint, metrics, rotation
 from wakesleep_ext.training.data import Dataset
-from wakesleep_ext.training.divergence import DivergedError
 from wakesleep_ext.training.ranks import ALONE, Ranks
 from wakesleep_ext.training.rotation import Rotation, Which
 from wakesleep_ext.training.run_config import RunConfig, RunError, of_checkpoint
@@ -105,22 +103,16 @@ class Run:
         with locked(folder) if is_writer else nullcontext():  # read under the lock, so that no process replaces the run
             path, held = rotation.load(folder)
             config, step = of_checkpoint(path, held)
-            if data is not None:
-                config = replace(config, data=os.path.abspath(data))
-            dataset = config.load_data(folder, config.data)
-            if dataset.sha256() != config.data_sha256:
-                raise RunError(folder, f"the images in {config.data} differ from those that this run began with")
+            config, dataset = config.with_data(folder, data)
             machine = checkpoint.machine_of(path, held)
             trainer = Trainer(machine.to(where), dataset.train.to(where), config.training, ranks)
             rotation.restore(trainer, path, held, step)
-            run = cls(folder, config, step)
+            run = cls(folder, config, step if data is None else -1)  # if the data have moved, it is saved at once
             with on_threads(resumed(threads, held.description.get("made_with", {}))):
                 if is_writer:
                     run._checkpoints.promote(path)
                     run._describe()
-                if data is not None:
-                    run._checkpoints.saved_step = -1  # so that the checkpoint names the new place
-                    run._checkpoints.save(trainer)
+                run._checkpoints.save(trainer)
                 yield run, trainer, dataset
 
     @classmethod
@@ -170,17 +162,15 @@ class Run:
             RunError: a file cannot be written; the message names the last good checkpoint.
             StoppedError: `stop` returned a signal.
         """
-        machine = trainer.machine
+        machine, is_writer = trainer.machine, trainer.ranks.rank == 0
 
         def after_step() -> None:
             on_step()
             if trainer.step % trainer.steps_per_epoch:  # otherwise, the metrics of the epoch come first
                 self._save_if_due(trainer, stop)
 
-        try:
-            records = [record for record in metrics.read(self.folder) if record["step"] <= trainer.step]
-            if trainer.ranks.rank == 0:
-                metrics.rewrite(self.folder, records)
+        with self._checkpoints.named_in_errors():
+            records = metrics.rewind(self.folder, trainer.step, is_writer)
             trainer.ranks.require_equal(trainer.state_dict())
             yield from records
             elbos = [record["test_elbo"] for record in records]
@@ -188,10 +178,8 @@ class Run:
             while not trainer.config.has_stalled(elbos) and (epoch := next(epochs, None)):
                 trainer.ranks.require_equal(machine.state_dict())
                 elbo = log_likelihood_bounds(machine.recognition, machine.generative, test, 1).elbo.mean().item()
-                if not math.isfinite(elbo):
-                    raise DivergedError(f"the test ELBO became {elbo} at step {epoch.step}")
                 record = epoch.record(elbo)
-                if trainer.ranks.rank == 0:
+                if is_writer:
                     metrics.append(self.folder, record)
                 if elbo > max(elbos, default=-math.inf):
                     self._checkpoints.hold_best(machine, epoch.step)
@@ -199,10 +187,6 @@ class Run:
                 self._save_if_due(trainer, stop)
                 yield record
             self._checkpoints.save(trainer)
-        except DivergedError as error:
-            raise DivergedError(f"{error}; {self._checkpoints.told()}") from error
-        except OSError as error:
-            raise RunError(self.folder, f"{error}; {self._checkpoints.told()}") from error
 
     def _describe(self) -> None:
         write_atomically(self.folder / _CONFIG, json.dumps(asdict(self.config), indent=2).encode() + b"\n")

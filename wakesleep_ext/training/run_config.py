@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,21 @@ class RunConfig:
                 f"but the images of {dataset.name} have shape {list(dataset.test.shape)}",
             )
         return dataset
+
+    def with_data(self, folder: Path, source: str | None) -> tuple[RunConfig, Dataset]:
+        """Load the data of this run, which is in a folder. Return the config, which names their place, and the data.
+
+        Args:
+            source: where the data are now, if they have moved.
+
+        Raises:
+            FileError: the data cannot be read, or are not those of the run.
+        """
+        config = self if source is None else replace(self, data=os.path.abspath(source))
+        dataset = config.load_data(folder, config.data)
+        if dataset.sha256() != config.data_sha256:
+            raise RunError(folder, f"the images in {config.data} differ from those that this run began with")
+        return config, dataset
 
     @classmethod
     def restore(cls, description: dict[str, Any]) -> RunConfig:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from wakesleep_ext import ops
 from wakesleep_ext.helmholtz import objectives
-from wakesleep_ext.helmholtz.config import PATHWISE
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.replay import Replay, call
-from wakesleep_ext.training.config import SLEEP_WEIGHTS, TrainConfig
+from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.descent import Descent, Schedule
 from wakesleep_ext.training.keys import StepKeys
@@ -57,8 +56,7 @@ class Step:
         self._wake_losses = objectives.named(
             config.objective, machine, config.num_samples, config.phi_gradient, config.defensive_fraction
         )
-        chosen = config.sleep_weight
-        self._sleep_weight = SLEEP_WEIGHTS[config.objective] if chosen is None else chosen
+        self._sleep_weight = config.weight_of_sleep
         self.keys = StepKeys(config, len(machine.recognition), device)
         self._number = torch.zeros((), dtype=torch.int64)  # a tensor: a changed int would invalidate the recording
         self.number = 0
@@ -95,11 +93,7 @@ class Step:
     @property
     def names(self) -> list[str]:
         """Names of the losses that the next step returns."""
-        if not self.is_awake:
-            return ["sleep"]
-        config = self.config
-        both = config.objective == "reweighted-wake-sleep" and config.phi_gradient not in PATHWISE
-        return ["wake"] + ["wake_phi"] * (both and self._sleep_weight < 1) + ["sleep"] * (self._sleep_weight > 0)
+        return self.config.losses if self.is_awake else ["sleep"]
 
     def batches(self) -> tuple[Tensor, ...]:
         """Return the image indices of each batch that is left of the epoch. Each epoch has an order of its own."""

@@ -16,8 +16,9 @@ from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.descent import require_wide
-from wakesleep_ext.training.divergence import require_finite_losses, require_finite_state
+from wakesleep_ext.training.divergence import require_finite_state
 from wakesleep_ext.training.epoch import Epoch as Epoch  # re-exported
+from wakesleep_ext.training.epoch import Losses
 from wakesleep_ext.training.ranks import ALONE, Ranks
 from wakesleep_ext.training.step import Step
 
@@ -50,9 +51,7 @@ class Trainer:
         self.take_step = Step(machine, images, config, ranks)
         self.steps_per_epoch = self.take_step.per_epoch
         self.seconds = 0.0
-        self._names = self.take_step.names
-        self._losses: list[Tensor] = []  # of each step of the current epoch, on the CPU
-        self._unchecked: list[Tensor] = []  # of the steps after these, on the device
+        self._losses = Losses(self.take_step.names, {})
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -67,8 +66,8 @@ class Trainer:
     @step.setter
     def step(self, step: int) -> None:
         self.take_step.number = step
-        if len(self._losses) != step % self.steps_per_epoch:
-            self._losses = []  # they are from another epoch
+        is_same_epoch = len(self._losses) == step % self.steps_per_epoch
+        self._losses = Losses(self.take_step.names, self._losses.state_dict() if is_same_epoch else {})
 
     def epochs(self, on_step: Callable[[], object] = lambda: None) -> Iterator[Epoch]:
         """Train until `config.epochs` epochs are complete, and yield the results of each epoch.
@@ -81,17 +80,16 @@ class Trainer:
                 which this happened is not yielded.
         """
         while self.step < self.config.epochs * self.steps_per_epoch:
-            self._names, start = self.take_step.names, time.perf_counter() - self.seconds
+            start = time.perf_counter() - self.seconds
             for index in self.take_step.batches():
-                self._unchecked.append(self.take_step(index))
+                self._losses.append(self.take_step(index))
                 self.seconds = time.perf_counter() - start
-                if len(self._unchecked) == STEPS_BETWEEN_CHECKS:
+                if self._losses.unchecked == STEPS_BETWEEN_CHECKS:
                     self.check_finite()
                 on_step()
             self.check_finite()
-            means = torch.stack(self._losses).double().mean(0).tolist()
-            self._losses, self.seconds = [], 0.0
-            losses, seconds = dict(zip(self._names, means, strict=True)), time.perf_counter() - start
+            losses, self._losses = self._losses.means(), Losses(self.take_step.names, {})
+            seconds, self.seconds = time.perf_counter() - start, 0.0
             yield Epoch(self.step // self.steps_per_epoch, self.step, losses, seconds)
 
     def check_finite(self) -> None:
@@ -100,10 +98,7 @@ class Trainer:
         Raises:
             DivergedError: a number is infinite or NaN.
         """
-        if self._unchecked:
-            losses, self._unchecked = torch.stack(self._unchecked).cpu(), []
-            require_finite_losses(losses, self._names, self.step)
-            self._losses += losses.unbind()
+        self._losses.check_finite(self.step)
         require_finite_state(self._state(), self.step)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -112,8 +107,7 @@ class Trainer:
         In the middle of an epoch, `epoch.losses` holds the losses of its steps, `[steps, names]`. The other tensors are
         not copies. These tensors and `step` suffice to resume a run.
         """
-        losses = [*self._losses, *(row.cpu() for row in self._unchecked)]
-        return self._state() | ({"epoch.losses": torch.stack(losses)} if losses else {})
+        return self._state() | self._losses.state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -126,7 +120,7 @@ class Trainer:
         found = {name: tensors[name] for name in own}
         for name, tensor in own.items():
             tensor.copy_(found[name])
-        self._losses, self._unchecked = [*tensors.get("epoch.losses", ())], []
+        self._losses = Losses(self.take_step.names, tensors)
 
     def _state(self) -> dict[str, Tensor]:
         tensors = {f"machine.{name}": value for name, value in self.machine.state_dict().items()}
