@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from wakesleep_ext import __version__
 from wakesleep_ext._files import FileError, locked
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
@@ -245,6 +246,26 @@ def test_a_checkpoint_of_the_first_format_is_resumed(run, digits, monkeypatch):
         earlier.setattr(checkpoint, "FORMAT", 1)
         checkpoint.save(run / "checkpoint.safetensors", tensors, description)
     assert len(resume(run, digits)) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ({}, None),
+        ({"commit": "0123456"}, None),
+        ({"torch": "1.13.0", "ranks": 3}, ("torch 1.13.0, ranks 3", f"torch {torch.__version__}, ranks 1")),
+        ({"wakesleep_ext": "0.1.0"}, ("wakesleep_ext 0.1.0", f"wakesleep_ext {__version__}")),
+        ({"threads": 10**6}, (f"threads {10**6}", f"threads {torch.get_num_threads()}")),
+    ],
+)
+def test_a_resumed_run_tells_once_what_is_no_longer_the_same(run, digits, caplog, before, told):
+    save_described(run, lambda description: description["made_with"].update(before))
+    resume(run, digits)
+    assert len(caplog.messages) == (told is not None)
+    for message in caplog.messages:
+        was, is_now = told
+        last = run / "checkpoint.safetensors"
+        assert message == f"{last} was made with {was}. The run continues with {is_now}, so it may round differently"
 
 
 def test_a_checkpoint_without_the_losses_of_its_epoch_is_refused(run, digits):

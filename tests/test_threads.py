@@ -17,8 +17,9 @@ from wakesleep_ext.training.data import Dataset, Images
 from wakesleep_ext.training.ranks import ALONE, Ranks
 from wakesleep_ext.training.run import Run
 from wakesleep_ext.training.step import Step
-from wakesleep_ext.training.threads import choose, on_threads
+from wakesleep_ext.training.threads import choose
 from wakesleep_ext.training.trainer import Trainer
+from wakesleep_ext.usage import on_threads
 
 PIXELS = np.random.default_rng(0).integers(256, size=(30, 6, 5), dtype=np.uint8)
 IMAGES = Images.of(PIXELS)

@@ -24,7 +24,17 @@ from wakesleep_ext.benchmark.command import bench
 from wakesleep_ext.check.command import check
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.training.config import RECIPES, Recipe, RunOptions, TrainConfig
-from wakesleep_ext.usage import PICTURES, Device, Log, Threads, UsageError, check_output, find_device, load_logger
+from wakesleep_ext.usage import (
+    PICTURES,
+    Device,
+    Log,
+    Threads,
+    UsageError,
+    check_output,
+    find_device,
+    load_logger,
+    on_threads,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +87,7 @@ def train(
     from wakesleep_ext.training.ranks import joined
     from wakesleep_ext.training.run import Run
     from wakesleep_ext.training.run_config import RunConfig, overlaid, read_config
-    from wakesleep_ext.training.threads import choose, on_threads
+    from wakesleep_ext.training.threads import choose
     from wakesleep_ext.training.trainer import Trainer
 
     if recipe is not None and config is not None:

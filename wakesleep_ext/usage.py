@@ -1,9 +1,11 @@
-"""Choose the device and check arguments, for all commands."""
+"""Choose the device and the threads, and check arguments, for all commands."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,3 +74,22 @@ def find_device(device: Device) -> torch.device:
     if device == "auto" and found and not built:
         print("wakesleep: using the CPU: torch finds a GPU, but wakesleep_ext was built without CUDA", file=sys.stderr)
     return torch.device("cuda" if device != "cpu" and found and built else "cpu")
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Run everything in this context on `count` CPU threads.
+
+    Raises:
+        UsageError: `count` is less than 1.
+    """
+    import torch
+
+    if count < 1:
+        raise UsageError(f"expected --threads of at least 1, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -14,8 +14,7 @@ from wakesleep_ext.benchmark.instruments import keep_freed_memory
 from wakesleep_ext.benchmark.measure import Case, take
 from wakesleep_ext.benchmark.plan import Plan
 from wakesleep_ext.benchmark.suite import Suite
-from wakesleep_ext.training.threads import on_threads
-from wakesleep_ext.usage import UsageError, find_device
+from wakesleep_ext.usage import UsageError, find_device, on_threads
 
 SUITES: dict[str, Suite] = {"ops": op_suite.SUITE, "step": step_suite.SUITE}
 

@@ -21,11 +21,11 @@ from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint, metrics, rotation
 from wakesleep_ext.training.data import Dataset
+from wakesleep_ext.training.provenance import continued
 from wakesleep_ext.training.ranks import ALONE, Ranks
 from wakesleep_ext.training.rotation import Rotation, Which
 from wakesleep_ext.training.run_config import RunConfig, RunError, of_checkpoint
 from wakesleep_ext.training.signals import Request, StoppedError
-from wakesleep_ext.training.threads import on_threads, resumed
 from wakesleep_ext.training.trainer import Trainer
 from wakesleep_ext.usage import Threads
 
@@ -88,12 +88,13 @@ class Run:
     ) -> Iterator[tuple[Run, Trainer, Dataset]]:
         """Resume an interrupted run. Yield the run, its trainer in the state of the last checkpoint, and its data.
 
-        If the last checkpoint is damaged, the one before it takes its place, and a warning is logged.
+        Warnings are logged if the last checkpoint is damaged, so that the one before it takes its place, and if it was
+        made with other versions, or other numbers of threads or ranks.
 
         Args:
             data: where the data of the run are now, if they have moved. The images must be the same. Later checkpoints
                 name the new place.
-            threads: number of CPU threads while the context is active; see :func:`.threads.resumed`.
+            threads: number of CPU threads while the context is active; see :func:`.provenance.continued`.
 
         Raises:
             FileError: no checkpoint or the data cannot be read, the data have changed, or another process is writing to
@@ -108,7 +109,7 @@ class Run:
             trainer = Trainer(machine.to(where), dataset.train.to(where), config.training, ranks)
             rotation.restore(trainer, path, held, step)
             run = cls(folder, config, step if data is None else -1)  # if the data have moved, it is saved at once
-            with on_threads(resumed(threads, held.description.get("made_with", {}))):
+            with continued(path, held, ranks, threads):
                 if is_writer:
                     run._checkpoints.promote(path)
                     run._describe()

@@ -7,16 +7,14 @@ layers of a small network have too little work for many threads. So `auto` measu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from wakesleep_ext.training.step import Step
-from wakesleep_ext.usage import Threads, UsageError
+from wakesleep_ext.usage import Threads, on_threads
 
 _WARM_UPS = 3
 """Number of steps before the measurement: one that is called, one that is recorded, and one that is replayed."""
@@ -24,32 +22,6 @@ _SECONDS = 0.1
 """Minimum duration of the measurement of a number of threads."""
 _GAIN = 0.9
 """More threads are used if they shorten a step to this fraction or less. Near-ties would depend on chance."""
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    """Run everything in this context on `count` CPU threads.
-
-    Raises:
-        UsageError: `count` is less than 1.
-    """
-    if count < 1:
-        raise UsageError(f"expected --threads of at least 1, got {count}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def resumed(threads: Threads, made_with: Mapping[str, Any]) -> int:
-    """Return the number of threads for a run that is resumed. `auto` is the number of its checkpoint.
-
-    It is at most the number that torch uses, because this computer may have fewer cores.
-    """
-    most = torch.get_num_threads()
-    return min(most, made_with.get("threads", most)) if threads == "auto" else threads
 
 
 def choose(threads: Threads, trained: Step) -> int:
