@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
+from wakesleep_ext import cli
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
-from wakesleep_ext.training.ranks import ALONE, Ranks, RanksDifferError
+from wakesleep_ext.training.ranks import ALONE, LostRankError, Ranks, RanksDifferError
 from wakesleep_ext.training.trainer import Trainer
 
 IMAGES = Images(
@@ -44,6 +46,7 @@ def train(ranks: Ranks, latents: str = "gaussian", **config: Any) -> tuple[Tenso
 
 def train_as_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    import_module("torch._dynamo")  # as in `joined`
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     ranks = Ranks(rank, 2)
     results = [train(ranks, **case) for case in CASES]
@@ -54,7 +57,24 @@ def train_as_rank(rank: int, folder: str) -> None:
         ranks.require_equal({"weights": results[0][1]})
     except RanksDifferError as error:
         Path(folder, f"{rank}.txt").write_text(str(error))
+    take_steps_alone(ranks)
     dist.destroy_process_group()
+
+
+def take_steps_alone(ranks: Ranks) -> None:
+    """Rank 0 ends after five steps. Rank 1 finds out in a step that is replayed, and in the comparison of weights."""
+    step = Trainer(
+        HelmholtzMachine.from_config(ModelConfig(12, (3,))), IMAGES, TrainConfig(batch_size=6), ranks
+    ).take_step
+    for index in step.batches():
+        step(index)
+    if ranks.rank == 0:
+        return
+    assert step.replays[True].is_replayed
+    with pytest.raises(LostRankError, match="rank 1 cannot continue alone: "):
+        step(index)
+    with pytest.raises(LostRankError, match="rank 1 cannot continue alone: "):
+        ranks.require_equal(step.machine.state_dict())
 
 
 def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
@@ -70,6 +90,19 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     for rank in range(2):  # weights that differ by a rounding error are found
         told = (tmp_path / f"{rank}.txt").read_text()
         assert told == f"rank {rank} of 2: the weights of the ranks are not equal"
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, "wakesleep: rank 0 cannot continue alone: closed\n"), (1, "")])
+def test_a_rank_that_is_left_alone_ends_and_only_rank_0_says_so(
+    rank: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rank that has ended prints the reason."""
+
+    def left() -> None:
+        raise LostRankError(rank, "closed")
+
+    assert cli.run(left) == 1
+    assert capsys.readouterr().err == told
 
 
 def test_rows_are_shared_without_a_gap() -> None:

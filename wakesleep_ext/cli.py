@@ -488,12 +488,15 @@ def run(command: Command) -> int:
     import torch
 
     from wakesleep_ext.training.divergence import DivergedError
+    from wakesleep_ext.training.ranks import LostRankError
     from wakesleep_ext.training.signals import StoppedError
 
     try:
         return command() or 0
     except StoppedError as stopped:
         return _fail(str(stopped), stopped.status)
+    except LostRankError as lost:  # if all ranks told this, the reason would be hard to find
+        return 1 if lost.rank > 0 else _fail(str(lost))
     except (UsageError, FileError, DivergedError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:

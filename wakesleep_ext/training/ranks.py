@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,20 +22,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wakesleep_ext.training.divergence import DivergedError
 from wakesleep_ext.usage import UsageError
 
-_library = torch.library.Library("wakesleep_training", "DEF")
-_library.define("sum_over_ranks_(Tensor(a!) flat) -> ()")
-
-
-def _sum_over_ranks(flat: Tensor) -> None:
-    dist.all_reduce(flat)
-
-
-# an operator, so that a recorded step contains the message
-_library.impl("sum_over_ranks_", _sum_over_ranks, "CompositeExplicitAutograd")
-
 
 class RanksDifferError(DivergedError):
     """The ranks of a run no longer have the same weights."""
+
+
+class LostRankError(Exception):
+    """Another rank has ended. That rank prints the reason, unless it was killed."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} cannot continue alone: {reason}")
+        self.rank = rank
+        """The rank that raises this error."""
+
+
+def _reduce(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+    try:
+        dist.all_reduce(tensor, operation)
+    except RuntimeError as error:
+        raise LostRankError(dist.get_rank(), str(error)) from error
+
+
+# an operator, so that a recorded step contains the message
+_library = torch.library.Library("wakesleep_training", "DEF")
+_library.define("sum_over_ranks_(Tensor(a!) flat) -> ()")
+_library.impl("sum_over_ranks_", _reduce, "CompositeExplicitAutograd")
 
 
 class Ranks:
@@ -69,7 +81,11 @@ class Ranks:
         return nullcontext() if self.count == 1 else _GlobalDraws(self.rows(total), total)
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sum tensors over all ranks in one message. The message also carries requests to stop."""
+        """Sum tensors over all ranks in one message. The message also carries requests to stop.
+
+        Raises:
+            LostRankError: another rank has ended.
+        """
         if self.count == 1:
             return list(tensors)
         flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, self._stop)])
@@ -94,6 +110,7 @@ class Ranks:
 
         Raises:
             RanksDifferError: the hashes of the tensors differ.
+            LostRankError: another rank has ended.
         """
         if self.count == 1:
             return
@@ -102,8 +119,8 @@ class Ranks:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         own = torch.tensor(int.from_bytes(digest.digest()[:8], "big", signed=True))
         least, most = own.clone(), own.clone()
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+        _reduce(least, dist.ReduceOp.MIN)
+        _reduce(most, dist.ReduceOp.MAX)
         if least != most:
             raise RanksDifferError(f"rank {self.rank} of {self.count}: the weights of the ranks are not equal")
 
@@ -125,6 +142,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type != "cpu":
         raise UsageError(f"expected --device cpu with {count} ranks, got {device}; several GPUs are not supported")
+    import_module(
+        "torch._dynamo"
+    )  # Adam imports it; after the next line, it would keep the group and its threads alive
     dist.init_process_group("gloo")
     try:
         yield Ranks(dist.get_rank(), count)
