@@ -14,6 +14,7 @@ from torch import Tensor, multiprocessing
 from wakesleep_ext import cli
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
+from wakesleep_ext.training import metrics
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.ranks import ALONE, LostRankError, Ranks, RanksDifferError
@@ -33,7 +34,10 @@ CASES: list[dict[str, Any]] = [
 
 
 def train(ranks: Ranks, latents: str = "gaussian", **config: Any) -> tuple[Tensor, Tensor]:
-    """Return the losses of the last epoch, and the weights after it. The batch of nine is not even."""
+    """Return the losses of the last epoch and the ELBO of seven images after it, and the weights.
+
+    The batch of nine is not even, nor are the chunks of test images, of three and four.
+    """
     torch.manual_seed(0)
     model = ModelConfig(12, (3, 2), (9,), (8,), (7,), latents)  # type: ignore[arg-type]
     machine = HelmholtzMachine.from_config(model, IMAGES.mean()).double()
@@ -41,7 +45,10 @@ def train(ranks: Ranks, latents: str = "gaussian", **config: Any) -> tuple[Tenso
     *_, last = trainer.epochs()
     assert trainer.take_step.replays[True].is_replayed is (True if trainer.config.replay else None)
     ranks.require_equal(trainer.state_dict())
-    return torch.tensor([*last.losses.values()]), torch.cat([p.detach().flatten() for p in machine.parameters()])
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(metrics, "_CHUNK_ROWS", 5)
+        elbo = metrics.test_elbo(machine, IMAGES.binarize_once()[:7], ranks)
+    return torch.tensor([*last.losses.values(), elbo]), torch.cat([p.detach().flatten() for p in machine.parameters()])
 
 
 def train_as_rank(rank: int, folder: str) -> None:

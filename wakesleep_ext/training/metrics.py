@@ -1,4 +1,4 @@
-"""Read and write what a run measures: the metrics of each epoch, and the final evaluation.
+"""Compute, read and write what a run measures: the metrics of each epoch, and the final evaluation.
 
 `metrics.jsonl` contains one JSON object per line and epoch, and `evaluation.json` one object.
 """
@@ -10,10 +10,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from wakesleep_ext._files import strict_json, write_atomically
+from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
+from wakesleep_ext.helmholtz.models import HelmholtzMachine
+from wakesleep_ext.training.ranks import Ranks
 from wakesleep_ext.training.run_config import RunError
 
 METRICS, EVALUATION = FILES = ("metrics.jsonl", "evaluation.json")
+
+_CHUNK_ROWS = 2000
+
+
+def test_elbo(machine: HelmholtzMachine, test: Tensor, ranks: Ranks) -> float:
+    """Return the mean ELBO of test images, which the ranks share.
+
+    Args:
+        test: binary pixels `[N, D]`, the same on all ranks. Each chunk of 2,000 images is divided.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for seed, images in enumerate(test.tensor_split(-(-len(test) // _CHUNK_ROWS))):
+        with ranks.draws(len(images)):
+            own = images[ranks.rows(len(images))]
+            total += log_likelihood_bounds(machine.recognition, machine.generative, own, 1, seed=seed).elbo.sum()
+    return ranks.sum([total])[0].item() / len(test)
 
 
 def append(folder: Path, record: Mapping[str, Any]) -> None:

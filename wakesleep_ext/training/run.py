@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from wakesleep_ext._files import locked, require_room, write_atomically
-from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.training import checkpoint, metrics, rotation
 from wakesleep_ext.training.data import Dataset
@@ -178,7 +177,7 @@ class Run:
             epochs = trainer.epochs(after_step)
             while not trainer.config.has_stalled(elbos) and (epoch := next(epochs, None)):
                 trainer.ranks.require_equal(machine.state_dict())
-                elbo = log_likelihood_bounds(machine.recognition, machine.generative, test, 1).elbo.mean().item()
+                elbo = metrics.test_elbo(machine, test, trainer.ranks)
                 record = epoch.record(elbo)
                 if is_writer:
                     metrics.append(self.folder, record)
