@@ -930,8 +930,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(
             "chunks-share-their-keys",
             "wakesleep_ext/evaluation/bounds.py",
-            "number += len(recognition)",
-            "number += 0",
+            "random.make_key(seed, number, device)",
+            "random.make_key(seed, 0, device)",
             "tests/test_evaluation.py -k test_chunks_add_up",
         ),
         Fault(

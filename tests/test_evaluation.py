@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from wakesleep_ext import ops
 from wakesleep_ext.evaluation.bounds import activities, evaluate, independent_bernoulli_nll, log_likelihood_bounds
-from wakesleep_ext.evaluation.importance import ImportanceWeights
+from wakesleep_ext.evaluation.importance import ImportanceWeights, WeightedDraws, gathered, weighted_draws
 from wakesleep_ext.helmholtz.conditionals import GaussianConditional
 from wakesleep_ext.helmholtz.models import RecognitionNetwork
 from wakesleep_ext.random import make_key
@@ -127,6 +127,25 @@ def test_chunks_add_up_to_the_formula(machine, chunk_rows):
     weights = log_w.softmax(0)
     torch.testing.assert_close(bounds.effective_sample_size, 1 / weights.square().sum(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bounds.forward_kl, (weights * log_w).sum(0) - expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("chunk_rows", "sizes"), [(2, [1, 1, 1]), (11, [2, 1])], ids=["samples", "observations"])
+def test_equal_draws_are_found_across_chunks(chunk_rows, sizes):
+    """The first observation always draws 0, the second another number each time, the third another in each chunk."""
+    calls = itertools.count(1)
+
+    def draw(x, num_samples):
+        call, number = next(calls), torch.arange(num_samples)
+        z = torch.stack((0 * number, 100 * call + number, 0 * number + call), 1)[:, x]
+        return WeightedDraws([torch.zeros(num_samples, len(x), 1), z[..., None]], torch.stack((z, -2 * z)).double())
+
+    groups = [(len(x), *gathered(chunks)) for x, chunks in weighted_draws(draw, torch.arange(3), 5, chunk_rows)]
+    observations, log_w, equal = zip(*groups, strict=True)
+    assert list(observations) == sizes
+    assert [of.shape[0] for of in log_w] == [5] * len(sizes)
+    assert torch.cat(equal).tolist() == [True, False, chunk_rows > 5]
+    assert torch.cat(log_w, 1)[:, 0].eq(0).all()
+    assert torch.cat(log_w, 1)[:, 1].diff().lt(0).all()
 
 
 def test_weights_too_small_for_a_float_are_averaged_all_the_same(machine):

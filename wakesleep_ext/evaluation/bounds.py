@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from wakesleep_ext import ops, random
 from wakesleep_ext.evaluation.annealing import AnnealedLogLikelihood, annealed_log_likelihood
 from wakesleep_ext.evaluation.discrepancy import Discrepancy, energy_distance
-from wakesleep_ext.evaluation.importance import ImportanceWeights
+from wakesleep_ext.evaluation.importance import ImportanceWeights, WeightedDraws, weighted_draws
 from wakesleep_ext.helmholtz.models import PIXEL_MEAN_CLIP, GenerativeNetwork, HelmholtzMachine, RecognitionNetwork
 
 ACTIVE = 0.01
@@ -94,26 +95,43 @@ def log_likelihood_bounds(
         if value < 1:
             raise ValueError(f"log_likelihood_bounds: expected {name} >= 1, got {value}")
     found = []
-    number = 0
-    for images in x.split(max(1, chunk_rows // num_samples)):
+    draw = recognition_draws(recognition, generative, seed, x.device)
+    for images, chunks in weighted_draws(draw, x, num_samples, chunk_rows):
         weights = ImportanceWeights(len(images), x.device)
         total = torch.zeros(len(recognition) + 1, len(images), dtype=torch.float64, device=x.device)
-        for first in range(0, num_samples, chunk_rows):
-            samples = min(chunk_rows, num_samples - first)
-            keys = [random.make_key(seed, number + layer, x.device) for layer in range(len(recognition))]
-            number += len(recognition)
-            draws = recognition.rsample_log_prob(images, samples, keys=keys)
-            factors = generative.factors([draw.z for draw in draws], images)
-            of_x, *of_latents = [factor.log_prob() for factor in factors]
-            of_layers = [log_p - draw.log_q for log_p, draw in zip(of_latents, draws, strict=True)]
-            terms = torch.stack((of_x, *of_layers)).double()
-            total += terms.sum(1)
-            weights.add(terms.sum(0))
+        for chunk in chunks:
+            total += chunk.terms.sum(1)
+            weights.add(chunk.log_w)
         of_images = (total.t() / num_samples, weights.log_mean, weights.divergence, weights.effective_sample_size)
         found.append([value.cpu() for value in of_images])
         on_images(len(images))
     mean, log_likelihood, forward_kl, effective_sample_size = map(torch.cat, zip(*found, strict=True))
     return Bounds(log_likelihood, mean[:, 0], -mean[:, 1:], forward_kl, effective_sample_size)
+
+
+def recognition_draws(
+    recognition: RecognitionNetwork, generative: GenerativeNetwork, seed: int, device: torch.device
+) -> Callable[[Tensor, int], WeightedDraws]:
+    """Return the function that draws z from q, weighted by p(x, z) / q(z|x), for :func:`weighted_draws`.
+
+    The terms of log w are log p(x|z_1), then log p(z_t|z_{t+1}) - log q(z_t|z_{t-1}) of each layer.
+
+    Args:
+        recognition: the network that the samples are drawn from.
+        generative: the network to evaluate.
+        seed: seed of the draws. Each call takes the next keys.
+        device: device of the networks.
+    """
+    keys = (random.make_key(seed, number, device) for number in count())
+
+    def draw(x: Tensor, num_samples: int) -> WeightedDraws:
+        draws = recognition.rsample_log_prob(x, num_samples, keys=[next(keys) for _ in recognition])
+        latents = [draw.z for draw in draws]
+        of_x, *of_latents = [factor.log_prob() for factor in generative.factors(latents, x)]
+        of_layers = [log_p - draw.log_q for log_p, draw in zip(of_latents, draws, strict=True)]
+        return WeightedDraws(latents, torch.stack((of_x, *of_layers)).double())
+
+    return draw
 
 
 @torch.no_grad()

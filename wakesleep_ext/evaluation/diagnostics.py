@@ -20,7 +20,7 @@ from wakesleep_ext import random
 from wakesleep_ext.evaluation._arviz import arviz_stats
 from wakesleep_ext.evaluation.calibration import Posterior, Ranks, calibrate
 from wakesleep_ext.evaluation.gradient_noise import GradientNoise, gradient_noise
-from wakesleep_ext.evaluation.importance import pareto_k, pareto_threshold
+from wakesleep_ext.evaluation.importance import WeightedDraws, gathered, pareto_k, pareto_threshold, weighted_draws
 from wakesleep_ext.helmholtz import objectives
 from wakesleep_ext.helmholtz.config import PATHWISE, PhiGradient
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
@@ -170,33 +170,34 @@ def importance_pareto_k(
 ) -> Tensor:
     """Return Pareto's k of weights w = p(x, z) / q(z|x) for each observation: float64 `[N]`, on the CPU.
 
-    See :func:`wakesleep_ext.evaluation.importance.pareto_k`. If all draws for an observation are equal, k is infinite:
-    a single value of z shows nothing of the posterior.
+    See :func:`wakesleep_ext.evaluation.importance.pareto_k`.
 
     Args:
         x: observations `[N, ...]`.
         posterior: q(z|x).
         log_joint: log p(x, z).
         num_weights: weights per observation, at least 25.
-        chunk_rows: greatest number of draws in memory, if a single observation has no more.
+        chunk_rows: greatest number of draws in memory.
         on_observations: called with the number of observations just completed.
 
     Raises:
         ValueError: `log_joint` returns another shape, or :func:`pareto_k` rejects the weights.
     """
-    found = []
-    for of_x in x.split(max(1, chunk_rows // num_weights)):
-        z, log_q = posterior.draw(of_x, num_weights)
+
+    def draw(of_x: Tensor, number: int) -> WeightedDraws:
+        z, log_q = posterior.draw(of_x, number)
         log_p = log_joint(z, of_x)
         if log_p.shape != log_q.shape:
             raise ValueError(
                 f"importance_pareto_k: expected log_joint(z, x) to have shape {list(log_q.shape)}, "
                 f"got {list(log_p.shape)}"
             )
-        k = pareto_k(log_p.double() - log_q.double())
-        k[(z == z[0]).all(-1).all(0).cpu()] = torch.inf
-        found.append(k)
-        on_observations(len(of_x))
+        return WeightedDraws([z], torch.stack((log_p.double(), -log_q.double())))
+
+    found = []
+    for group, chunks in weighted_draws(draw, x, num_weights, chunk_rows):
+        found.append(pareto_k(*gathered(chunks)))
+        on_observations(len(group))
     return torch.cat(found)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +14,51 @@ from wakesleep_ext.evaluation._arviz import arviz_stats
 
 _EQUAL = 1e-3  # weights are equal if their logarithms differ by less: the mean is then known to 0.1%
 _LEAST_SAMPLES = 25  # arviz-stats fits the tail to a fifth of the weights, and to five of them at least
+
+
+class WeightedDraws(NamedTuple):
+    """L draws z from q for each of N observations, and their importance weights w = p(x, z) / q(z|x)."""
+
+    latents: Sequence[Tensor]
+    """The parts of z, `[L, N, K]` each."""
+    terms: Tensor
+    """Terms of log w, `[T, L, N]`, float64."""
+
+    @property
+    def log_w(self) -> Tensor:
+        """Sum of the terms: `[L, N]`."""
+        return self.terms.sum(0)
+
+
+def weighted_draws(
+    draw: Callable[[Tensor, int], WeightedDraws], x: Tensor, num_samples: int, chunk_rows: int
+) -> Iterator[tuple[Tensor, Iterator[WeightedDraws]]]:
+    """Yield groups of observations, with K weighted draws for each observation, in chunks of at most `chunk_rows`.
+
+    Args:
+        draw: maps x `[N, ...]` and a number L to L draws per observation.
+        x: observations `[N, ...]`.
+        num_samples: K.
+        chunk_rows: maximum number of draws in a chunk. A chunk contains all K draws of several observations, or some
+            draws of one observation.
+    """
+    for group in x.split(max(1, chunk_rows // num_samples)):
+        sizes = (min(chunk_rows, num_samples - first) for first in range(0, num_samples, chunk_rows))
+        yield group, map(partial(draw, group), sizes)
+
+
+def gathered(chunks: Iterable[WeightedDraws]) -> tuple[Tensor, Tensor]:
+    """Return the log weights of all draws, `[K, N]`, and whether all draws of an observation are equal, bool `[N]`.
+
+    Both are on the CPU.
+    """
+    log_w, equal, first = [], [], None
+    for chunk in chunks:
+        first = first or [z[:1] for z in chunk.latents]
+        parts = [(z == of).all(-1).all(0) for z, of in zip(chunk.latents, first, strict=True)]
+        log_w.append(chunk.log_w.cpu())
+        equal.append(torch.stack(parts).all(0).cpu())
+    return torch.cat(log_w), torch.stack(equal).all(0)
 
 
 class ImportanceWeights:
@@ -77,7 +125,7 @@ class ImportanceWeights:
         return (excess / (self.count - 1 or torch.nan)).sqrt()
 
 
-def pareto_k(log_w: Tensor) -> Tensor:
+def pareto_k(log_w: Tensor, equal: Tensor | None = None) -> Tensor:
     r"""Return Pareto's k of the largest importance weights of each image: float64 `[N]`, on the CPU.
 
     The weights have about 1/k finite moments. Importance sampling is reliable if k is below :func:`pareto_threshold`.
@@ -90,6 +138,8 @@ def pareto_k(log_w: Tensor) -> Tensor:
 
     Args:
         log_w: log weights `[K, N]`, K >= 25.
+        equal: bool `[N]`, true if all draws for an image are equal. Then k is infinite: a single value of z shows
+            nothing of the posterior.
 
     Raises:
         ValueError: there are fewer than 25 weights, or an image has NaN, infinite or no positive weights.
@@ -106,6 +156,8 @@ def pareto_k(log_w: Tensor) -> Tensor:
     quartile, cutoff = tail[size - int(size / 4 + 0.5)].exp(), tail[-1].exp()
     k = torch.where(quartile > 0, torch.nan, torch.inf).double()
     k[tail[-1] > -_EQUAL] = 0
+    if equal is not None:
+        k[equal.cpu()] = torch.inf
     for image in (k.isnan() & (quartile > cutoff)).nonzero().flatten().tolist():
         k[image] = float(array_stats.psislw(-log_w[:, image].numpy())[1])  # it takes negative log weights
     return k

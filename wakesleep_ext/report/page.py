@@ -6,7 +6,6 @@ import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from wakesleep_ext import random
-from wakesleep_ext.evaluation.importance import ImportanceWeights
+from wakesleep_ext.evaluation.bounds import recognition_draws
+from wakesleep_ext.evaluation.importance import ImportanceWeights, gathered, weighted_draws
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.report import plots
@@ -149,14 +149,9 @@ def _cells(run: Compared, log_w: Tensor) -> dict[str, str]:
 @torch.no_grad()
 def _log_weights(machine: HelmholtzMachine, x: Tensor, num_samples: int, seed: int) -> Tensor:
     """Return log p(x, z) - log q(z|x) for samples from q, float64 `[K, N]`, on the CPU."""
-    found = []
-    for number, images in enumerate(x.split(_CHUNK_IMAGES)):
-        layers = len(machine.recognition)
-        keys = [random.make_key(seed, number * layers + layer, x.device) for layer in range(layers)]
-        draws = machine.recognition.rsample_log_prob(images, num_samples, keys=keys)
-        log_q = reduce(torch.add, [draw.log_q.double() for draw in draws])
-        found.append((machine.generative.log_prob([draw.z for draw in draws], images).double() - log_q).cpu())
-    return torch.cat(found, 1)
+    draw = recognition_draws(machine.recognition, machine.generative, seed, x.device)
+    groups = weighted_draws(draw, x, num_samples, chunk_rows=_CHUNK_IMAGES * num_samples)
+    return torch.cat([gathered(chunks)[0] for _, chunks in groups], 1)
 
 
 def _keys(run: Compared, count: int, seed: int) -> list[Tensor]:
