@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wakesleep_ext.random import make_key
-from wakesleep_ext.training.data import DIGITS, DataError, Images, load
+from wakesleep_ext.training.data import DIGITS, DataError, Images, load, load_test_labels
 
 MNIST = Path(os.environ.get("WAKESLEEP_MNIST") or ROOT / "../shared/data/mnist")
 
@@ -153,6 +153,49 @@ class TestSources:
         dataset = load(write_npz(tmp_path / "images.npz", x_train=x, x_test=np.asfortranarray(x)))
         assert dataset.train.shape == shape
         assert torch.equal(dataset.test.grey, torch.from_numpy(x))
+
+
+class TestLabels:
+    def test_the_labels_of_the_digits_are_those_of_their_images(self):
+        from sklearn.datasets import load_digits
+
+        labels, held = load_test_labels(DIGITS, 360), load_digits()
+        label_of = dict(zip(map(bytes, held.data.astype(np.uint8)), held.target, strict=True))  # no image occurs twice
+        assert labels.tolist() == [label_of[image.numpy().tobytes()] for image in load(DIGITS).test.grey]
+
+    @pytest.mark.parametrize("compress", [False, True])
+    @pytest.mark.parametrize(
+        ("images", "labels"),
+        [
+            ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+            ("t10k-images.idx2-ubyte", "t10k-labels.idx1-ubyte"),
+            ("emnist-digits-test-images-idx3-ubyte", "emnist-digits-test-labels-idx1-ubyte"),
+        ],
+    )
+    def test_idx_labels_stand_next_to_the_images(self, tmp_path, images, labels, compress):
+        (tmp_path / images).write_bytes(idx(TEST))
+        assert load_test_labels(tmp_path, 2) is None
+        content = idx(np.array([7, 255], np.uint8))
+        (tmp_path / (labels + ".gz" * compress)).write_bytes(gzip.compress(content) if compress else content)
+        assert load_test_labels(tmp_path, 2).tolist() == [7, 255]
+
+    def test_npz_labels_may_have_any_name(self, tmp_path):
+        path = write_npz(tmp_path / "images.npz", x_test=TEST, y_test=np.array([3, 4], ">i2"), of=[True, False])
+        assert load_test_labels(path, 2).tolist() == [3, 4]
+        assert load_test_labels(path, 2, array="of").tolist() == [1, 0]
+        assert load_test_labels(path, 2, array="others") is None
+
+    def test_other_files_are_no_labels(self, tmp_path):
+        path = write_npz(tmp_path / "images.npz", y_test=[0.5])
+        with pytest.raises(DataError, match=r"images\.npz: expected y_test to be integers, got float64"):
+            load_test_labels(path, 2)
+        path = write_npz(tmp_path / "images.npz", y_test=[[0, 1], [1, 0]])
+        with pytest.raises(DataError, match=r"expected 2 labels, one per test image, got shape \[2, 2\]"):
+            load_test_labels(path, 2)
+        write_idx(tmp_path)
+        (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(TEST))
+        with pytest.raises(DataError, match=r"labels-idx1-ubyte: expected .* \(00 00 08 01\), got 00 00 08 03"):
+            load_test_labels(tmp_path, 2)
 
 
 class Items(torch.utils.data.Dataset):
@@ -301,8 +344,8 @@ BAD_IDX = {
     "text": (b"<!DOCTYPE html><html>", "got 3c 21 44 4f"),
     "no images": (idx(TRAIN[:0]), "expected each to be positive"),
     "no columns": (idx(TRAIN[..., :0]), "expected each to be positive"),
-    "truncated": (idx(TRAIN)[:-1], f"declares {SIZE} pixels, the file holds {SIZE - 1}"),
-    "trailing": (idx(TRAIN) + b"!", f"declares {SIZE} pixels, the file holds more"),
+    "truncated": (idx(TRAIN)[:-1], f"declares {SIZE} values, the file holds {SIZE - 1}"),
+    "trailing": (idx(TRAIN) + b"!", f"declares {SIZE} values, the file holds more"),
     "too large": (idx(TRAIN, (0, 0, 8, 3, *[2**32 - 1] * 3)), "more than the limit of .* bytes"),
     "impossible": (idx(TRAIN, (0, 0, 8, 3, 2**20, 28, 28)), "more than a file of .* can hold"),
     "binary": (idx(TRAIN // 128), "every grey level in the file is 0 or 1, .* bool array in a .npz"),
@@ -366,29 +409,33 @@ class TestBadFiles:
             load(tmp_path)
 
     @pytest.mark.parametrize(
-        ("members", "reason"),
+        ("x_train", "reason"),
         [
-            ({"x_train.npy": npy(TRAIN)}, "expected arrays x_train and x_test .* got x_train.npy"),
-            ({}, "expected arrays x_train and x_test .* got nothing"),
-            ({"x_train.npy": npy(TRAIN.astype(int))}, "expected x_train to be uint8 .* got int64"),
-            ({"x_train.npy": npy(TRAIN.astype("f4"))}, "expected x_train from 0 to 1, got values from 0 to 2"),
-            ({"x_train.npy": npy(shape=(2**29, 3), descr="<f8")}, "more than the limit of .* bytes"),
-            ({"x_train.npy": npy(TRAIN[0, 0])}, r"\[N, H, W\] or \[N, D\], got \[4\]"),
-            ({"x_train.npy": npy(TRAIN[:0])}, "expected each to be positive"),
-            ({"x_train.npy": npy(TRAIN // 128)}, "every grey level in x_train is 0 or 1"),
-            ({"x_train.npy": b""}, "cannot be read"),
-            ({"x_train.npy": b"PK\3\4 not an array"}, "cannot be read"),
-            ({"x_train.npy": npy(TRAIN)[:-1]}, "cannot be read"),
-            ({"x_train.npy": npy(TRAIN) + b"!"}, "x_train holds more than the sizes it declares"),
-            ({"x_train.npy": npy(shape=(-7, 3, 4))}, "expected each to be positive"),
-            ({"x_train.npy": npy(shape=(2**40, 28, 28))}, "more than the limit of .* bytes"),
-            ({"x_train.npy": npy(shape=(2**20, 28, 28))}, "more than a file of .* can hold"),
-            ({"x_train.npy": npy(shape=(9, 9), descr="|O")}, "expected x_train to be uint8"),
+            (npy(TRAIN.astype(int)), "expected x_train to be uint8 .* got int64"),
+            (npy(TRAIN.astype("f4")), "expected x_train from 0 to 1, got values from 0 to 2"),
+            (npy(shape=(2**29, 3), descr="<f8"), "more than the limit of .* bytes"),
+            (npy(TRAIN[0, 0]), r"\[N, H, W\] or \[N, D\], got \[4\]"),
+            (npy(TRAIN[:0]), "expected each to be positive"),
+            (npy(TRAIN // 128), "every grey level in x_train is 0 or 1"),
+            (b"", "cannot be read"),
+            (b"PK\3\4 not an array", "cannot be read"),
+            (npy(TRAIN)[:-1], "cannot be read"),
+            (npy(TRAIN) + b"!", "x_train holds more than the sizes it declares"),
+            (npy(shape=(-7, 3, 4)), "expected each to be positive"),
+            (npy(shape=(2**40, 28, 28)), "more than the limit of .* bytes"),
+            (npy(shape=(2**20, 28, 28)), "more than a file of .* can hold"),
+            (npy(shape=(9, 9), descr="|O"), "expected x_train to be uint8"),
         ],
     )
-    def test_npz(self, tmp_path, members, reason):
-        path = write_zip(tmp_path / "images.npz", members)
+    def test_npz(self, tmp_path, x_train, reason):
+        path = write_zip(tmp_path / "images.npz", {"x_train.npy": x_train, "x_test.npy": npy(TEST)})
         with pytest.raises(DataError, match=f"images.npz: .*{reason}"):
+            load(path)
+
+    @pytest.mark.parametrize("held", ["x_train", ""])
+    def test_npz_without_an_array(self, tmp_path, held):
+        path = write_npz(tmp_path / "images.npz", **({held: TRAIN} if held else {}))
+        with pytest.raises(DataError, match=f"expected arrays x_train and x_test .* got {held or 'nothing'}"):
             load(path)
 
     def test_npz_that_is_no_zip(self, tmp_path):
@@ -436,7 +483,7 @@ class TestBombs:
         padding = rng.bytes(2**20)  # so that the file could, by its size, hold what it declares
         content = idx(TRAIN, (0, 0, 8, 3, 2**20, 28, 28)) + padding
         write_idx(tmp_path, train=content, compress=True)
-        self.refuse(tmp_path, "declares 822,083,584 pixels, the file holds")
+        self.refuse(tmp_path, "declares 822,083,584 values, the file holds")
 
     def test_gzip_of_more_than_is_read(self, tmp_path):
         header = idx(TRAIN[:0], (0, 0, 8, 3, 5, 2**15, 2**15))
@@ -445,11 +492,11 @@ class TestBombs:
 
     def test_npz_that_holds_more_than_it_declares(self, tmp_path):
         content = npy(shape=(7, 3, 4), body=bytes(self.LARGE))
-        self.refuse(write_zip(tmp_path / "images.npz", {"x_train.npy": content}), "holds more")
+        self.refuse(write_zip(tmp_path / "images.npz", {"x_train.npy": content, "x_test.npy": npy(TEST)}), "holds more")
 
     def test_npz_header_that_never_ends(self, tmp_path):
         content = b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b" " * self.LARGE
-        path = write_zip(tmp_path / "images.npz", {"x_train.npy": content})
+        path = write_zip(tmp_path / "images.npz", {"x_train.npy": content, "x_test.npy": npy(TEST)})
         self.refuse(path, "not in version 1.0")
 
     def test_limits_are_the_callers(self, tmp_path):

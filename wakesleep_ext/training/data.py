@@ -12,13 +12,16 @@ import hashlib
 import io
 import math
 import os
+import re
 import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -239,10 +242,14 @@ def load(
     path = Path(source)
     if path.is_dir():
         folder = _find_folder(path)
-        train, test = (_read_idx(_find_idx(folder, names), max_bytes) for names in _IDX_NAMES)
+        files = [_find_idx(folder, names) for names in _IDX_NAMES]
+        train, test = (_images(file, "the file", _read_idx(file, (2, 3), max_bytes)) for file in files)
     elif path.suffix == ".npz" and path.is_file():
-        arrays = (train_array, test_array)
-        train, test = (_read_npz(path, name, arrays, max_bytes) for name in arrays)
+        names = (train_array, test_array)
+        if not set(names) <= (held := _arrays(path)):
+            wanted, got = " and ".join(names), ", ".join(sorted(held)) or "nothing"
+            raise DataError(path, f"expected arrays {wanted} (--train-array, --test-array), got {got}")
+        train, test = (_images(path, name, _read_array(path, name, max_bytes, _PIXELS)) for name in names)
     elif path.name.lower() == "mnist" and not path.exists():
         raise DataError(path, _WHERE_MNIST_IS)
     else:
@@ -254,12 +261,50 @@ def load(
         raise DataError(path, str(error)) from error
 
 
-def _load_digits() -> Dataset:
+def load_test_labels(
+    source: str | os.PathLike[str], num_images: int, *, array: str = "y_test", max_bytes: int = MAX_BYTES
+) -> Tensor | None:
+    """Load the labels of the test images of a data set, such as the digits that they show.
+
+    Args:
+        source: as for :func:`load`. A folder of IDX files has labels if the name of a file differs from that of the
+            test images in the words ``labels`` and ``idx1``, as in ``t10k-labels-idx1-ubyte``.
+        num_images: N, the number of test images.
+        array: the name of the array in the ``.npz`` file.
+        max_bytes: maximum memory of the labels, in bytes; more are rejected.
+
+    Returns:
+        int64 `[N]`; None if the data set has no labels.
+
+    Raises:
+        DataError: the labels are malformed, too large, or not as many as the images.
+    """
+    if source == DIGITS:
+        return _digits("target")[:_DIGITS_TEST]
+    path, found = Path(source), None
+    if path.is_dir():
+        images = _find_idx(_find_folder(path), _IDX_NAMES[1])
+        name = re.sub(r"images([-.])idx[23]", r"labels\1idx1", images.name.removesuffix(".gz"))
+        for file in (images.with_name(name + suffix) for suffix in _SUFFIXES):
+            if file.is_file():
+                path, found = file, _read_idx(file, (1,), max_bytes)
+    elif array in _arrays(path):
+        found = torch.from_numpy(_read_array(path, array, max_bytes, _LABELS).astype("int64"))
+    if found is not None and found.shape != (num_images,):
+        raise DataError(path, f"expected {num_images} labels, one per test image, got shape {list(found.shape)}")
+    return None if found is None else found.long()
+
+
+def _digits(part: str) -> Tensor:
+    """Return the images or the labels of scikit-learn's digits, shuffled: the test set, then the training set."""
     from sklearn.datasets import load_digits
 
-    pixels = torch.from_numpy(load_digits().images).to(torch.uint8)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    images = Images.of(pixels[order], white=16)
+    values = torch.from_numpy(load_digits()[part])
+    return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+
+
+def _load_digits() -> Dataset:
+    images = Images.of(_digits("images").byte(), white=16)
     return Dataset(
         DIGITS,
         train=replace(images, grey=images.grey[_DIGITS_TEST:]),
@@ -290,7 +335,7 @@ def _images(path: Path, name: str, pixels: Any) -> Images:
 # the pixels (described on the MNIST page of Y. LeCun).
 
 _IDX_NAMES = (("train-images",), ("t10k-images", "test-images"))
-_IDX_HEADERS = (b"\0\0\x08\x02", b"\0\0\x08\x03")
+_SUFFIXES = ("", ".gz")
 _IMAGE_FILES = "*-images[-.]idx[23]-ubyte*"
 
 
@@ -305,7 +350,7 @@ def _find_folder(root: Path) -> Path:
 
 
 def _find_idx(folder: Path, names: tuple[str, ...]) -> Path:
-    for suffix in ("", ".gz"):
+    for suffix in _SUFFIXES:
         found = [p for name in names for p in folder.glob(f"*{name}[-.]idx[23]-ubyte{suffix}")]
         if len(found) == 1:
             return found[0]
@@ -315,34 +360,28 @@ def _find_idx(folder: Path, names: tuple[str, ...]) -> Path:
     raise DataError(folder, f"no {names[0]}-idx3-ubyte or {names[0]}-idx3-ubyte.gz in this folder")
 
 
-def _read_idx(path: Path, max_bytes: int) -> Images:
-    try:
-        with _open(path) as file:
-            header = file.read(4)
-            if header not in _IDX_HEADERS:
-                raise DataError(
-                    path,
-                    "expected an IDX header of two- or three-dimensional uint8 data (00 00 08 02 or 00 00 08 03), "
-                    f"got {header.hex(' ') or 'an empty file'}",
-                )
-            dims = header[-1]
-            sizes = file.read(4 * dims)
-            if len(sizes) < 4 * dims:
-                raise DataError(path, f"holds {len(header + sizes)} bytes, less than an IDX header")
-            shape = struct.unpack(f">{dims}I", sizes)
-            _check_shape(path, "the header", shape, max_bytes)
-            size = math.prod(shape)
-            pixels = bytearray()
-            while chunk := file.read(min(_READ_BYTES, size + 1 - len(pixels))):
-                pixels += chunk
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        raise DataError(path, f"cannot be read: {error or type(error).__name__}") from error
-    if len(pixels) != size:
-        held = "more" if len(pixels) > size else f"{len(pixels):,}"
-        raise DataError(path, f"the header declares {size:,} pixels, the file holds {held}")
-    return _images(path, "the file", torch.frombuffer(pixels, dtype=torch.uint8).view(*shape))
+def _read_idx(path: Path, dims: Sequence[int], max_bytes: int) -> Tensor:
+    """Read uint8 values of one of these numbers of dimensions."""
+    headers = [bytes((0, 0, 8, number)) for number in dims]
+    with _naming(path), _open(path) as file:
+        header = file.read(4)
+        if header not in headers:
+            expected = " or ".join(header.hex(" ") for header in headers)
+            got = header.hex(" ") or "an empty file"
+            raise DataError(path, f"expected an IDX header of uint8 data ({expected}), got {got}")
+        sizes = file.read(4 * header[-1])
+        if len(sizes) < 4 * header[-1]:
+            raise DataError(path, f"holds {len(header + sizes)} bytes, less than an IDX header")
+        shape = struct.unpack(f">{header[-1]}I", sizes)
+        _check_shape(path, "the header", shape, max_bytes)
+        size = math.prod(shape)
+        values = bytearray()
+        while chunk := file.read(min(_READ_BYTES, size + 1 - len(values))):
+            values += chunk
+    if len(values) != size:
+        held = "more" if len(values) > size else f"{len(values):,}"
+        raise DataError(path, f"the header declares {size:,} values, the file holds {held}")
+    return torch.frombuffer(values, dtype=torch.uint8).view(*shape)
 
 
 # Errors that gzip, zipfile and NumPy raise for malformed files. NumPy parses the header of an array with Python's
@@ -353,40 +392,55 @@ _UNREADABLE = (
 )
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-
-
-def _read_npz(path: Path, name: str, expected: tuple[str, str], max_bytes: int) -> Images:
-    from numpy.lib import format as npy
-
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise errors that a malformed file causes as DataErrors, which name the file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = f"{name}.npy"
-            if member not in archive.namelist():
-                names = ", ".join(archive.namelist()) or "nothing"
-                raise DataError(
-                    path, f"expected arrays {' and '.join(expected)} (--train-array, --test-array), got {names}"
-                )
-            if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise DataError(path, f"{member} uses a compression method other than deflate")
-            with archive.open(member) as file:
-                # NumPy saves arrays of pixels in version 1.0; later versions allow headers of any length
-                if npy.read_magic(file) != (1, 0):
-                    raise DataError(path, f"{name} is not in version 1.0 of the .npy format")
-                shape, _, dtype = npy.read_array_header_1_0(file)
-            if not _holds_pixels(dtype):
-                raise DataError(
-                    path,
-                    f"expected {name} to be uint8 (grey levels 0 to 255), bool or floating point (0 to 1), got {dtype}",
-                )
-            _check_shape(path, name, shape, max_bytes, dtype.itemsize)
-            with archive.open(member) as file:
-                pixels = npy.read_array(file, allow_pickle=False)
-                if file.read(1):
-                    raise DataError(path, f"{name} holds more than the sizes it declares")
+        yield
     except DataError:
         raise
     except _UNREADABLE as error:
         raise DataError(path, f"cannot be read: {error or type(error).__name__}") from error
-    return _images(path, name, pixels)
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+class _Values(NamedTuple):
+    """The values that an array in an .npz file may hold."""
+
+    description: str
+    includes: Callable[[np.dtype[Any]], bool]
+
+
+_PIXELS = _Values("uint8 (grey levels 0 to 255), bool or floating point (0 to 1)", _holds_pixels)
+_LABELS = _Values("integers", lambda dtype: dtype.kind in "biu")
+
+
+def _arrays(path: Path) -> set[str]:
+    """Return the names of the arrays in an .npz file."""
+    with _naming(path), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def _read_array(path: Path, name: str, max_bytes: int, values: _Values) -> np.ndarray[Any, Any]:
+    from numpy.lib import format as npy
+
+    with _naming(path), zipfile.ZipFile(path) as archive:
+        member = f"{name}.npy"
+        if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(path, f"{member} uses a compression method other than deflate")
+        with archive.open(member) as file:
+            # NumPy saves arrays of numbers in version 1.0; later versions allow headers of any length
+            if npy.read_magic(file) != (1, 0):
+                raise DataError(path, f"{name} is not in version 1.0 of the .npy format")
+            shape, _, dtype = npy.read_array_header_1_0(file)
+        if not values.includes(dtype):
+            raise DataError(path, f"expected {name} to be {values.description}, got {dtype}")
+        _check_shape(path, name, shape, max_bytes, dtype.itemsize)
+        with archive.open(member) as file:
+            array: np.ndarray[Any, Any] = npy.read_array(file, allow_pickle=False)
+            if file.read(1):
+                raise DataError(path, f"{name} holds more than the sizes it declares")
+    return array
