@@ -45,7 +45,7 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "stripes.npz"
     rng = np.random.default_rng(0)
     images = np.repeat(rng.integers(256, size=(150, 6, 1), dtype=np.uint8), 5, axis=2)
-    np.savez(path, x_train=images[:120], x_test=images[120:])
+    np.savez(path, x_train=images[:120], x_test=images[120:], y_test=np.arange(30) % 4)
     return path
 
 
@@ -432,12 +432,14 @@ def test_encode_writes_the_latent_variables_of_both_sets(run, tmp_path, data):
     assert torch.equal(code.logvar, torch.from_numpy(latents["test_logvar"]))
 
 
-def test_report_compares_runs_on_one_page(run, tmp_path):
+def test_report_compares_runs_on_one_page(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz_stats", None)  # its import takes seconds
     other = tmp_path / "other"
     shutil.copytree(run, other)
     out = tmp_path / "new" / "report.html"
-    assert cli.main(["report", str(run), str(other), "--out", str(out), "--images", "9", "--weights", "20"]) == 0
+    assert cli.main(["report", str(run), str(other), "--out", str(out), "--images", "9", "--weights", "25"]) == 0
     page = out.read_text()
+    assert "coloured by their labels" in page
     result = read_evaluation(run)
     assert page.count(f"{result['nll']:.2f} (K = 30)") == 2
     assert f"<title>{run.name} and other</title>" in page
@@ -507,7 +509,8 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path, data, capsys):
         (["bench", "--plot", "x.svg"], "expected --plot to end in .png, got x.svg"),
         (["encode", "nowhere", "--out", "x.npy"], "expected --out to end in .npz, got x.npy"),
         (["report", "nowhere", "--out", "x.pdf"], "expected --out to end in .html, got x.pdf"),
-        (["report", "nowhere", "--out", "x.html", "--weights", "1"], "expected --weights of at least 2, got 1"),
+        (["report", "nowhere", "--out", "x.html", "--weights", "9"], "expected --weights of at least 25, got 9"),
+        (["report", "nowhere", "--out", "x.html", "--dreams", "1"], "expected --dreams of at least 2, got 1"),
         (["report", "--out", "x.html"], "expected one to 7 runs, got 0"),
         (["encode", "nowhere", "--out", "x.npz"], "nowhere/checkpoint.safetensors: cannot be read"),
     ],

@@ -64,7 +64,7 @@ BRIEFLY = {
     "wakesleep evaluate": "",
     "wakesleep sample": "",
     "wakesleep encode": "",
-    "wakesleep report": "--images 9 --weights 20",
+    "wakesleep report": "--images 9 --weights 25 --dreams 9",
     "wakesleep bench": "--candidates fused eager",
     "wakesleep selftest": "",
     "wakesleep info": "",

@@ -331,31 +331,37 @@ def report(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path,
     data: str | None = None,
+    label_array: str = "y_test",
     images: int = 500,
     weights: int = 200,
+    dreams: int = 1000,
     device: Device = "auto",
     seed: int = 0,
 ) -> None:
-    """Compare training runs on one HTML page: learning curves, dreams, reconstructions, importance weights, settings
-    and commands.
+    """Compare training runs on one HTML page: learning curves, dreams, reconstructions, latent variables, importance
+    weights, calibration, settings and commands. Pareto's k and the calibration need the extra "diagnostics".
 
     Args:
         runs: Folders of training runs.
         out: File for the page: .html. It contains its pictures, and refers to no other file.
         data: Data to test all runs on, in the format of train --data; by default, the data of each run.
+        label_array: Array with the labels of the test images, if the data are an .npz file. Labels give the latent
+            variables their colours. Digits and folders of IDX files also have labels.
         images: Number of test images whose importance weights are shown: the first ones.
         weights: Number of importance weights per image.
+        dreams: Number of dreams for the calibration tests of the recognition networks.
         device: Device to compute on; auto uses the GPU if there is one.
         seed: Seed of the random number generator.
     """
     from wakesleep_ext.report.page import MOST_RUNS, Compared, page
     from wakesleep_ext.training import metrics
+    from wakesleep_ext.training.data import load_test_labels
     from wakesleep_ext.training.run import Run
 
     folders = dict.fromkeys(run.resolve() for run in runs)
     if not 1 <= len(folders) <= MOST_RUNS:
         raise UsageError(f"expected one to {MOST_RUNS} runs, got {len(folders)}")
-    for option, value, least in (("--images", images, 1), ("--weights", weights, 2)):
+    for option, value, least in (("--images", images, 1), ("--weights", weights, 25), ("--dreams", dreams, 2)):
         if value < least:
             raise UsageError(f"expected {option} of at least {least}, got {value}")
     check_output(out, "--out", ".html")
@@ -365,11 +371,12 @@ def report(
     for folder in folders:
         run, machine = Run.load(folder)
         test = run.load_data(data).binary_test().to(where)
+        labels = load_test_labels(data or run.config.data, len(test), array=label_array)
         epochs, result = metrics.read(folder), metrics.read_evaluation(folder)
         name = str(folder) if alike else folder.name
-        compared.append(Compared(name, run.config, epochs, result, machine.to(where), test))
+        compared.append(Compared(name, run.config, epochs, result, machine.to(where), test, labels))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page(compared, images, weights, seed).encode())
+    write_atomically(out, page(compared, images, weights, dreams, seed).encode())
 
 
 def selftest() -> int:

@@ -223,7 +223,7 @@ def diagnose_machine(
         x: images whose importance weights are measured, at most `num_simulations` of them, and on which wake phases
             compute gradients: binary pixels `[N, D]`.
         num_simulations: number of dreams.
-        num_weights: importance weights per image.
+        num_weights: importance weights per image; 0 leaves this part out.
         num_gradients: gradients per objective; fewer than two leave this part out.
         num_samples: L of the objectives, at least 2.
         batch_size: images, or dreams, per gradient.
@@ -238,11 +238,14 @@ def diagnose_machine(
     def draw(given: Tensor, number: int) -> Tensor:
         return torch.cat(recognition.rsample(given, number, keys=[next(keys) for _ in recognition]), -1)
 
+    def log_joint(z: Tensor, given: Tensor) -> Tensor:
+        return generative.log_prob(z.split(sizes, -1), given)
+
     found = diagnose(
         torch.cat(latents, -1),
         dreams,
         Posterior(draw, lambda z, given: recognition.log_prob(z.split(sizes, -1), given)),
-        lambda z, given: generative.log_prob(z.split(sizes, -1), given),
+        log_joint if num_weights else None,
         observed=x[:num_simulations],
         layers=sizes,
         num_weights=num_weights,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wakesleep_ext._files import write_atomically
 from wakesleep_ext.evaluation.bounds import ACTIVE, Evaluation
+from wakesleep_ext.evaluation.calibration import Ranks
 from wakesleep_ext.evaluation.diagnostics import Diagnosis
 from wakesleep_ext.evaluation.importance import pareto_threshold
 from wakesleep_ext.usage import PICTURES, check_output
@@ -21,8 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Color: TypeAlias = "str | tuple[str, float]"
+"""A colour, or a colour and its opacity."""
 
 _DPI = 150
+_MOST_TICKS = 20  # of labels
 _LEAST_WEIGHT = -4.0  # of the histogram, in powers of ten; smaller weights are not drawn
 _LEAST_ACTIVITY = 1e-5  # lower limit of the plot; smaller and negative estimates are drawn at this value
 _WAKE, _SLEEP, _TEST, _BASELINE = "#c2571a", "#35478c", "#1b7f5c", "#8a8a8a"
@@ -195,15 +201,110 @@ def importance_weights(log_w: Mapping[str, Tensor], colors: Mapping[str, str]) -
     return [figure for figure, _ in figures.values()]
 
 
-def svg(figure: Figure) -> str:
-    """Return a figure as an SVG element. Equal figures give equal elements."""
+def pareto_k(k: Mapping[str, Tensor], num_weights: int, colors: Mapping[str, str]) -> Figure:
+    """Plot histograms of Pareto's k. Values that are infinite or NaN are not drawn.
+
+    Args:
+        k: maps the name of a run to the k of each image, `[N]`.
+        num_weights: importance weights per image.
+        colors: maps the name of a run to its colour.
+    """
+    finite = {name: values[values.isfinite()].tolist() for name, values in k.items()}
+    drawn = [value for values in finite.values() for value in values]
+    edges = torch.linspace(min(drawn, default=0), max(drawn, default=1) + 1e-3, 31).tolist()
+    figure, axes = _small()
+    for name, values in finite.items():
+        weights = [1 / len(k[name])] * len(values)
+        axes.hist(values, edges, weights=weights, histtype="step", color=colors[name], label=name)
+    threshold = pareto_threshold(num_weights)
+    axes.axvline(threshold, color=_BASELINE, linestyle="--", label=f"threshold {threshold:.2f}")
+    axes.legend(frameon=False)
+    axes.margins(y=0.25)  # room for the legend above the steps
+    _label(axes, "Pareto's $k$ of the weights", "share", "$k$")
+    return figure
+
+
+def calibration(ranks: Mapping[str, Mapping[str, Ranks]], colors: Mapping[str, str]) -> list[Figure]:
+    """Plot the calibration tests of several runs with their bands.
+
+    Args:
+        ranks: maps the name of a run to :attr:`~wakesleep_ext.evaluation.diagnostics.Diagnosis.ranks`.
+        colors: maps the name of a run to its colour.
+
+    Returns:
+        One figure for each test. A test of several variables has one figure for each run.
+    """
+    figures = []
+    for test in dict.fromkeys(test for found in ranks.values() for test in found):
+        of_runs = {name: found[test] for name, found in ranks.items() if test in found}
+        several = any(found.ranks.shape[1] > 1 for found in of_runs.values())
+        for group in [{name: found} for name, found in of_runs.items()] if several else [of_runs]:
+            figure, axes = _small()
+            _band(axes, next(iter(group.values())))
+            for name, found in group.items():
+                _ecdf(axes, found, inside=(colors[name], 0.3), outside=(colors[name], 0.8))
+                label = f"{name}: {found.outside().sum()} of {found.ranks.shape[1]} outside the band"
+                axes.plot([], color=colors[name], label=label)
+            figure.legend(frameon=False, loc="outside lower center")
+            _label(axes, test, "ECDF $-$ uniform", "level")
+            figures.append(figure)
+    return figures
+
+
+def latent_means(means: Tensor, labels: Tensor | None, title: str) -> Figure:
+    """Plot the posterior means of images in a plane: their first two principal components if K > 2.
+
+    Args:
+        means: `[N, K]`.
+        labels: integers `[N]`, which give the colours; None for points of one colour.
+        title: title of the figure.
+    """
+    import matplotlib
+
+    points, units = _plane(means.double())
+    figure, axes = _small()
+    scatter = partial(axes.scatter, points[:, 0], points[:, 1], s=5, linewidths=0, rasterized=True)
+    if labels is None:
+        scatter(color=_BASELINE)
+    else:
+        values, index = labels.unique(return_inverse=True)
+        palette = matplotlib.colormaps["tab10" if len(values) <= 10 else "turbo"].resampled(len(values))
+        found = scatter(c=index, cmap=palette, vmin=-0.5, vmax=len(values) - 0.5)
+        ticks = range(0, len(values), math.ceil(len(values) / _MOST_TICKS))
+        bar = figure.colorbar(found, ticks=ticks, format=lambda tick, _: str(values[tick].item()), label="label")
+        bar.ax.tick_params(length=0)
+        bar.outline.set_visible(False)
+    _label(axes, title, units[1], units[0])
+    return figure
+
+
+def _plane(values: Tensor) -> tuple[Tensor, list[str]]:
+    """Return values `[N, K]` as points of a plane, `[N, 2]`, and the names of its axes."""
+    size = values.shape[1]
+    if size <= 2:
+        return nn.functional.pad(values, (0, 2 - size)), ["$z_1$", "$z_2$" if size > 1 else ""]
+    centred = values - values.mean(0)
+    variances, directions = torch.linalg.eigh(centred.t() @ centred)
+    first = directions[:, [-1, -2]]
+    first = first * first.gather(0, first.abs().argmax(0, keepdim=True)).sign()  # eigh leaves the sign open
+    shares = (variances[[-1, -2]] / variances.sum()).tolist()
+    return centred @ first, [f"component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, start=1)]
+
+
+def svg(figure: Figure, salt: str) -> str:
+    """Return a figure as an SVG element. Equal figures and salts give equal elements.
+
+    Args:
+        figure: the figure.
+        salt: a different text for each figure of a page, so that their ids differ.
+    """
     import matplotlib
 
     text = io.StringIO()
-    title = "".join(axes.get_title() for axes in figure.axes)
-    with matplotlib.rc_context({"svg.hashsalt": title}):  # the elements of a page need different ids
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return text.getvalue().partition("<svg")[2].join(("<svg role='img'", ""))
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(text, format="svg", dpi=_DPI, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    short = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text.getvalue())  # 0.01 points
+    return short.partition("<svg")[2].join(("<svg role='img'", ""))
 
 
 def png(mosaic: Tensor) -> bytes:
@@ -313,12 +414,10 @@ def diagnosis(path: Path, found: Diagnosis) -> None:
     axes_left = iter(grid)
 
     for name, ranks in found.ranks.items():
-        axes, levels = next(axes_left), ranks.levels()
-        (lower, upper), curves, outside = ranks.band(), ranks.ecdf() - levels[:, None], ranks.outside().tolist()
-        axes.fill_between(levels, lower - levels, upper - levels, color=_BASELINE, alpha=0.4)
-        for curve, is_outside in zip(curves.t(), outside, strict=True):
-            axes.plot(levels, curve, color=_WAKE if is_outside else _SLEEP, linewidth=1)
-        _label(axes, f"{name}: {sum(outside)} of {len(outside)} leave the 95% band", "ECDF $-$ uniform", "level")
+        axes, outside = next(axes_left), ranks.outside()
+        _band(axes, ranks)
+        _ecdf(axes, ranks, inside=_SLEEP, outside=_WAKE)
+        _label(axes, f"{name}: {outside.sum()} of {len(outside)} leave the 95% band", "ECDF $-$ uniform", "level")
 
     if found.pareto_k is not None:
         axes, threshold = next(axes_left), pareto_threshold(found.num_weights)
@@ -335,6 +434,21 @@ def diagnosis(path: Path, found: Diagnosis) -> None:
         axes.margins(x=0.15)  # room for the numbers
         _label(axes, "Gradient of q", "", "signal-to-noise ratio")
     _save(path, figure)
+
+
+def _band(axes: Axes, ranks: Ranks) -> None:
+    """Draw the 95% band of the curves of a calibration test."""
+    levels, (lower, upper) = ranks.levels(), ranks.band()
+    axes.fill_between(levels, lower - levels, upper - levels, color=_BASELINE, alpha=0.4, linewidth=0)
+
+
+def _ecdf(axes: Axes, ranks: Ranks, inside: Color, outside: Color) -> None:
+    """Draw the curves of a calibration test, in another colour outside their band."""
+    levels, is_outside = ranks.levels(), ranks.outside()
+    curves = torch.cat((ranks.ecdf() - levels[:, None], torch.full((1, len(is_outside)), torch.nan)))
+    for chosen, color in ((~is_outside, inside), (is_outside, outside)):
+        x = torch.cat((levels, levels.new_full((1,), torch.nan))).repeat(int(chosen.sum()))
+        axes.plot(x, curves[:, chosen].t().flatten(), color=color, linewidth=1)  # NaN divides one line into curves
 
 
 def _label(axes: Axes, title: str, unit: str, horizontal: str = "epoch") -> None:
