@@ -163,6 +163,19 @@ def test_without_the_extra_the_page_says_what_is_missing():
 
 
 @pytest.mark.usefixtures("without_diagnostics")
+def test_paths_of_data_are_not_shown(tmp_path, monkeypatch):
+    """In the folder above the data, the command finds them by a relative path; elsewhere by the whole path."""
+    config = replace(CONFIG, data=str(tmp_path / "data" / "digits"))
+    assert f"--data {tmp_path}/data/digits" in command(config)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    assert "--data ./digits" in command(config)
+    text = page([compared("run", config)], num_images=3, num_samples=30, num_dreams=9)
+    assert str(tmp_path) not in text
+    assert rows(text)["data"] == ["digits"]
+
+
+@pytest.mark.usefixtures("without_diagnostics")
 def test_a_run_without_an_epoch_has_a_page():
     text = page([compared("new", result=None, epochs=0)], num_images=3, num_samples=30, num_dreams=9)
     assert "0 of 3" in text

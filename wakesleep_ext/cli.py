@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from json import dumps
+from os.path import commonpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -367,13 +368,14 @@ def report(
     check_output(out, "--out", ".html")
     where = find_device(device)
     alike = len({folder.name for folder in folders}) < len(folders)
+    above = commonpath([folder.parent for folder in folders])
     compared = []
     for folder in folders:
         run, machine = Run.load(folder)
         test = run.load_data(data).binary_test().to(where)
         labels = load_test_labels(data or run.config.data, len(test), array=label_array)
         epochs, result = metrics.read(folder), metrics.read_evaluation(folder)
-        name = str(folder) if alike else folder.name
+        name = str(folder.relative_to(above)) if alike else folder.name
         compared.append(Compared(name, run.config, epochs, result, machine.to(where), test, labels))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page(compared, images, weights, dreams, seed).encode())

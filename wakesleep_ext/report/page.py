@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
@@ -129,13 +130,18 @@ def page(runs: Sequence[Compared], num_images: int, num_samples: int, num_dreams
 
 
 def command(config: RunConfig) -> str:
-    """Return the command that starts a run with this config. Options with default values are left out."""
+    """Return the command that starts a run with this config. Options with default values are left out.
+
+    The path of data below the current folder is relative to it.
+    """
     words = ["wakesleep", "train"]
     for part, options in ((config, RunOptions), (config.model, ModelConfig), (config.training, TrainConfig)):
         for field in fields(options):
             value = getattr(part, field.name)
             if field.name == "observed" or value == field.default:
                 continue
+            if field.name == "data":
+                value = _from_here(value)
             flag = field.name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -144,11 +150,17 @@ def command(config: RunConfig) -> str:
     return shlex.join(words)
 
 
+def _from_here(source: str) -> str:
+    path, here = Path(source), Path.cwd()
+    return f"./{path.relative_to(here)}" if path.is_relative_to(here) else source  # ./ tells folders from "digits"
+
+
 def _settings(configs: Sequence[RunConfig]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the settings that differ between the runs, and those that are equal: the values of each run by name."""
     described = [asdict(config) for config in configs]
     flat = [
         {name: value for name, value in config.items() if not isinstance(value, dict)}
+        | {"data": Path(config["data"]).name}
         | {f"{part} {name}": value for part in ("model", "training") for name, value in config[part].items()}
         for config in described
     ]
