@@ -157,13 +157,13 @@ def curves_of_runs(
         if not any(curves.values()):
             continue
         sign = -1 if metric == "test_elbo" else 1
-        figure, axes = _small()
+        figure, axes = _small(len(curves))
         for name, points in curves.items():
             axes.plot([x for x, _ in points], [sign * y for _, y in points], color=colors[name], label=name)
             if metric == "test_elbo" and name in nll and points:
                 axes.plot(points[-1][0], nll[name], "o", color=colors[name])
         _zoom(axes, [[sign * y for _, y in points] for points in curves.values()])
-        axes.legend(frameon=False)
+        _legend_below(figure)
         axes.locator_params(axis="x", integer=True)
         _label(axes, title, unit)
         figures.append(figure)
@@ -178,7 +178,7 @@ def importance_weights(log_w: Mapping[str, Tensor], colors: Mapping[str, str]) -
         colors: maps the name of a run to its colour.
     """
     samples = len(next(iter(log_w.values())))
-    figures = {name: _small() for name in ("weights", "sizes")}
+    figures = {name: _small(len(log_w)) for name in ("weights", "sizes")}
     for name, values in log_w.items():
         shares = values.softmax(0)
         sizes = 1 / shares.square().sum(0)
@@ -194,9 +194,8 @@ def importance_weights(log_w: Mapping[str, Tensor], colors: Mapping[str, str]) -
         ("weights", "Weights relative to their mean", "$\\log_{10}$ of the weight"),
         ("sizes", f"Effective sample size, $K = {samples}$", "samples"),
     ):
-        axes = figures[name][1]
-        axes.legend(frameon=False, loc="upper left" if name == "weights" else "upper right")
-        axes.margins(y=0.25)  # room for the legend above the steps
+        figure, axes = figures[name]
+        _legend_below(figure)
         _label(axes, title, "share", unit)
     return [figure for figure, _ in figures.values()]
 
@@ -212,14 +211,13 @@ def pareto_k(k: Mapping[str, Tensor], num_weights: int, colors: Mapping[str, str
     finite = {name: values[values.isfinite()].tolist() for name, values in k.items()}
     drawn = [value for values in finite.values() for value in values]
     edges = torch.linspace(min(drawn, default=0), max(drawn, default=1) + 1e-3, 31).tolist()
-    figure, axes = _small()
+    figure, axes = _small(len(k) + 1)
     for name, values in finite.items():
         weights = [1 / len(k[name])] * len(values)
         axes.hist(values, edges, weights=weights, histtype="step", color=colors[name], label=name)
     threshold = pareto_threshold(num_weights)
     axes.axvline(threshold, color=_BASELINE, linestyle="--", label=f"threshold {threshold:.2f}")
-    axes.legend(frameon=False)
-    axes.margins(y=0.25)  # room for the legend above the steps
+    _legend_below(figure)
     _label(axes, "Pareto's $k$ of the weights", "share", "$k$")
     return figure
 
@@ -239,13 +237,13 @@ def calibration(ranks: Mapping[str, Mapping[str, Ranks]], colors: Mapping[str, s
         of_runs = {name: found[test] for name, found in ranks.items() if test in found}
         several = any(found.ranks.shape[1] > 1 for found in of_runs.values())
         for group in [{name: found} for name, found in of_runs.items()] if several else [of_runs]:
-            figure, axes = _small()
+            figure, axes = _small(len(group))
             _band(axes, next(iter(group.values())))
             for name, found in group.items():
                 _ecdf(axes, found, inside=(colors[name], 0.3), outside=(colors[name], 0.8))
                 label = f"{name}: {found.outside().sum()} of {found.ranks.shape[1]} outside the band"
                 axes.plot([], color=colors[name], label=label)
-            figure.legend(frameon=False, loc="outside lower center")
+            _legend_below(figure)
             _label(axes, test, "ECDF $-$ uniform", "level")
             figures.append(figure)
     return figures
@@ -316,12 +314,16 @@ def png(mosaic: Tensor) -> bytes:
     return picture.getvalue()
 
 
-def _small() -> tuple[Figure, Axes]:
-    """Return a figure for a column of a page, and its axes."""
+def _small(legend: int = 0) -> tuple[Figure, Axes]:
+    """Return a figure for a column of a page, with room for the lines of a legend below its axes, and the axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.9, 3), layout="constrained")
+    figure = Figure(figsize=(3.9, 3 + 0.2 * legend), layout="constrained")
     return figure, figure.subplots()
+
+
+def _legend_below(figure: Figure) -> None:
+    figure.legend(frameon=False, loc="outside lower center")
 
 
 def _zoom(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
