@@ -258,7 +258,8 @@ def test_a_warm_up_has_sleep_phases_only(objective):
     ("objective", "phi_gradient", "sleep_weight", "names"),
     [
         ("wake-sleep", None, None, ["wake", "sleep"]),
-        ("reweighted-wake-sleep", None, None, ["wake", "wake_phi", "sleep"]),
+        ("reweighted-wake-sleep", None, None, ["wake", "sleep"]),
+        ("reweighted-wake-sleep", "score", None, ["wake", "wake_phi", "sleep"]),
         ("reweighted-wake-sleep", "score-cv", 0.0, ["wake", "wake_phi"]),
         ("reweighted-wake-sleep", "stl", 0.5, ["wake", "sleep"]),
         ("reweighted-wake-sleep", "dreg", 0.0, ["wake"]),
@@ -271,6 +272,24 @@ def test_losses_go_by_their_names(objective, phi_gradient, sleep_weight, names):
     epoch = next(trainer.epochs())
     assert list(epoch.losses) == names
     assert all(math.isfinite(loss) for loss in epoch.losses.values())
+
+
+@pytest.mark.parametrize(
+    ("latents", "options", "expected"),
+    [
+        ("gaussian", {}, ("dreg", 0.05)),
+        ("bernoulli", {}, ("score", 0.5)),
+        ("gaussian", {"num_samples": 1}, ("score", 0.5)),
+        ("gaussian", {"defensive_fraction": 0.1}, ("score", 0.5)),
+        ("gaussian", {"phi_gradient": "score-cv"}, ("score-cv", 0.5)),
+        ("gaussian", {"sleep_weight": 0.5}, ("dreg", 0.5)),
+        ("gaussian", {"objective": "iwae"}, (None, 0.0)),
+    ],
+)
+def test_the_default_gradient_suits_the_latent_variables(latents, options, expected):
+    machine = HelmholtzMachine.from_config(ModelConfig(4, latents=latents))
+    config = TrainConfig(**{"objective": "reweighted-wake-sleep", "num_samples": 5} | options)
+    assert config.phases(machine.recognition.has_rsample)[:2] == expected
 
 
 @pytest.mark.parametrize("model", [DEEP, DISCRETE], ids=["Gaussian", "Bernoulli"])

@@ -297,7 +297,7 @@ def recognition_losses(
     def bound(loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return lambda: loss(recognition, generative, batch(), num_samples, keys=draws())
 
-    pathwise = all(conditional.has_rsample for conditional in recognition)
+    pathwise = recognition.has_rsample
     estimators: list[PhiGradient] = [name for name in get_args(PhiGradient) if pathwise or name not in PATHWISE]
     found: dict[str, Callable[[], Tensor]] = {"sleep": sleep}
     found |= {f"wake-phi {name}": partial(wake, name) for name in estimators}

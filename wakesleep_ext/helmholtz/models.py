@@ -85,6 +85,11 @@ class RecognitionNetwork(_Chain):
         conditionals: the factors, in the order of this formula.
     """
 
+    @property
+    def has_rsample(self) -> bool:
+        """True if the draws of all layers are differentiable."""
+        return all(conditional.has_rsample for conditional in self)
+
     def factors(self, latents: Sequence[Tensor], x: Tensor) -> list[Factor]:
         return [Factor(*parts) for parts in zip(self, latents, (x, *latents[:-1]), strict=True)]
 

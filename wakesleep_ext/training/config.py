@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from wakesleep_ext.helmholtz.config import PATHWISE, PhiGradient
 
@@ -22,11 +22,21 @@ SLEEP_WEIGHTS: dict[Objective, float] = {
     "dreg": 0.0,
     "vimco": 0.0,
 }
-"""The default weight of the sleep phase, by objective."""
+"""The weight of the sleep phase by objective, for reweighted wake-sleep that of Bornschein & Bengio."""
 
 
 DIGITS = "digits"
 """Name of the data set that ships with scikit-learn."""
+
+
+class Phases(NamedTuple):
+    """What the phases of a step compute."""
+
+    phi_gradient: PhiGradient | None
+    """The estimate of the recognition network's gradient in the reweighted wake phase; None without such a phase."""
+    sleep_weight: float
+    losses: list[str]
+    """Names of the losses of a step with a wake phase."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,12 @@ class TrainConfig:
     `wakesleep_ext.helmholtz.objectives`."""
     sleep_weight: float | None = None
     """Weight w of the sleep phase in the recognition network's gradient, from 0 (wake-wake) to 1. The reweighted wake
-    phase has weight 1 - w. The default is 0.5 for reweighted wake-sleep. The weight is always 1 for wake-sleep, and 0
-    for the bounds."""
+    phase has weight 1 - w. For reweighted wake-sleep, the default is 0.05 with the estimates that differentiate through
+    the draws, and 0.5 with the others. The weight is always 1 for wake-sleep, and 0 for the bounds."""
     phi_gradient: PhiGradient | None = None
     """Estimate of the recognition network's gradient in the reweighted wake phase: the score function, with a control
-    variate (score-cv), doubly reparameterised (dreg), or sticking the landing (stl). The default is score."""
+    variate (score-cv), doubly reparameterised (dreg), or sticking the landing (stl). The default is dreg for Gaussian
+    latent variables, and score for discrete ones, for one sample or with a defensive fraction."""
     defensive_fraction: float = 0.0
     """Probability of drawing z from the prior instead of q in the reweighted wake phase."""
     seed: int = 0
@@ -149,17 +160,24 @@ class TrainConfig:
                 f"with a staged schedule, got {self.epochs}"
             )
 
-    @property
-    def weight_of_sleep(self) -> float:
-        """The weight of the sleep phase: `sleep_weight`, or the default of the objective."""
-        return SLEEP_WEIGHTS[self.objective] if self.sleep_weight is None else self.sleep_weight
+    def phases(self, has_rsample: bool) -> Phases:
+        """Return what the phases of a step compute, with the defaults of the objective.
 
-    @property
-    def losses(self) -> list[str]:
-        """Names of the losses of a step with a wake phase."""
-        has_two = self.objective == "reweighted-wake-sleep" and self.phi_gradient not in PATHWISE
-        weight = self.weight_of_sleep
-        return ["wake"] + ["wake_phi"] * (has_two and weight < 1) + ["sleep"] * (weight > 0)
+        Args:
+            has_rsample: whether all draws of latent variables are differentiable.
+        """
+        is_reweighted, gradient, weight = (
+            self.objective == "reweighted-wake-sleep",
+            self.phi_gradient,
+            self.sleep_weight,
+        )
+        if gradient is None and is_reweighted:
+            is_pathwise = has_rsample and self.num_samples > 1 and not self.defensive_fraction
+            gradient = "dreg" if is_pathwise else "score"
+        if weight is None:
+            weight = 0.05 if gradient in PATHWISE else SLEEP_WEIGHTS[self.objective]
+        has_two = is_reweighted and gradient not in PATHWISE and weight < 1
+        return Phases(gradient, weight, ["wake"] + ["wake_phi"] * has_two + ["sleep"] * (weight > 0))
 
     def has_stalled(self, test_elbos: Sequence[float]) -> bool:
         """Return True if the last `patience` of the test ELBOs, one per epoch, do not exceed those before them."""

@@ -53,10 +53,10 @@ class Step:
         device = images.grey.device
         check_precision(config.precision, device)
         self._schedule = Schedule(config, self.per_epoch, device)
+        gradient, self._sleep_weight, self._losses = config.phases(machine.recognition.has_rsample)
         self._wake_losses = objectives.named(
-            config.objective, machine, config.num_samples, config.phi_gradient, config.defensive_fraction
+            config.objective, machine, config.num_samples, gradient, config.defensive_fraction
         )
-        self._sleep_weight = config.weight_of_sleep
         self.keys = StepKeys(config, len(machine.recognition), device)
         self._number = torch.zeros((), dtype=torch.int64)  # a tensor: a changed int would invalidate the recording
         self.number = 0
@@ -93,7 +93,7 @@ class Step:
     @property
     def names(self) -> list[str]:
         """Names of the losses that the next step returns."""
-        return self.config.losses if self.is_awake else ["sleep"]
+        return self._losses if self.is_awake else ["sleep"]
 
     def batches(self) -> tuple[Tensor, ...]:
         """Return the image indices of each batch that is left of the epoch. Each epoch has an order of its own."""
