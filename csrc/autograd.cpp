@@ -14,3 +14,4 @@
 #include "autograd/not_differentiable.cpp"
 #include "autograd/standard_gaussian_log_prob.cpp"
 #include "autograd/unit_gradient.cpp"
+#include "autograd/vmap.cpp"

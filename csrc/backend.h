@@ -58,4 +58,12 @@ inline at::ScalarType compute_dtype(at::ScalarType type) { return type == at::kD
 inline const void* read(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 inline void* write(const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
+// Returns the pointer to the element at an offset from a tensor's first element, or null if the tensor is undefined.
+inline const void* read(const at::Tensor& tensor, int64_t offset) {
+  return tensor.defined() ? static_cast<const char*>(read(tensor)) + offset * tensor.element_size() : nullptr;
+}
+inline void* write(const at::Tensor& tensor, int64_t offset) {
+  return tensor.defined() ? static_cast<char*>(write(tensor)) + offset * tensor.element_size() : nullptr;
+}
+
 }  // namespace wakesleep

@@ -20,13 +20,14 @@ struct Operator {
 };
 
 constexpr Operator kOperators[] = {
-    // keys: int64 [seed, offset] on the device of `like`
-    {"draw_key(Tensor like, *, Generator? generator=None) -> Tensor", Kind::reads_generator},
+    // keys: int64 [*members, 2], [seed, offset] each, on the device of `like`
+    {"draw_key(Tensor like, *, Generator? generator=None, SymInt[] members=[]) -> Tensor", Kind::reads_generator},
 
     // splits [mu | logvar] into two views; the gradient is one packed tensor
     {"gaussian_parameters(Tensor(a) packed) -> (Tensor(a), Tensor(a))", Kind::composite},
 
-    // draws, which are deterministic functions of the parameters and the key
+    // draws, which are deterministic functions of the parameters and the key; if there is a key for each of the first
+    // dimensions M of the parameters, [*M, 2], the draws are [*M, *S, *B, K]
     {"gaussian_rsample(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> Tensor"},
     {"gaussian_rsample_log_prob(Tensor mu, Tensor logvar, Tensor key, SymInt[] sample_shape) -> (Tensor, Tensor)"},
     {"gaussian_rsample_backward(Tensor? grad_z, Tensor? grad_log_prob, Tensor mu, Tensor logvar, Tensor key, "

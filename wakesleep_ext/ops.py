@@ -27,8 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wakesleep_ext import random
-from wakesleep_ext._registrations.functorch import call
+from wakesleep_ext import _registrations, random  # noqa: F401  fake kernels and a vmap rule
 
 __all__ = [
     "adam_",
@@ -68,7 +67,7 @@ def gaussian_parameters(packed: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         mu and logvar, ``[*B, K]`` each, as views. Do not modify them in place if ``packed`` requires a gradient.
     """
-    mu, logvar = call(_ops.gaussian_parameters.default, packed)
+    mu, logvar = _ops.gaussian_parameters.default(packed)
     return mu, logvar
 
 
@@ -98,7 +97,7 @@ def gaussian_rsample(
     Source: Kingma & Welling, "Auto-encoding variational Bayes" (2014), section 2.4.
     """
     key = random.draw_key(mu, generator) if key is None else key
-    return call(_ops.gaussian_rsample.default, mu, logvar, key, sample_shape)
+    return _ops.gaussian_rsample.default(mu, logvar, key, sample_shape)
 
 
 def gaussian_rsample_log_prob(
@@ -129,7 +128,7 @@ def gaussian_rsample_log_prob(
     get the partial derivatives at fixed z, pass ``z.detach()`` to :func:`gaussian_log_prob`.
     """
     key = random.draw_key(mu, generator) if key is None else key
-    return call(_ops.gaussian_rsample_log_prob.default, mu, logvar, key, sample_shape)
+    return _ops.gaussian_rsample_log_prob.default(mu, logvar, key, sample_shape)
 
 
 def gaussian_log_prob(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
@@ -147,7 +146,7 @@ def gaussian_log_prob(mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
     Gradients: with :math:`d = (z-\mu)e^{-\ell}`, they are d for mu, :math:`\tfrac12[(z-\mu)d - 1]` for logvar and -d
     for z.
     """
-    return call(_ops.gaussian_log_prob.default, mu, logvar, z)
+    return _ops.gaussian_log_prob.default(mu, logvar, z)
 
 
 def gaussian_log_prob_sum(
@@ -172,7 +171,7 @@ def gaussian_log_prob_sum(
     sample_weight is :math:`c \log \mathcal N(z_n)`. All gradients are multiplied by the upstream gradient, unless it is
     known to be 1 (:func:`wakesleep_ext.gradients.unit_gradient`).
     """
-    return call(_ops.gaussian_log_prob_sum.default, mu, logvar, z, sample_weight, scale)
+    return _ops.gaussian_log_prob_sum.default(mu, logvar, z, sample_weight, scale)
 
 
 def standard_gaussian_log_prob(z: Tensor) -> Tensor:
@@ -186,7 +185,7 @@ def standard_gaussian_log_prob(z: Tensor) -> Tensor:
 
     Gradient: -z for z.
     """
-    return call(_ops.standard_gaussian_log_prob.default, z)
+    return _ops.standard_gaussian_log_prob.default(z)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -204,7 +203,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
     Source: Kingma & Welling, "Auto-encoding variational Bayes" (2014), appendix B.
     """
-    return call(_ops.gaussian_kl.default, mu, logvar)
+    return _ops.gaussian_kl.default(mu, logvar)
 
 
 def gaussian_kl_between(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
@@ -224,7 +223,7 @@ def gaussian_kl_between(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logv
     Gradients: with :math:`d = (\mu-m)e^{-p}` and :math:`r = e^{\ell-p}`, they are d for mu, :math:`\tfrac12(r - 1)` for
     logvar, -d for prior_mu and :math:`-\tfrac12[(\mu-m)d + r - 1]` for prior_logvar.
     """
-    return call(_ops.gaussian_kl_between.default, mu, logvar, prior_mu, prior_logvar)
+    return _ops.gaussian_kl_between.default(mu, logvar, prior_mu, prior_logvar)
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
@@ -243,7 +242,7 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
 
     Source: Kingma & Welling, "Auto-encoding variational Bayes" (2014), appendix C.1.
     """
-    return call(_ops.bernoulli_log_prob.default, logits, x)
+    return _ops.bernoulli_log_prob.default(logits, x)
 
 
 def bernoulli_sample(
@@ -269,7 +268,7 @@ def bernoulli_sample(
     Gradients: none; the result does not require a gradient.
     """
     key = random.draw_key(logits, generator) if key is None else key
-    return call(_ops.bernoulli_sample.default, logits, key, sample_shape, dtype)
+    return _ops.bernoulli_sample.default(logits, key, sample_shape, dtype)
 
 
 def binarize(
@@ -300,7 +299,7 @@ def binarize(
         IndexError: an index is out of range. On a GPU, a device-side assertion fails instead, as in torch's indexing.
     """
     key = random.draw_key(grey, generator) if key is None else key
-    return call(_ops.binarize.default, grey, key, white, index, dtype)
+    return _ops.binarize.default(grey, key, white, index, dtype)
 
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
@@ -329,7 +328,7 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     Raises:
         ValueError: ``activation`` is none of the above.
     """
-    return call(_ops.mlp.default, h, (weight,), (_bias(weight, bias),), None, activation)
+    return _ops.mlp.default(h, (weight,), (_bias(weight, bias),), None, activation)
 
 
 def mlp(
@@ -362,7 +361,7 @@ def mlp(
         ValueError: there are no layers, their shapes do not match, or an activation is none of the above.
     """
     biases = [_bias(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return call(_ops.mlp.default, h, weights, biases, activation, output_activation)
+    return _ops.mlp.default(h, weights, biases, activation, output_activation)
 
 
 def linear_bernoulli_log_prob(
@@ -392,7 +391,7 @@ def linear_bernoulli_log_prob(
     known in advance, use :func:`linear_bernoulli_log_prob_sum`, which neither saves nor recomputes the logits.
     """
     bias = _bias(weight, bias)
-    return call(_ops.linear_bernoulli_log_prob.default, h, weight, bias, x, recompute)
+    return _ops.linear_bernoulli_log_prob.default(h, weight, bias, x, recompute)
 
 
 def linear_bernoulli_log_prob_sum(
@@ -428,7 +427,7 @@ def linear_bernoulli_log_prob_sum(
     recomputes the logits.
     """
     bias = _bias(weight, bias)
-    return call(_ops.linear_bernoulli_log_prob_sum.default, h, weight, bias, x, sample_weight, scale)
+    return _ops.linear_bernoulli_log_prob_sum.default(h, weight, bias, x, sample_weight, scale)
 
 
 def linear_bernoulli_sample(
@@ -459,7 +458,7 @@ def linear_bernoulli_sample(
     Gradients: none; the result does not require a gradient.
     """
     key = random.draw_key(h, generator) if key is None else key
-    return call(_ops.linear_bernoulli_sample.default, h, weight, _bias(weight, bias), key, dtype)
+    return _ops.linear_bernoulli_sample.default(h, weight, _bias(weight, bias), key, dtype)
 
 
 def adam_(
@@ -507,7 +506,7 @@ def adam_(
 
     Source: Kingma & Ba, "Adam: a method for stochastic optimization" (ICLR 2015), algorithm 1.
     """
-    call(_ops.adam_.default, parameters, gradients, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps)
+    _ops.adam_.default(parameters, gradients, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps)
 
 
 def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,13 +1,12 @@
 // Gradients of L = log p(x; a), where a are the logits and s is the sigmoid: dL/da = x - s(a) and dL/dx = a.
-#include "operators.h"
+#include "function.h"
 
 namespace wakesleep::autograd {
 namespace {
 
-WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
-WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
+struct BernoulliLogProb : Function<BernoulliLogProb> {
+  static constexpr auto name = "bernoulli_log_prob";
 
-struct BernoulliLogProb : torch::autograd::Function<BernoulliLogProb> {
   static Tensor forward(AutogradContext* context, const Tensor& logits, const Tensor& x) {
     context->save_for_backward({logits, x});
     return below(bernoulli_log_prob(), logits, x);

@@ -1,5 +1,5 @@
 // Gradients of kl = KL(N(mu, e^logvar) || N(0, I)): dkl/dmu = mu and dkl/dlogvar = (e^logvar - 1) / 2.
-#include "operators.h"
+#include "function.h"
 
 namespace wakesleep::autograd {
 namespace {
@@ -7,7 +7,9 @@ namespace {
 WAKESLEEP_OPERATOR(gaussian_kl, Tensor(const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(gaussian_kl_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
 
-struct GaussianKl : torch::autograd::Function<GaussianKl> {
+struct GaussianKl : Function<GaussianKl> {
+  static constexpr auto name = "gaussian_kl";
+
   static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar) {
     context->save_for_backward({mu, logvar});
     return below(gaussian_kl(), mu, logvar);

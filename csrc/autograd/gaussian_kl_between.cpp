@@ -1,7 +1,7 @@
 // Gradients of kl = KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)), with g = (mu - prior_mu) e^-prior_logvar and
 // r = e^(logvar - prior_logvar): dkl/dmu = g = -dkl/dprior_mu, dkl/dlogvar = (r - 1) / 2 and
 // dkl/dprior_logvar = -(r - 1 + (mu - prior_mu) g) / 2.
-#include "operators.h"
+#include "function.h"
 
 namespace wakesleep::autograd {
 namespace {
@@ -10,7 +10,9 @@ WAKESLEEP_OPERATOR(gaussian_kl_between, Tensor(const Tensor&, const Tensor&, con
 WAKESLEEP_OPERATOR(gaussian_kl_between_backward,
                    Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool))
 
-struct GaussianKlBetween : torch::autograd::Function<GaussianKlBetween> {
+struct GaussianKlBetween : Function<GaussianKlBetween> {
+  static constexpr auto name = "gaussian_kl_between";
+
   static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
                         const Tensor& prior_logvar) {
     context->save_for_backward({mu, logvar, prior_mu, prior_logvar});

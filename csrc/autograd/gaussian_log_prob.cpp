@@ -1,7 +1,7 @@
 // Gradients of L = log N(z; mu, e^logvar), with g = (z - mu) e^-logvar:
 // dL/dmu = g, dL/dlogvar = ((z - mu) g - 1) / 2 and dL/dz = -g. When the op returns a sum with given weights, the
 // forward pass computes the gradients.
-#include "operators.h"
+#include "function.h"
 #include "weighted_sum.h"
 
 namespace wakesleep::autograd {
@@ -10,7 +10,9 @@ namespace {
 WAKESLEEP_OPERATOR(gaussian_log_prob, Tensor(const Tensor&, const Tensor&, const Tensor&))
 WAKESLEEP_OPERATOR(gaussian_log_prob_backward, Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool))
 
-struct GaussianLogProb : torch::autograd::Function<GaussianLogProb> {
+struct GaussianLogProb : Function<GaussianLogProb> {
+  static constexpr auto name = "gaussian_log_prob";
+
   static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& z) {
     context->save_for_backward({mu, logvar, z});
     return below(gaussian_log_prob(), mu, logvar, z);
@@ -35,7 +37,9 @@ Tensor gaussian_log_prob_of(const Tensor& mu, const Tensor& logvar, const Tensor
 WAKESLEEP_OPERATOR(gaussian_log_prob_and_gradients,
                    Quadruple(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, bool, bool))
 
-struct GaussianLogProbSum : torch::autograd::Function<GaussianLogProbSum> {
+struct GaussianLogProbSum : Function<GaussianLogProbSum> {
+  static constexpr auto name = "gaussian_log_prob_sum";
+
   static Tensor forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& z,
                         const OptionalTensor& sample_weight, double scale) {
     const bool with_log_prob = sample_weight && sample_weight->requires_grad();
@@ -78,7 +82,7 @@ struct GaussianLogProbSum : torch::autograd::Function<GaussianLogProbSum> {
 
 Tensor gaussian_log_prob_sum_of(const Tensor& mu, const Tensor& logvar, const Tensor& z,
                                 const OptionalTensor& sample_weight, double scale) {
-  return needs_gradient(mu, logvar, z)
+  return needs_gradient(mu, logvar, z) && !is_transformed(mu, logvar, z)
              ? GaussianLogProbSum::apply(mu, logvar, z, sample_weight, scale)
              : weighted_sum("gaussian_log_prob_sum", gaussian_log_prob().call(mu, logvar, z), sample_weight, scale);
 }

@@ -2,7 +2,7 @@
 // one packed tensor, whose halves autograd passes on separately. If the backward pass of this op receives both halves,
 // it returns the packed tensor without a copy.
 #include "../ops/checks.h"
-#include "operators.h"
+#include "function.h"
 
 namespace wakesleep::autograd {
 namespace {
@@ -23,7 +23,9 @@ Tensor packed_of(const Tensor& first, const Tensor& second) {
                                                                                                      : Tensor();
 }
 
-struct GaussianParameters : torch::autograd::Function<GaussianParameters> {
+struct GaussianParameters : Function<GaussianParameters> {
+  static constexpr auto name = "gaussian_parameters";
+
   static variable_list forward(AutogradContext*, const Tensor& packed) {
     const auto [mu, logvar] = halves(packed);
     return {mu, logvar};
@@ -40,7 +42,7 @@ Pair gaussian_parameters(const Tensor& packed) {  // [*B, 2K]
   check_event(op, {"packed", packed});
   TORCH_CHECK_VALUE(packed.sym_size(-1) % 2 == 0, op,
                     ": expected the last dimension of packed to be even, [mu | logvar], got ", packed.sym_size(-1));
-  if (!needs_gradient(packed)) {
+  if (!needs_gradient(packed) || is_transformed(packed)) {
     return halves(packed);
   }
   const variable_list outputs = GaussianParameters::apply(packed);

@@ -1,6 +1,11 @@
 // Gradients of z = mu + sigma eps and of log q(z). For z, dz/dmu = 1 and dz/dlogvar = (z - mu) / 2. For log q(z), where
 // z also depends on mu and logvar, dlog q/dmu = 0 and dlog q/dlogvar = -1/2. The graph saves the key instead of eps.
-#include "operators.h"
+#include <ATen/ops/addcmul.h>
+
+#include <cmath>
+#include <numeric>
+
+#include "function.h"
 
 namespace wakesleep::autograd {
 namespace {
@@ -10,7 +15,9 @@ WAKESLEEP_OPERATOR(gaussian_rsample_log_prob, Pair(const Tensor&, const Tensor&,
 WAKESLEEP_OPERATOR(gaussian_rsample_backward, Tensor(const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                                      const Tensor&, const Tensor&, c10::SymIntArrayRef))
 
-struct Rsample : torch::autograd::Function<Rsample> {
+struct Rsample : Function<Rsample> {
+  static constexpr auto name = "gaussian_rsample";
+
   static variable_list forward(AutogradContext* context, const Tensor& mu, const Tensor& logvar, const Tensor& key,
                                c10::SymIntArrayRef sample_shape, bool with_log_prob) {
     context->save_for_backward({mu, logvar, key});
@@ -35,8 +42,36 @@ struct Rsample : torch::autograd::Function<Rsample> {
   }
 };
 
+// Returns z and log q(z) as differentiable operations. They keep eps, which Rsample would draw again under torch.func.
+struct DifferentiableRsample {
+  Tensor logvar, eps, z;
+
+  DifferentiableRsample(const Tensor& mu_in, const Tensor& logvar_in, const Tensor& key,
+                        c10::SymIntArrayRef sample_shape) {
+    const auto type = c10::promoteTypes(mu_in.scalar_type(), logvar_in.scalar_type());
+    const auto shape = at::infer_size_symdimvector(mu_in.sym_sizes(), logvar_in.sym_sizes());
+    const auto in_draw = [&](const Tensor& parameter) {
+      Tensor value = parameter.to(compute_dtype(type));
+      const int64_t members = key.dim() - 1;
+      for (size_t i = 0; members > 0 && i < sample_shape.size(); ++i) {
+        value = (i == 0 ? value.expand_symint(shape) : value).unsqueeze(members);  // samples follow the members
+      }
+      return value;
+    };
+    const Tensor origin = at::zeros_symint(shape, mu_in.options().dtype(compute_dtype(type)));
+    eps = gaussian_rsample().call(origin, origin, key, sample_shape);
+    logvar = in_draw(logvar_in);
+    z = at::addcmul(in_draw(mu_in), (0.5 * logvar).exp(), eps).to(type);
+  }
+
+  Tensor log_prob() const { return -0.5 * (logvar + eps * eps + std::log(2 * M_PI)).sum(-1); }
+};
+
 Tensor gaussian_rsample_of(const Tensor& mu, const Tensor& logvar, const Tensor& key,
                            c10::SymIntArrayRef sample_shape) {
+  if (needs_gradient(mu, logvar) && is_transformed(mu, logvar)) {
+    return DifferentiableRsample(mu, logvar, key, sample_shape).z;
+  }
   return needs_gradient(mu, logvar) ? Rsample::apply(mu, logvar, key, sample_shape, false)[0]
                                     : below(gaussian_rsample(), mu, logvar, key, sample_shape);
 }
@@ -45,6 +80,10 @@ Pair gaussian_rsample_log_prob_of(const Tensor& mu, const Tensor& logvar, const 
                                   c10::SymIntArrayRef sample_shape) {
   if (!needs_gradient(mu, logvar)) {
     return below(gaussian_rsample_log_prob(), mu, logvar, key, sample_shape);
+  }
+  if (is_transformed(mu, logvar)) {
+    const DifferentiableRsample drawn(mu, logvar, key, sample_shape);
+    return {drawn.z, drawn.log_prob()};
   }
   const variable_list outputs = Rsample::apply(mu, logvar, key, sample_shape, true);
   return {outputs[0], outputs[1]};
@@ -60,16 +99,17 @@ Tensor gaussian_rsample_backward_of(const OptionalTensor& grad_z, const Optional
     return below(gaussian_rsample_backward(), grad_z, grad_log_prob, mu, logvar, key, sample_shape);
   }
   const auto shape = at::infer_size_symdimvector(mu.sym_sizes(), logvar.sym_sizes());
-  Tensor grad_mu = at::zeros_symint(shape, mu.options()), grad_logvar = at::zeros_symint(shape, mu.options());
+  std::vector<int64_t> samples(sample_shape.size());  // the dimensions of the samples follow those of the keys
+  std::iota(samples.begin(), samples.end(), key.dim() - 1);
+  const auto sum = [&](const Tensor& tensor) { return samples.empty() ? tensor : tensor.sum(samples); };
+  Tensor grad_mu = at::zeros_symint(shape, mu.options()), grad_logvar = grad_mu;
   if (has_z) {
-    const Tensor origin = at::zeros_symint(shape, mu.options());
-    const Tensor eps = gaussian_rsample().call(origin, origin, key, sample_shape);
-    grad_mu = grad_mu + at::sum_to(*grad_z, shape);
-    grad_logvar = grad_logvar + 0.5 * at::sum_to(*grad_z * eps * (0.5 * logvar).exp(), shape);
+    const Tensor eps = gaussian_rsample().call(grad_mu, grad_mu, key, sample_shape);
+    grad_mu = sum(*grad_z);
+    grad_logvar = 0.5 * sum(*grad_z * eps) * (0.5 * logvar).exp();
   }
   if (has_log_prob) {
-    const auto batch = c10::SymIntArrayRef(shape).slice(0, shape.size() - 1);
-    grad_logvar = grad_logvar - 0.5 * at::sum_to(*grad_log_prob, batch).unsqueeze(-1);
+    grad_logvar = grad_logvar - 0.5 * sum(*grad_log_prob).unsqueeze(-1);
   }
   return at::cat({grad_mu, grad_logvar}, -1);
 }

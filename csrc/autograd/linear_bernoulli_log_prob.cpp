@@ -15,17 +15,12 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 
-#include "operators.h"
+#include "function.h"
 #include "weighted_sum.h"
 
 namespace wakesleep::autograd {
 namespace {
 
-WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_logits,
-                   Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t))
-WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_backward,
-                   Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                          const OptionalTensor&, bool, bool))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_gradients,
                    Quintuple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
                              bool, bool, bool))
@@ -50,7 +45,9 @@ Tensor grad_x(const Tensor& grad, const Tensor& h, const Tensor& weight, const T
   return at::linear(grad_h, weight.to(type)) + at::sum_to(grad, batch).unsqueeze(-1) * bias.to(type);
 }
 
-struct LinearBernoulliLogProb : torch::autograd::Function<LinearBernoulliLogProb> {
+struct LinearBernoulliLogProb : Function<LinearBernoulliLogProb> {
+  static constexpr auto name = "linear_bernoulli_log_prob";
+
   static Tensor forward(AutogradContext* context, const Tensor& h, const Tensor& weight, const Tensor& bias,
                         const Tensor& x, std::optional<bool> recompute) {
     const int64_t kept = recompute ? (*recompute ? kKeepNone : kKeepAll) : kept_bytes(h.device());
@@ -74,8 +71,15 @@ struct LinearBernoulliLogProb : torch::autograd::Function<LinearBernoulliLogProb
 
 Tensor linear_bernoulli_log_prob_of(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
                                     std::optional<bool> recompute) {
-  return needs_gradient(h, weight, bias, x) ? LinearBernoulliLogProb::apply(h, weight, bias, x, recompute)
-                                            : below(linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
+  if (!needs_gradient(h, weight, bias, x)) {
+    return below(linear_bernoulli_log_prob(), h, weight, bias, x, recompute);
+  }
+  if (is_transformed(h, weight, bias, x)) {  // the formula below would compute the logits again
+    const auto type = compute_dtype(promoted(h, weight, bias));
+    return bernoulli_log_prob().call(
+        mlp().call(h.to(type), {weight.to(type)}, {bias.to(type)}, std::nullopt, std::nullopt), x);
+  }
+  return LinearBernoulliLogProb::apply(h, weight, bias, x, recompute);
 }
 
 // Double backward: autograd differentiates this formula instead of the kernel.
@@ -98,7 +102,9 @@ Triple linear_bernoulli_log_prob_backward_of(const Tensor& grad, const Tensor& h
           rows(grad_logits).sum(0)};
 }
 
-struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogProbSum> {
+struct LinearBernoulliLogProbSum : Function<LinearBernoulliLogProbSum> {
+  static constexpr auto name = "linear_bernoulli_log_prob_sum";
+
   static Tensor forward(AutogradContext* context, const Tensor& h, const Tensor& weight, const Tensor& bias,
                         const Tensor& x, const OptionalTensor& sample_weight, double scale) {
     const bool with_log_prob = sample_weight && sample_weight->requires_grad();
@@ -139,7 +145,7 @@ struct LinearBernoulliLogProbSum : torch::autograd::Function<LinearBernoulliLogP
 
 Tensor linear_bernoulli_log_prob_sum_of(const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& x,
                                         const OptionalTensor& sample_weight, double scale) {
-  return needs_gradient(h, weight, bias)
+  return needs_gradient(h, weight, bias) && !is_transformed(h, weight, bias)
              ? LinearBernoulliLogProbSum::apply(h, weight, bias, x, sample_weight, scale)
              : weighted_sum("linear_bernoulli_log_prob_sum",
                             linear_bernoulli_log_prob().call(h, weight, bias, x, std::nullopt), sample_weight, scale);

@@ -5,26 +5,20 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
 
-#include "../ops/activation.h"
-#include "operators.h"
+#include "activation_formulas.h"
+#include "function.h"
 
 namespace wakesleep::autograd {
 namespace {
-
-WAKESLEEP_OPERATOR(mlp_with_hidden, std::tuple<Tensor, std::vector<Tensor>>(const Tensor&, at::TensorList,
-                                                                            at::TensorList, OptionalName, OptionalName))
-WAKESLEEP_OPERATOR(mlp_backward, std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>(
-                                     const Tensor&, const Tensor&, at::TensorList, const Tensor&, at::TensorList,
-                                     at::TensorList, OptionalName, OptionalName, bool, bool))
 
 using Tensors = std::vector<Tensor>;
 
 c10::IValue name_value(OptionalName name) { return name ? c10::IValue(std::string(*name)) : c10::IValue(); }
 
-struct Mlp : torch::autograd::Function<Mlp> {
+struct Mlp : Function<Mlp> {
+  static constexpr auto name = "mlp";
+
   static Tensor forward(AutogradContext* context, const Tensor& h, at::TensorList weights, at::TensorList biases,
                         OptionalName activation, OptionalName output_activation) {
     const auto [output, hidden] = below(mlp_with_hidden(), h, weights, biases, activation, output_activation);
@@ -63,34 +57,32 @@ struct Mlp : torch::autograd::Function<Mlp> {
   }
 };
 
-bool needs_gradients(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return needs_gradient(tensor); });
+// Returns h and the output of each layer as differentiable operations.
+Tensors differentiable_outputs(const Tensor& h, at::TensorList weights, at::TensorList biases, OptionalName activation,
+                               OptionalName output_activation) {
+  at::ScalarType type = h.scalar_type();
+  for (size_t l = 0; l < weights.size(); ++l) {
+    type = c10::promoteTypes(type, promoted(h, weights[l], biases[l]));
+  }
+  const auto compute = compute_dtype(type);
+  Tensors outputs = {h.to(type)};
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor a = at::linear(outputs[l].to(compute), weights[l].to(compute), biases[l].to(compute));
+    outputs.push_back(activated(layer_activation(l, weights.size(), activation, output_activation), a).to(type));
+  }
+  return outputs;
 }
 
 Tensor mlp_of(const Tensor& h, at::TensorList weights, at::TensorList biases, OptionalName activation,
               OptionalName output_activation) {
-  return needs_gradient(h) || needs_gradients(weights) || needs_gradients(biases)
-             ? Mlp::apply(h, weights, biases, activation, output_activation)
-             : below(mlp(), h, weights, biases, activation, output_activation);
+  if (!needs_gradient(h) && !needs_gradients(weights) && !needs_gradients(biases)) {
+    return below(mlp(), h, weights, biases, activation, output_activation);
+  }
+  if (is_transformed(h) || std::any_of(weights.begin(), weights.end(), is_transformed<Tensor>)) {
+    return differentiable_outputs(h, weights, biases, activation, output_activation).back();
+  }
+  return Mlp::apply(h, weights, biases, activation, output_activation);
 }
-
-// Two functors with differentiable operations. The first computes y = f(a). The second computes the gradient of a from
-// the gradient of y.
-struct Differentiable {
-  const Tensor& a;
-  Tensor operator()(Identity) const { return a; }
-  Tensor operator()(Relu) const { return a.relu(); }
-  Tensor operator()(Sigmoid) const { return a.sigmoid(); }
-  Tensor operator()(Tanh) const { return a.tanh(); }
-};
-
-struct DifferentiableGradient {
-  const Tensor &grad, &a;
-  Tensor operator()(Identity) const { return grad; }
-  Tensor operator()(Relu) const { return at::where(a <= 0, at::zeros_like(grad), grad); }
-  Tensor operator()(Sigmoid f) const { return f.gradient(grad, a.sigmoid()); }
-  Tensor operator()(Tanh f) const { return f.gradient(grad, a.tanh()); }
-};
 
 // Double backward: autograd differentiates this formula instead of the kernel.
 std::tuple<Tensor, Tensors, Tensors> mlp_backward_of(const Tensor& grad, const Tensor& output, at::TensorList hidden,
@@ -104,23 +96,19 @@ std::tuple<Tensor, Tensors, Tensors> mlp_backward_of(const Tensor& grad, const T
   }
   const size_t layers = weights.size();
   const auto type = output.scalar_type();
-  const auto activation_at = [&](size_t l) {
-    return activation_of("mlp_backward", "activation", l + 1 == layers ? output_activation : activation);
-  };
-  Tensors given = {h.to(type)}, a;  // each layer's input, and its result before the activation
-  for (size_t l = 0; l < layers; ++l) {
-    a.push_back(at::linear(given[l], weights[l].to(type), biases[l].to(type)));
-    given.push_back(dispatch_activation(activation_at(l), Differentiable{a[l]}));
-  }
+  const Tensors given = differentiable_outputs(h, weights, biases, activation, output_activation);
   const auto rows = [](const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-1)}); };
   Tensors of_weights(layers), of_biases(layers);
   Tensor upstream = grad;
   for (size_t l = layers; l-- > 0;) {
-    const Tensor of_products = dispatch_activation(activation_at(l), DifferentiableGradient{upstream, a[l]});
+    const Tensor of_products =
+        gradient_of_products(layer_activation(l, layers, activation, output_activation), upstream, given[l + 1]);
     of_weights[l] = with_grad_weights ? at::mm(rows(of_products).t(), rows(given[l]))
                                       : at::zeros_symint({0, weights[l].sym_size(1)}, grad.options());
     of_biases[l] = rows(of_products).sum(0);
-    upstream = at::matmul(of_products, weights[l].to(type));
+    if (l > 0 || with_grad_h) {
+      upstream = at::matmul(of_products, weights[l].to(type));
+    }
   }
   return {with_grad_h ? upstream : at::zeros_symint({0, h.sym_size(-1)}, grad.options()), of_weights, of_biases};
 }

@@ -10,6 +10,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include "../backend.h"
+
 namespace wakesleep::autograd {
 
 using at::Tensor;
@@ -31,7 +33,7 @@ using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Quintuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The operators that autocast also calls.
+// The operators that several files call.
 WAKESLEEP_OPERATOR(mlp, Tensor(const Tensor&, at::TensorList, at::TensorList, OptionalName, OptionalName))
 WAKESLEEP_OPERATOR(linear_bernoulli_log_prob,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<bool>))
@@ -39,10 +41,38 @@ WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double))
 WAKESLEEP_OPERATOR(linear_bernoulli_sample,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<at::ScalarType>))
+WAKESLEEP_OPERATOR(mlp_with_hidden, std::tuple<Tensor, std::vector<Tensor>>(const Tensor&, at::TensorList,
+                                                                            at::TensorList, OptionalName, OptionalName))
+WAKESLEEP_OPERATOR(mlp_backward, std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>(
+                                     const Tensor&, const Tensor&, at::TensorList, const Tensor&, at::TensorList,
+                                     at::TensorList, OptionalName, OptionalName, bool, bool))
+WAKESLEEP_OPERATOR(bernoulli_log_prob, Tensor(const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(bernoulli_log_prob_backward, Tensor(const Tensor&, const Tensor&, const Tensor&))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_and_logits,
+                   Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t))
+WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_backward,
+                   Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                          const OptionalTensor&, bool, bool))
 
 template <typename... Tensors>
 bool needs_gradient(const Tensors&... tensors) {
   return (torch::autograd::isFwGradDefined(tensors) || ...) || torch::autograd::compute_requires_grad(tensors...);
+}
+
+inline bool needs_gradients(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return needs_gradient(tensor); });
+}
+
+// Returns true if any tensor belongs to a transform of torch.func.
+template <typename... Tensors>
+bool is_transformed(const Tensors&... tensors) {
+  constexpr c10::DispatchKeySet keys({c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
+  return (tensors.key_set().has_any(keys) || ...);
+}
+
+// Returns the dtype of a layer's result.
+inline at::ScalarType promoted(const Tensor& h, const Tensor& weight, const Tensor& bias) {
+  return c10::promoteTypes(c10::promoteTypes(h.scalar_type(), weight.scalar_type()), bias.scalar_type());
 }
 
 // Calls an operator below autograd.

@@ -1,5 +1,5 @@
 // Gradient of log N(z; 0, I): -z.
-#include "operators.h"
+#include "function.h"
 
 namespace wakesleep::autograd {
 namespace {
@@ -7,7 +7,9 @@ namespace {
 WAKESLEEP_OPERATOR(standard_gaussian_log_prob, Tensor(const Tensor&))
 WAKESLEEP_OPERATOR(standard_gaussian_log_prob_backward, Tensor(const Tensor&, const Tensor&))
 
-struct StandardGaussianLogProb : torch::autograd::Function<StandardGaussianLogProb> {
+struct StandardGaussianLogProb : Function<StandardGaussianLogProb> {
+  static constexpr auto name = "standard_gaussian_log_prob";
+
   static Tensor forward(AutogradContext* context, const Tensor& z) {
     context->save_for_backward({z});
     return below(standard_gaussian_log_prob(), z);

@@ -46,7 +46,13 @@ inline bool is_one(const Tensor& scalar) {
 // sum is itself the loss, the scalar is 1. Skipping the multiplication then saves a pass over gradients as large as the
 // weights.
 inline variable_list times(c10::IValue& formed, const Tensor& scalar) {
-  const variable_list gradients = formed.toTensorVector();
+  variable_list gradients = formed.toTensorVector();
+  if (is_transformed(scalar)) {  // vmap does not know _foreach_mul
+    for (Tensor& gradient : gradients) {
+      gradient = gradient * scalar;
+    }
+    return gradients;
+  }
   if (torch::autograd::get_current_graph_task_keep_graph()) {
     return at::_foreach_mul(gradients, scalar);
   }

@@ -95,16 +95,20 @@ inline void check_row_weights(const char* op, const Argument& argument, c10::Sym
                     sizes);
 }
 
-inline void check_key(const char* op, const at::Tensor& key, const Argument& operand) {
+inline void check_key_type(const char* op, const at::Tensor& key, const Argument& operand) {
   TORCH_CHECK_TYPE(key.scalar_type() == at::kLong, op, ": expected key to be int64, got ", key.scalar_type());
-  TORCH_CHECK_VALUE(key.dim() == 1 && key.size(0) == 2, op, ": expected key to have shape [2], (seed, offset), got ",
-                    key.sizes());
   check_same_device(op, operand, {"key", key});
 }
 
-inline void check_sample_shape(const char* op, at::IntArrayRef sample_shape) {
-  for (const int64_t size : sample_shape) {
-    TORCH_CHECK_VALUE(size >= 0, op, ": expected sample_shape to have no negative sizes, got ", sample_shape);
+inline void check_key(const char* op, const at::Tensor& key, const Argument& operand) {
+  check_key_type(op, key, operand);
+  TORCH_CHECK_VALUE(key.dim() == 1 && key.size(0) == 2, op, ": expected key to have shape [2], (seed, offset), got ",
+                    key.sizes());
+}
+
+inline void check_sizes(const char* op, const char* name, at::IntArrayRef sizes) {
+  for (const int64_t size : sizes) {
+    TORCH_CHECK_VALUE(size >= 0, op, ": expected ", name, " to have no negative sizes, got ", sizes);
   }
 }
 

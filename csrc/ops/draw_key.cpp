@@ -53,12 +53,17 @@ WriteKey next_key(at::Device device, const std::optional<at::Generator>& generat
   return cpu_key(generator);
 }
 
-at::Tensor draw_key(const at::Tensor& like, std::optional<at::Generator> generator) {
-  WriteKey call = next_key(like.device(), generator);
-  const at::Tensor key = at::empty({2}, like.options().dtype(at::kLong));
-  call.key = key.mutable_data_ptr<int64_t>();
-  compute(key.device(), call);
-  return key;
+// Returns one key [2], or one for each member, [*members, 2], which equal those of as many calls.
+at::Tensor draw_key(const at::Tensor& like, std::optional<at::Generator> generator, at::IntArrayRef members) {
+  check_sizes("draw_key", "members", members);
+  const at::Tensor keys = at::empty(concat(members, {2}), like.options().dtype(at::kLong));
+  auto* const first = keys.mutable_data_ptr<int64_t>();
+  for (auto* key = first; key != first + keys.numel(); key += 2) {
+    WriteKey call = next_key(like.device(), generator);
+    call.key = key;
+    compute(keys.device(), call);
+  }
+  return keys;
 }
 
 }  // namespace

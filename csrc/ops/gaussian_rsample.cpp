@@ -1,39 +1,44 @@
 // z = mu + sigma eps, log q(z), and the gradients of both.
 #include "gaussian.h"
+#include "members.h"
 #include "register.h"
 
 namespace wakesleep {
 namespace {
 
-// Returns z [*S, *B, K] and, if requested, log_prob [*S, *B].
+// Returns z [*M, *S, *B, K] and, if requested, log_prob [*M, *S, *B].
 std::tuple<at::Tensor, at::Tensor> draw_gaussian(const char* op, const at::Tensor& mu, const at::Tensor& logvar,
-                                                 const at::Tensor& key_in, at::IntArrayRef sample_shape,
+                                                 const at::Tensor& key, at::IntArrayRef sample_shape,
                                                  bool with_log_prob) {
   const GaussianParameters of(op, mu, logvar);
-  check_key(op, key_in, {"mu", of.mu});
-  check_sample_shape(op, sample_shape);
-  const at::Tensor key = key_in.contiguous();
-  const auto z_batch = concat(sample_shape, of.batch);
-  const at::Tensor z = at::empty(concat(z_batch, {of.K}), of.mu.options());
-  const at::Tensor log_prob = with_log_prob ? at::empty(z_batch, of.compute_options()) : at::Tensor();
+  const Members members(op, key, {"mu", of.mu}, of.batch);
+  check_sizes(op, "sample_shape", sample_shape);
+  const at::Tensor z = at::empty(members.draw_shape(sample_shape, {of.K}), of.mu.options());
+  const at::Tensor log_prob =
+      with_log_prob ? at::empty(members.draw_shape(sample_shape, {}), of.compute_options()) : at::Tensor();
   const bool draws_nothing = !with_log_prob && z.numel() == 0;
   const int64_t samples = draws_nothing ? 0 : c10::multiply_integers(sample_shape);
-  const auto rows = map_rows<2>(of.batch, {row_strides(of.mu, of.batch), row_strides(of.logvar, of.batch)});
-  compute(z.device(), GaussianRsample{dtype_of(of.mu), read(of.mu), read(of.logvar), key.const_data_ptr<int64_t>(),
-                                      write(z), write(log_prob), rows, samples, of.K});
+  const std::array<at::DimVector, 2> strides = {row_strides(of.mu, of.batch), row_strides(of.logvar, of.batch)};
+  const auto rows = members.rows<2>(strides);
+  members.for_each<2>(strides, [&](int64_t member, const int64_t* member_key, const RowOffsets<2>& first) {
+    const int64_t first_row = member * samples * rows.rows;
+    compute(z.device(),
+            GaussianRsample{dtype_of(of.mu), read(of.mu, first.of[0]), read(of.logvar, first.of[1]), member_key,
+                            write(z, first_row * of.K), write(log_prob, first_row), rows, samples, of.K});
+  });
   return {z, log_prob};
 }
 
 at::Tensor gaussian_rsample(const at::Tensor& mu,      // [*B, K]
                             const at::Tensor& logvar,  // [*B, K]
-                            const at::Tensor& key,     // [2]
+                            const at::Tensor& key,     // [2] or [*M, 2]
                             at::IntArrayRef sample_shape) {
   return std::get<0>(draw_gaussian("gaussian_rsample", mu, logvar, key, sample_shape, false));
 }
 
 std::tuple<at::Tensor, at::Tensor> gaussian_rsample_log_prob(const at::Tensor& mu,      // [*B, K]
                                                              const at::Tensor& logvar,  // [*B, K]
-                                                             const at::Tensor& key,     // [2]
+                                                             const at::Tensor& key,     // [2] or [*M, 2]
                                                              at::IntArrayRef sample_shape) {
   return draw_gaussian("gaussian_rsample_log_prob", mu, logvar, key, sample_shape, true);
 }
@@ -42,30 +47,36 @@ at::Tensor gaussian_rsample_backward(const std::optional<at::Tensor>& grad_z_in,
                                      const std::optional<at::Tensor>& grad_log_prob_in,  // [*S, *B]
                                      const at::Tensor& mu,                               // [*B, K]
                                      const at::Tensor& logvar,                           // [*B, K]
-                                     const at::Tensor& key_in,                           // [2]
+                                     const at::Tensor& key,                              // [2] or [*M, 2]
                                      at::IntArrayRef sample_shape) {
   constexpr auto op = "gaussian_rsample_backward";
   const GaussianParameters of(op, mu, logvar);
+  const Members members(op, key, {"mu", of.mu}, of.batch);
+  check_sizes(op, "sample_shape", sample_shape);
   const int64_t samples = of.mu.numel() == 0 ? 0 : c10::multiply_integers(sample_shape);
-  const auto rows = map_rows<1>(of.batch, {row_strides(of.logvar, of.batch)});
-  const GradientSum parameters(of.mu, of.packed_shape(), samples);
-  check_key(op, key_in, {"mu", of.mu});
-  check_sample_shape(op, sample_shape);
-  const at::Tensor key = key_in.contiguous();
-  const auto z_batch = concat(sample_shape, of.batch);
+  const std::array<at::DimVector, 1> strides = {row_strides(of.logvar, of.batch)};
+  const auto rows = members.rows<1>(strides);
+  const GradientSum parameters(of.mu, of.packed_shape(), samples, members.shape.size());
   at::Tensor grad_z, grad_log_prob;
   if (grad_z_in && grad_z_in->defined()) {
-    const auto shape = concat(z_batch, {of.K});
+    const auto shape = members.draw_shape(sample_shape, {of.K});
     TORCH_CHECK_VALUE(grad_z_in->sizes() == shape, op, ": expected grad_z to have shape ", shape, ", got ",
                       grad_z_in->sizes());
     grad_z = grad_z_in->to(of.dtype()).contiguous();
   }
   if (grad_log_prob_in && grad_log_prob_in->defined()) {
-    grad_log_prob = check_row_gradient(op, "grad_log_prob", *grad_log_prob_in, z_batch, {"mu", of.mu}).contiguous();
+    grad_log_prob =
+        check_row_gradient(op, "grad_log_prob", *grad_log_prob_in, members.draw_shape(sample_shape, {}), {"mu", of.mu})
+            .contiguous();
   }
-  compute(of.mu.device(),
-          GaussianRsampleBackward{dtype_of(of.logvar), read(grad_z), read(grad_log_prob), read(of.logvar),
-                                  key.const_data_ptr<int64_t>(), parameters.rows(), rows, samples, of.K});
+  members.for_each<1>(strides, [&](int64_t member, const int64_t* member_key, const RowOffsets<1>& first) {
+    const int64_t first_row = member * samples * rows.rows;
+    const GradientRows written = {write(parameters.written, member * (parameters.written.numel() / members.count)),
+                                  parameters.is_summed};
+    compute(of.mu.device(),
+            GaussianRsampleBackward{dtype_of(of.logvar), read(grad_z, first_row * of.K), read(grad_log_prob, first_row),
+                                    read(of.logvar, first.of[0]), member_key, written, rows, samples, of.K});
+  });
   return parameters.total();
 }
 

@@ -107,13 +107,14 @@ inline void sum_pieces(const at::Tensor& pieces, const at::Tensor& total, bool a
 struct GradientSum {
   bool is_summed;
   at::ScalarType dtype;
-  at::Tensor written;  // [*shape], or [pieces, *shape]
+  int64_t pieces_dim;
+  at::Tensor written;  // [*shape], or with a dimension of pieces inserted
 
-  GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows)
-      : is_summed(inner_rows != 1), dtype(like.scalar_type()) {
-    written = is_summed
-                  ? at::empty(concat({inner_pieces(inner_rows)}, shape), like.options().dtype(compute_dtype(dtype)))
-                  : at::empty(shape, like.options());
+  GradientSum(const at::Tensor& like, at::IntArrayRef shape, int64_t inner_rows, int64_t pieces_dim_in = 0)
+      : is_summed(inner_rows != 1), dtype(like.scalar_type()), pieces_dim(pieces_dim_in) {
+    const auto pieces = concat(shape.slice(0, pieces_dim), {inner_pieces(inner_rows)});
+    written = is_summed ? at::empty(concat(pieces, shape.slice(pieces_dim)), like.options().dtype(compute_dtype(dtype)))
+                        : at::empty(shape, like.options());
   }
 
   GradientRows rows() const { return {write(written), is_summed}; }
@@ -122,8 +123,11 @@ struct GradientSum {
     if (!is_summed) {
       return written;
     }
-    if (written.size(0) == 1) {
-      return written.squeeze(0).to(dtype);
+    if (written.size(pieces_dim) == 1) {
+      return written.squeeze(pieces_dim).to(dtype);
+    }
+    if (pieces_dim > 0) {
+      return written.sum(pieces_dim).to(dtype);
     }
     const at::Tensor sum = at::empty(written.sizes().slice(1), written.options());
     sum_pieces(written, sum, false);

@@ -30,11 +30,6 @@ struct HeadAndX : Head {
   at::TensorOptions compute_options() const { return weight.options().dtype(compute); }
 };
 
-// Returns a pointer to element `row` of a tensor in a compute type, or null if the tensor is undefined.
-void* element(const at::Tensor& tensor, int64_t row) {
-  return tensor.defined() ? static_cast<char*>(tensor.mutable_data_ptr()) + row * tensor.element_size() : nullptr;
-}
-
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 // Also returns the logits [N, D] without their bias if they take at most `kept_bytes`, otherwise [0, D].
@@ -51,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor> linear_bernoulli_log_prob_and_logits(const at
   const auto rows = map_rows<1>(call.batch, {row_strides(call.x, call.batch)});
   call.for_products(call.h, keeps, [&](int64_t first, const at::Tensor&, const at::Tensor& products) {
     compute(call.device, LinearBernoulliLogProb{dtype_of(call.compute), dtype_of(call.x), read(products),
-                                                read(call.bias), read(call.x), element(log_prob, first), rows, first,
+                                                read(call.bias), read(call.x), write(log_prob, first), rows, first,
                                                 products.size(0), call.D, products.stride(0)});
     if (keeps) {
       logits = products;
@@ -161,7 +156,7 @@ struct HeadGradients : HeadAndX {
     const at::Tensor sums = gradients.sums(first, h_rows.size(0));
     wakesleep::compute(device,
                        LinearBernoulliGradient{dtype_of(compute), dtype_of(x), read(products), read(bias), read(x),
-                                               read(upstream), scale, element(terms, first), element(log_prob, first),
+                                               read(upstream), scale, write(terms, first), write(log_prob, first),
                                                dtype_of(grad_logits), write(grad_logits), write(sums), rows, first,
                                                products.size(0), D, products.stride(0), grad_logits.stride(0)});
     const at::Tensor of_h = gradients.add(first, h_rows, Activation::identity, grad_logits, with_grad_h);

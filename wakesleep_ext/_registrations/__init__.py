@@ -1,8 +1,8 @@
-"""Python registrations of the operators: fake kernels, vmap rules and functorch support.
+"""Python registrations of the operators: fake kernels, and the vmap rule of `draw_key`.
 
-Importing this package performs these registrations. Kernels and first-order gradients are registered in C++.
+Importing this package performs these registrations. Kernels, gradients and other vmap rules are registered in C++.
 """
 
-from wakesleep_ext._registrations import fakes, functorch, vmap
+from wakesleep_ext._registrations import fakes, vmap
 
-__all__ = ["fakes", "functorch", "vmap"]
+__all__ = ["fakes", "vmap"]

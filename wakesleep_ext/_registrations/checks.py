@@ -48,15 +48,21 @@ def check_values(op: str, named: Mapping[str, Any]) -> None:
             raise TypeError(f"{op}: expected dtype to be bool, uint8 or floating, got {_name(value)}")
         if name == "key" and value.dtype != torch.int64:
             raise TypeError(f"{op}: expected key to be int64, got {_name(value.dtype)}")
-        if name == "key" and value.shape != (2,):
-            raise ValueError(f"{op}: expected key to have shape [2], (seed, offset), got {list(value.shape)}")
-        if name == "sample_shape" and any(size < 0 for size in value):
-            raise ValueError(f"{op}: expected sample_shape to have no negative sizes, got {list(value)}")
+        if name in ("sample_shape", "members") and any(size < 0 for size in value):
+            raise ValueError(f"{op}: expected {name} to have no negative sizes, got {list(value)}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: expected {name} to have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_key(op: str, key: Tensor, batch: Sequence[int] = ()) -> int:
+    """Check that there is one key, or one for each of the first dimensions of the batch. Return how many these are."""
+    dims = key.dim() - 1
+    if not 0 <= dims <= len(batch) or tuple(key.shape) != (*batch[:dims], 2):
+        raise ValueError(f"{op}: expected key to have shape [2], (seed, offset), got {list(key.shape)}")
+    return dims
 
 
 def check_has_event(op: str, name: str, tensor: Tensor) -> None:

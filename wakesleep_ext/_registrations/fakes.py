@@ -16,6 +16,7 @@ from wakesleep_ext._registrations.checks import (
     check_devices,
     check_event,
     check_head,
+    check_key,
     check_layer,
     check_row_weights,
     check_shape,
@@ -79,21 +80,29 @@ def _packed(op: str, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 @_fake("draw_key")
-def _(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    return like.new_empty((2,), dtype=torch.int64)
+def _(like: Tensor, *, generator: torch.Generator | None = None, members: Sequence[int] = ()) -> Tensor:
+    return like.new_empty((*members, 2), dtype=torch.int64)
+
+
+def _draw_shape(op: str, key: Tensor, sample_shape: Sequence[int], batch: Sequence[int]) -> tuple[int, ...]:
+    """Return the leading dimensions of a draw: those of the keys, the samples and the rest of the batch."""
+    dims = check_key(op, key, batch)
+    return (*batch[:dims], *sample_shape, *batch[dims:])
 
 
 @_fake("gaussian_rsample")
 def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> Tensor:
-    event = _events("gaussian_rsample", mu=mu, logvar=logvar)
-    return event.new_empty((*sample_shape, *event.shape))
+    op = "gaussian_rsample"
+    event = _events(op, mu=mu, logvar=logvar)
+    return event.new_empty((*_draw_shape(op, key, sample_shape, event.shape[:-1]), event.shape[-1]))
 
 
 @_fake("gaussian_rsample_log_prob")
 def _(mu: Tensor, logvar: Tensor, key: Tensor, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    event = _events("gaussian_rsample_log_prob", mu=mu, logvar=logvar)
-    row = event.new_empty(event.shape[:-1], dtype=_compute_dtype(event.dtype))
-    return event.new_empty((*sample_shape, *event.shape)), row.new_empty((*sample_shape, *row.shape))
+    op = "gaussian_rsample_log_prob"
+    event = _events(op, mu=mu, logvar=logvar)
+    shape = _draw_shape(op, key, sample_shape, event.shape[:-1])
+    return event.new_empty((*shape, event.shape[-1])), event.new_empty(shape, dtype=_compute_dtype(event.dtype))
 
 
 @_fake("gaussian_rsample_backward")
@@ -107,7 +116,7 @@ def _(
 ) -> Tensor:
     op = "gaussian_rsample_backward"
     packed = _packed(op, mu, logvar)
-    batch = (*sample_shape, *packed.shape[:-1])
+    batch = _draw_shape(op, key, sample_shape, packed.shape[:-1])
     if grad_z is not None:
         check_shape(op, "grad_z", grad_z, (*batch, mu.shape[-1]))
     if grad_log_prob is not None:
@@ -117,14 +126,16 @@ def _(
 
 @_fake("bernoulli_sample")
 def _(logits: Tensor, key: Tensor, sample_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    check_event("bernoulli_sample", logits=logits)
-    return logits.new_empty((*sample_shape, *logits.shape), dtype=dtype)
+    op = "bernoulli_sample"
+    shape = _draw_shape(op, key, sample_shape, check_event(op, logits=logits))
+    return logits.new_empty((*shape, logits.shape[-1]), dtype=dtype)
 
 
 @_fake("binarize")
 def _(
     grey: Tensor, key: Tensor, white: int = 255, index: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
+    check_key("binarize", key)
     return grey.new_empty((len(grey if index is None else index), grey.shape[1]), dtype=dtype or torch.uint8)
 
 
@@ -292,6 +303,7 @@ def _(
 @_fake("linear_bernoulli_sample")
 def _(h: Tensor, weight: Tensor, bias: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     logits = _layer("linear_bernoulli_sample", h, weight, bias)
+    check_key("linear_bernoulli_sample", key)
     return torch.empty_like(logits, dtype=dtype)
 
 
