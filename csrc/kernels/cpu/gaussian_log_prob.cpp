@@ -9,7 +9,7 @@ namespace {
 // Writes the gradients of one row. If several rows share the parameters, `summed` is true, the gradients of mu and
 // logvar are added, and `inverse_sigma` has been computed. Otherwise, it is not read. The function also calls
 // also_for(element, logvar, t) for every element.
-template <bool summed, typename compute_t, typename Body>
+template <bool summed, bool with_grad_z, typename compute_t, typename Body>
 WAKESLEEP_INLINE void put_gradients(int64_t columns, compute_t upstream, const compute_t* mu, const compute_t* logvar,
                                     const compute_t* inverse_sigma, const compute_t* z, compute_t* grad_mu,
                                     compute_t* grad_logvar, compute_t* grad_z, const Body& also_for) {
@@ -20,7 +20,9 @@ WAKESLEEP_INLINE void put_gradients(int64_t columns, compute_t upstream, const c
         const compute_t of_mu = upstream * term.grad_mu();
         element.template put<summed>(grad_mu, of_mu);
         element.template put<summed>(grad_logvar, upstream * term.grad_logvar());
-        element.store(grad_z, -of_mu);
+        if constexpr (with_grad_z) {
+          element.store(grad_z, -of_mu);
+        }
         also_for(element, l, term.standardized);
       },
       mu, logvar, inverse_sigma, z);
@@ -63,10 +65,15 @@ struct GradientOperands {
       const compute_t upstream = upstream_of(offset);
       auto* z_out = grad_z == nullptr ? nullptr : grad_z + offset.of[4] + column;
       compute_t* row_z = z_result.place_for(z_out);
-      put_gradients<summed>(
-          columns, upstream, m, l, inverse_sigma, v, grad_mu, grad_logvar, row_z,
-          [&](auto element, compute_t log_variance, compute_t t) { also_for(element, log_variance, t, upstream); });
-      z_result.store(z_out, columns);
+      const auto also = [&](auto element, compute_t log_variance, compute_t t) {
+        also_for(element, log_variance, t, upstream);
+      };
+      if (z_out == nullptr) {
+        put_gradients<summed, false>(columns, upstream, m, l, inverse_sigma, v, grad_mu, grad_logvar, row_z, also);
+      } else {
+        put_gradients<summed, true>(columns, upstream, m, l, inverse_sigma, v, grad_mu, grad_logvar, row_z, also);
+        z_result.store(z_out, columns);
+      }
     });
     mu_result.store(mu_out, columns);
     logvar_result.store(logvar_out, columns);
