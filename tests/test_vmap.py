@@ -49,6 +49,23 @@ def test_members_get_the_values_of_separate_calls(case: Case, device: str) -> No
         close(found, tuple(map(torch.stack, zip(*separate, strict=True))))
 
 
+def test_every_operator_has_a_rule() -> None:
+    """torch would otherwise call an operator for each member, or refuse views."""
+    names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("wakesleep_ext::")}
+    keys = "FuncTorchBatched", "FuncTorchBatchedDecomposition"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    without = {name.removeprefix("wakesleep_ext::") for name in names if not any(has(name, key) for key in keys)}
+    in_place = {"adam_", "advance_"}
+    only_without_transforms = {"gaussian_log_prob_and_gradients", "linear_bernoulli_log_prob_and_gradients"}
+    assert without == in_place | only_without_transforms
+
+
+def test_halves_of_members() -> None:
+    packed = torch.randn(N, 5, 6)
+    found = torch.vmap(ws.gaussian_parameters)(packed)
+    assert all(torch.equal(half, other) for half, other in zip(found, packed.chunk(2, -1), strict=True))
+
+
 @each_case
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
 def test_members_get_the_gradients_of_separate_calls(case: Case, transform: Callable[..., Any], device: str) -> None:

@@ -106,8 +106,6 @@ TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
   m.impl("gaussian_log_prob_backward", gaussian_log_prob_backward_of);
 }
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CompositeImplicitAutograd, m) {
-  m.impl("gaussian_log_prob_sum", gaussian_log_prob_sum_of);
-}
+WAKESLEEP_COMPOSITE(gaussian_log_prob_sum, gaussian_log_prob_sum_of)
 
 }  // namespace wakesleep::autograd

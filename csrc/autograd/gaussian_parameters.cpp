@@ -51,6 +51,6 @@ Pair gaussian_parameters(const Tensor& packed) {  // [*B, 2K]
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CompositeImplicitAutograd, m) { m.impl("gaussian_parameters", gaussian_parameters); }
+WAKESLEEP_COMPOSITE(gaussian_parameters, gaussian_parameters)
 
 }  // namespace wakesleep::autograd

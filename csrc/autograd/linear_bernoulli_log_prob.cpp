@@ -158,8 +158,6 @@ TORCH_LIBRARY_IMPL(wakesleep_ext, Autograd, m) {
   m.impl("linear_bernoulli_log_prob_backward", linear_bernoulli_log_prob_backward_of);
 }
 
-TORCH_LIBRARY_IMPL(wakesleep_ext, CompositeImplicitAutograd, m) {
-  m.impl("linear_bernoulli_log_prob_sum", linear_bernoulli_log_prob_sum_of);
-}
+WAKESLEEP_COMPOSITE(linear_bernoulli_log_prob_sum, linear_bernoulli_log_prob_sum_of)
 
 }  // namespace wakesleep::autograd

@@ -54,6 +54,11 @@ WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_backward,
                    Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                           const OptionalTensor&, bool, bool))
 
+// Registers an operator that only calls others. vmap needs a registration of its own, or it would call each member.
+#define WAKESLEEP_COMPOSITE(op, function)                                                    \
+  TORCH_LIBRARY_IMPL(wakesleep_ext, CompositeImplicitAutograd, m) { m.impl(#op, function); } \
+  TORCH_LIBRARY_IMPL(wakesleep_ext, FuncTorchBatchedDecomposition, m) { m.impl(#op, function); }
+
 template <typename... Tensors>
 bool needs_gradient(const Tensors&... tensors) {
   return (torch::autograd::isFwGradDefined(tensors) || ...) || torch::autograd::compute_requires_grad(tensors...);
