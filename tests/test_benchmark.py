@@ -58,9 +58,8 @@ def test_the_suite_has_every_op_and_every_gradient(device: str) -> None:
         of_op = [case for case in every if case.measured is measured]
         assert {case.backward for case in of_op} == ({False, True} if measured.op.is_differentiable else {False})
         assert set(measured.gradients) <= set(measured.op.inputs)
-        assert [case for case in cases(device, quick=True) if case.measured is measured] == of_op[:1] + [
-            case for case in of_op if case == replace(of_op[0], backward=True)
-        ]
+        quick = [case for case in cases(device, quick=True) if case.measured is measured]
+        assert quick == [replace(of_op[0], backward=measured.op.is_differentiable)]
     assert any(case.shape == (50, 100, 784) and case.shape_of("x") == (100, 784) for case in every)
     assert max(case.bytes for case in every) >= {"cpu": 60e6, "cuda": 256e6}[device]
 

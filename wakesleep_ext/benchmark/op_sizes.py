@@ -167,7 +167,8 @@ MEASURED = {
 
 
 def cases(device: str = "cpu", quick: bool = False) -> list[OpCase]:
-    """Return all cases for a device type, `"cpu"` or `"cuda"`. If quick, return only the largest float32 cases."""
+    """Return all cases for a device type, `"cpu"` or `"cuda"`. If quick, return only the largest float32 case of each op, with
+    gradients if the op has any."""
     return [case for measured in MEASURED.values() for case in _cases(measured, device, quick)]
 
 
@@ -175,7 +176,8 @@ def _cases(measured: Measured, device: str, quick: bool) -> Iterator[OpCase]:
     width, *others = measured.widths
     *few, most = measured.rows[device]
     is_gpu = device == "cuda"
-    for backward in (False, True) if measured.gradients else (False,):
+    passes = (False, True) if measured.gradients else (False,)
+    for backward in passes[-1:] if quick else passes:
         case = partial(OpCase, measured, dtype=measured.dtype, backward=backward)
         largest = case((most, *width))
         yield largest
