@@ -167,8 +167,10 @@ MEASURED = {
 
 
 def cases(device: str = "cpu", quick: bool = False) -> list[OpCase]:
-    """Return all cases for a device type, `"cpu"` or `"cuda"`. If quick, return only the largest float32 case of each op, with
-    gradients if the op has any."""
+    """Return all cases for a device type, `"cpu"` or `"cuda"`.
+
+    If quick, return only the largest float32 case of each op, with gradients if the op has any.
+    """
     return [case for measured in MEASURED.values() for case in _cases(measured, device, quick)]
 
 
