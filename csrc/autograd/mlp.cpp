@@ -60,10 +60,7 @@ struct Mlp : Function<Mlp> {
 // Returns h and the output of each layer as differentiable operations.
 Tensors differentiable_outputs(const Tensor& h, at::TensorList weights, at::TensorList biases, OptionalName activation,
                                OptionalName output_activation) {
-  at::ScalarType type = h.scalar_type();
-  for (size_t l = 0; l < weights.size(); ++l) {
-    type = c10::promoteTypes(type, promoted(h, weights[l], biases[l]));
-  }
+  const at::ScalarType type = promoted(h, weights, biases);
   const auto compute = compute_dtype(type);
   Tensors outputs = {h.to(type)};
   for (size_t l = 0; l < weights.size(); ++l) {

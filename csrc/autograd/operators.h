@@ -80,6 +80,15 @@ inline at::ScalarType promoted(const Tensor& h, const Tensor& weight, const Tens
   return c10::promoteTypes(c10::promoteTypes(h.scalar_type(), weight.scalar_type()), bias.scalar_type());
 }
 
+// Returns the dtype of the result of several layers.
+inline at::ScalarType promoted(const Tensor& h, at::TensorList weights, at::TensorList biases) {
+  at::ScalarType type = h.scalar_type();
+  for (size_t l = 0; l < weights.size(); ++l) {
+    type = c10::promoteTypes(type, promoted(h, weights[l], biases[l]));
+  }
+  return type;
+}
+
 // Calls an operator below autograd.
 template <typename Operator, typename... Arguments>
 auto below(const Operator& op, const Arguments&... arguments) {

@@ -212,10 +212,7 @@ Tensor layer_output(const Level& level, const Tensor& h, const Tensor& weight, c
 // Returns the output of each layer, [N, *B, D].
 Tensors layer_outputs(const Level& level, const Tensor& h, at::TensorList weights, at::TensorList biases,
                       OptionalName activation, OptionalName output_activation) {
-  at::ScalarType type = h.scalar_type();
-  for (size_t l = 0; l < weights.size(); ++l) {
-    type = c10::promoteTypes(type, promoted(h, weights[l], biases[l]));
-  }
+  const at::ScalarType type = promoted(h, weights, biases);
   Tensors outputs;
   Tensor y = level.leading(h).to(compute_dtype(type));
   for (size_t l = 0; l < weights.size(); ++l) {
