@@ -170,8 +170,8 @@ bound with K = 5000 samples, and the ELBO uses the same samples.
 
 {_runs(records, GAUSSIAN)}
 
-Each run used one thread. The processors were running other jobs too, so times are approximate. `make mnist DATA=mnist`
-trains the runs that the table lacks.
+Each run used one thread. The processors were running other jobs too, and some runs were paused, so times are
+approximate. `make mnist DATA=mnist` trains the runs that the table lacks.
 
 ## Wake-sleep and IWAE
 {_comparison(records)}
