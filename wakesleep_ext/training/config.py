@@ -166,11 +166,8 @@ class TrainConfig:
         Args:
             has_rsample: whether all draws of latent variables are differentiable.
         """
-        is_reweighted, gradient, weight = (
-            self.objective == "reweighted-wake-sleep",
-            self.phi_gradient,
-            self.sleep_weight,
-        )
+        gradient, weight = self.phi_gradient, self.sleep_weight
+        is_reweighted = self.objective == "reweighted-wake-sleep"
         if gradient is None and is_reweighted:
             is_pathwise = has_rsample and self.num_samples > 1 and not self.defensive_fraction
             gradient = "dreg" if is_pathwise else "score"

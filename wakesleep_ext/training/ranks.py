@@ -142,9 +142,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type != "cpu":
         raise UsageError(f"expected --device cpu with {count} ranks, got {device}; several GPUs are not supported")
-    import_module(
-        "torch._dynamo"
-    )  # Adam imports it; after the next line, it would keep the group and its threads alive
+    # Adam imports this module; if it did so after the next line, the group and its threads would stay alive
+    import_module("torch._dynamo")
     dist.init_process_group("gloo")
     try:
         yield Ranks(dist.get_rank(), count)
