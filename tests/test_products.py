@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import wakesleep_ext as ws
 from wakesleep_ext import _C
 
-SMALL_BATCH = 64  # in float64
 # rows, features and width of a layer: whole tiles and vectors, and every kind of remainder
 SHAPES = [
     (1, 1, 1),
@@ -34,9 +33,9 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=[None, 0], ids=["skinny up to the limit", "packed"])
+@pytest.fixture(params=[None, 0, 64], ids=["skinny up to the limit", "packed", "skinny up to 64 rows"])
 def limit(request: pytest.FixtureRequest) -> Iterator[int | None]:
-    """Let the packed GEMM compute every float32 product, or only those of larger batches."""
+    """Choose the rows up to which the skinny GEMM computes every product."""
     _C.set_small_batch(request.param)
     yield request.param
     _C.set_small_batch(None)
@@ -45,6 +44,13 @@ def limit(request: pytest.FixtureRequest) -> Iterator[int | None]:
 @pytest.fixture
 def always_packed() -> Iterator[None]:
     _C.set_small_batch(0)
+    yield
+    _C.set_small_batch(None)
+
+
+@pytest.fixture
+def always_skinny() -> Iterator[None]:
+    _C.set_small_batch(10**6)
     yield
     _C.set_small_batch(None)
 
@@ -146,7 +152,7 @@ def test_a_value_that_is_not_finite_stays_in_its_row(value: float, limit: int | 
     torch.testing.assert_close(found[finite], F.linear(h[finite], weight, bias))
 
 
-@pytest.mark.parametrize("rows", [SMALL_BATCH, 250])
+@pytest.mark.parametrize("rows", [12, 250])
 def test_products_are_the_same_on_any_number_of_threads(rows: int) -> None:
     layer, upstream = _layer(rows, 400, 300), torch.randn(rows, 300)
     threads, results = torch.get_num_threads(), []
@@ -159,11 +165,11 @@ def test_products_are_the_same_on_any_number_of_threads(rows: int) -> None:
 
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.float64, SMALL_BATCH), (torch.float32, 24)], ids=str)
-def test_a_row_is_the_same_by_itself(dtype: torch.dtype, rows: int) -> None:
-    h, weight, bias = _layer(rows, 50, 30, dtype)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_row_is_the_same_by_itself(dtype: torch.dtype, always_skinny: None) -> None:
+    h, weight, bias = _layer(27, 50, 32, dtype)
     whole = ws.linear(h, weight, bias)
-    for row in range(rows):
+    for row in range(27):
         assert torch.equal(ws.linear(h[row : row + 1], weight, bias), whole[row : row + 1])
 
 
@@ -185,16 +191,21 @@ def test_torch_multiplies_no_layer_in_float32(rows: int) -> None:
 
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
-@pytest.mark.parametrize(("rows", "chosen"), [(SMALL_BATCH, None), (SMALL_BATCH + 1, None), (20, 0), (200, 200)])
-def test_who_multiplies(rows: int, chosen: int | None, request: pytest.FixtureRequest) -> None:
-    """In float64, our kernel takes up to 64 rows, or as many as are chosen; torch takes more."""
+@pytest.mark.parametrize(
+    ("rows", "chosen", "expected"), [(4, None, 0), (5, None, 1), (25, None, 3), (20, 0, 3), (200, 200, 0)]
+)
+def test_who_multiplies(rows: int, chosen: int | None, expected: int, request: pytest.FixtureRequest) -> None:
+    """In float64, torch multiplies if there are more rows than chosen, or than a 16th of the features.
+
+    For the two products of the gradient, the limit is 12 or 24.
+    """
     request.addfinalizer(lambda: _C.set_small_batch(None))
     _C.set_small_batch(chosen)
     layer, upstream = _layer(rows, 70, 90, torch.float64), torch.randn(rows, 90, dtype=torch.float64)
     with torch.profiler.profile() as profile:
         found = _results(layer, upstream)
     by_torch = sum(event.name == "aten::mm" for event in profile.events())
-    assert by_torch == (3 if rows > (SMALL_BATCH if chosen is None else chosen) else 0)
+    assert by_torch == expected
     _assert_exact(found, layer, upstream)
 
 

@@ -47,7 +47,7 @@ struct Backend {
   Kernel<SkinnyGemm> skinny_gemm;         // null if the backend has none
   Kernel<PackedGemm> packed_gemm;         // null if the backend has none
   Kernel<ColumnSums> column_sums;         // null if at::sum is as fast
-  int64_t small_batch_rows;               // the largest batch for which small_batch or skinny_gemm beats the library
+  int64_t small_batch_rows;               // the largest batch for which small_batch beats the library
   int64_t (*rows_of_sum)(Dtype compute);  // the number of rows in each partial sum of MlpGradient and the like
 };
 

@@ -44,15 +44,17 @@ bool suits_packed_gemm(const Backend& backend, const Gemm& gemm) {
 }
 
 bool suits_skinny_gemm(const Backend& backend, const Gemm& gemm) {
-  constexpr int64_t kFewerThanPacked = 24;
-  if (backend.skinny_gemm == nullptr || cpu::instruction_set() == cpu::InstructionSet::baseline ||
-      gemm.a_dtype != gemm.b_dtype || is_empty(gemm)) {
+  constexpr int64_t kTermsPerRow = 16;
+  const cpu::InstructionSet set = cpu::instruction_set();
+  if (backend.skinny_gemm == nullptr || set == cpu::InstructionSet::baseline || gemm.a_dtype != gemm.b_dtype ||
+      is_empty(gemm)) {
     return false;
   }
-  const int64_t measured = suits_packed_gemm(backend, gemm) ? kFewerThanPacked : backend.small_batch_rows;
-  const bool has_few_rows = is_small_batch(gemm.M, measured), sums_few_rows = is_small_batch(gemm.K, measured);
-  return gemm.b_column == 1 ? has_few_rows || (gemm.a_row == 1 && sums_few_rows)
-                            : gemm.b_row == 1 && gemm.a_column == 1 && has_few_rows;
+  if (gemm.b_column != 1) {  // forward: dot products of rows
+    return gemm.b_row == 1 && gemm.a_column == 1 && is_small_batch(gemm.M, std::max<int64_t>(1, gemm.K / kTermsPerRow));
+  }
+  const int64_t measured = set == cpu::InstructionSet::avx512 ? 12 : 24;
+  return is_small_batch(gemm.M, measured) || (gemm.a_row == 1 && is_small_batch(gemm.K, measured));
 }
 
 Matrix matrix(const at::Tensor& of) { return {read(of), of.stride(0), of.stride(1)}; }

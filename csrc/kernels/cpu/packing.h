@@ -26,7 +26,7 @@ struct Parts {
   }
 };
 
-// Exchanges the off-diagonal blocks of size `step` of the matrix with rows a and b.
+// Exchanges the off-diagonal blocks of size `step` of each square of `group` lanes in the rows a and b.
 template <typename V, int step, int... lane>
 WAKESLEEP_INLINE void exchange(typename V::Lanes& a, typename V::Lanes& b, std::integer_sequence<int, lane...>) {
   const typename V::Lanes low = V::template shuffle<((lane & step) != 0 ? V::width + lane - step : lane)...>(a, b);
@@ -34,11 +34,12 @@ WAKESLEEP_INLINE void exchange(typename V::Lanes& a, typename V::Lanes& b, std::
   a = low;
 }
 
+// Transposes each square of `group` lanes in `group` rows.
 template <typename V, int step = 1>
-WAKESLEEP_INLINE void transpose(typename V::Lanes (&rows)[V::width]) {
-  if constexpr (step < V::width) {
+WAKESLEEP_INLINE void transpose(typename V::Lanes (&rows)[V::group]) {
+  if constexpr (step < V::group) {
     WAKESLEEP_UNROLL
-    for (int i = 0; i < V::width; ++i) {
+    for (int i = 0; i < V::group; ++i) {
       if ((i & step) == 0) {
         exchange<V, step>(rows[i], rows[i + step], std::make_integer_sequence<int, V::width>());
       }
@@ -47,32 +48,39 @@ WAKESLEEP_INLINE void transpose(typename V::Lanes (&rows)[V::width]) {
   }
 }
 
-// Copies b [K, columns], for at most a vector of columns. Row k of the copy is a vector at to + k * stride, with zeros
-// after the last column.
+// Copies b [K, columns], for at most a vector of columns. Row k of the copy is a vector at to + k * stride. Its lanes
+// after the last column hold other elements of b, or zeros.
 template <typename V, typename T>
 WAKESLEEP_INLINE void pack_vectors(const Strided<const T>& b, int64_t K, int64_t columns, T* to, int64_t stride) {
   int64_t k = 0;
-  if (columns >= V::width && b.column == 1) {
+  if (b.column == 1 && columns >= V::width) {
     for (; k < K; ++k) {
       V::store(to + k * stride, V::load(b.at(k, 0)));
     }
-  } else if (columns >= V::width && b.row == 1) {
-    for (; k + V::width <= K; k += V::width) {
-      typename V::Lanes of_b[V::width];
-      WAKESLEEP_UNROLL
-      for (int l = 0; l < V::width; ++l) {
-        of_b[l] = V::load(b.at(k, l));
-      }
-      transpose<V>(of_b);
-      WAKESLEEP_UNROLL
-      for (int l = 0; l < V::width; ++l) {
-        V::store(to + (k + l) * stride, of_b[l]);
-      }
+  } else if (b.column == 1) {
+    for (; k < K; ++k) {
+      V::store(to + k * stride, V::load(b.at(k, 0), columns));
     }
+  } else if (b.row == 1) {
+    const auto pack = [&](auto column_of) {
+      for (; k + V::group <= K; k += V::group) {
+        typename V::Lanes of_b[V::group];
+        WAKESLEEP_UNROLL
+        for (int c = 0; c < V::group; ++c) {
+          of_b[c] = V::gather([&](int group) { return b.at(k, column_of(c + group * V::group)); });
+        }
+        transpose<V>(of_b);
+        WAKESLEEP_UNROLL
+        for (int c = 0; c < V::group; ++c) {
+          V::store(to + (k + c) * stride, of_b[c]);
+        }
+      }
+    };
+    columns >= V::width ? pack([](int64_t c) { return c; }) : pack([&](int64_t c) { return std::min(c, columns - 1); });
   }
   for (; k < K; ++k) {
-    for (int l = 0; l < V::width; ++l) {
-      to[k * stride + l] = l < columns ? *b.at(k, l) : T(0);
+    for (int64_t c = 0; c < V::width; ++c) {
+      to[k * stride + c] = *b.at(k, std::min(c, columns - 1));
     }
   }
 }

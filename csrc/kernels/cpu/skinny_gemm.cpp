@@ -7,10 +7,15 @@
 namespace wakesleep::cpu {
 namespace {
 
-// The register tile of a GEMM. It has enough accumulators to hide the latency of multiply-adds if the processor starts
-// two per cycle. Accumulators and operands fit in 16 registers. A column is one element in the forward kernel, and a
-// vector in the backward kernel.
-constexpr int kRegisterRows = 4, kRegisterColumns = 3;
+// The register tile of a GEMM has 4 rows. Its width is a number of elements in the forward kernel, and of vectors in the
+// backward kernel. A tile has enough accumulators to hide the latency of multiply-adds if the processor starts two per
+// cycle. Accumulators and operands fit in the registers: 16 of AVX2, or 32 of AVX-512.
+constexpr int kRegisterRows = 4, kRegisterVectors = 3;
+template <int bytes>
+constexpr int kRegisterColumns = bytes == 64 ? 6 : 3;
+
+// Threads divide the columns in multiples of this number, which is a multiple of the width of every tile.
+constexpr int kMostColumns = kRegisterColumns<64>;
 
 template <typename T>
 WAKESLEEP_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last, int64_t column, int64_t columns) {
@@ -24,9 +29,11 @@ WAKESLEEP_INLINE void prefetch(const Strided<T>& a, int64_t first, int64_t last,
 
 // ---- forward: a b^T, both row-major --------------------------------------------------------------------------------
 
-// Computes y[r, c] = sum_k a[r, k] b[c, k] for a tile. Each lane accumulates every width-th k.
+// Computes y[r, c] = sum_k a[r, k] b[c, k] for a tile. Each lane accumulates every width-th k. Meanwhile, the loop
+// prefetches what lies `ahead` elements after b, so that the prefetches do not wait for each other.
 template <typename T, int bytes, int rows, int columns>
-WAKESLEEP_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T>& b, int64_t K, const Strided<T>& y) {
+WAKESLEEP_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T>& b, int64_t K, const Strided<T>& y,
+                               int64_t ahead) {
   using V = Vector<T, bytes>;
   typename V::Lanes sum[rows][columns];
   WAKESLEEP_UNROLL
@@ -54,6 +61,10 @@ WAKESLEEP_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T>
   int64_t k = 0;
   for (; k + V::width <= K; k += V::width) {
     add([k](const T* row) { return V::load(row + k); });
+    WAKESLEEP_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      __builtin_prefetch(b.at(c, k) + ahead);
+    }
   }
   if (k < K) {
     add([k, K](const T* row) { return V::load(row + k, K - k); });
@@ -84,22 +95,23 @@ WAKESLEEP_INLINE void dot_tile(const Strided<const T>& a, const Strided<const T>
 template <typename T>
 void multiply_rows(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                    const Strided<T>& y) {
-  const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows,
-                column_tiles = (N + kRegisterColumns - 1) / kRegisterColumns;
-  vectorized_parallel_for(
-      column_tiles, grain_of(M * K * kRegisterColumns), [&](auto bytes, int64_t begin, int64_t end) {
-        for (int64_t n = begin * kRegisterColumns; n < std::min(N, end * kRegisterColumns); n += kRegisterColumns) {
-          for_at_most<kRegisterColumns>(N - n, [&](auto columns) {
-            for (int64_t tile = 0; tile < row_tiles; ++tile) {
-              const int64_t k = K * tile / row_tiles, m = tile * kRegisterRows;
-              prefetch(b, n + columns, std::min(N, n + 2 * columns), k, K * (tile + 1) / row_tiles - k);
-              for_at_most<kRegisterRows>(M - m, [&](auto rows) {
-                dot_tile<T, bytes, rows, columns>(a.from(m, 0), b.from(n, 0), K, y.from(m, n));
-              });
-            }
+  const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows, parts = (N + kMostColumns - 1) / kMostColumns;
+  vectorized_parallel_for(parts, grain_of(M * K * kMostColumns), [&](auto bytes, int64_t begin, int64_t end) {
+    constexpr int most = kRegisterColumns<bytes>;
+    for (int64_t n = begin * kMostColumns; n < std::min(N, end * kMostColumns); n += most) {
+      for_at_most<most>(N - n, [&](auto columns) {
+        for (int64_t tile = 0; tile < row_tiles; ++tile) {
+          const int64_t m = tile * kRegisterRows, ahead = tile == 0 && n + 2 * columns <= N ? columns * b.row : 0;
+          for_at_most<kRegisterRows>(M - m, [&](auto rows) {
+            run_apart<bytes>(
+                K, [a = a.from(m, 0), b = b.from(n, 0), y = y.from(m, n), ahead](auto of_size, int64_t, int64_t K) {
+                  dot_tile<T, of_size, decltype(rows)::value, decltype(columns)::value>(a, b, K, y, ahead);
+                });
           });
         }
       });
+    }
+  });
 }
 
 // Computes y = a b^T for a single row a. The tiles exchange a and b, so the four rows of a tile are rows of b. They
@@ -111,7 +123,7 @@ void multiply_row(const Strided<const T>& a, const Strided<const T>& b, int64_t 
     for (int64_t n = begin * kRegisterRows; n < std::min(N, end * kRegisterRows); n += kRegisterRows) {
       for_at_most<kRegisterRows>(N - n, [&](auto rows) {
         prefetch(b, n + rows, std::min(N, n + 2 * rows), 0, K);
-        dot_tile<T, bytes, rows, 1>(b.from(n, 0), a, K, {y + n, 1, 1});
+        dot_tile<T, bytes, rows, 1>(b.from(n, 0), a, K, {y + n, 1, 1}, 0);
       });
     }
   });
@@ -183,8 +195,8 @@ WAKESLEEP_INLINE void transpose(const Strided<const T>& a, int64_t m, int64_t k,
 template <typename T, int bytes>
 WAKESLEEP_INLINE void multiply_part(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K,
                                     const Strided<T>& y, const Part& part) {
-  constexpr int64_t width = Vector<T, bytes>::width, strip = kRegisterColumns * width;
-  static constexpr T kZeros[kRegisterColumns * 64 / sizeof(T)] = {};
+  constexpr int64_t width = Vector<T, bytes>::width, strip = kRegisterVectors * width;
+  static constexpr T kZeros[kRegisterVectors * 64 / sizeof(T)] = {};
   const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows;
   for (int64_t k = 0; k < K; k += kBlock) {
     const int64_t count = std::min(kBlock, K - k), following = std::min(kBlock, K - k - count);
@@ -200,7 +212,7 @@ WAKESLEEP_INLINE void multiply_part(const Strided<const T>& a, const Strided<con
           const Strided<T> to = y.from(m, n);
           const Strided<const T> from = k > 0 ? Strided<const T>{to.data, to.row, 1} : Strided<const T>{kZeros, 0, 1};
           const int64_t left = part.last_column - n;
-          for_at_most<kRegisterColumns>((left + width - 1) / width, [&](auto vectors) {
+          for_at_most<kRegisterVectors>((left + width - 1) / width, [&](auto vectors) {
             if (left >= vectors * width) {
               outer_tile<T, bytes, rows, vectors, false>(of_a, b.from(k, n), count, from, to, width);
             } else {
@@ -218,7 +230,7 @@ WAKESLEEP_INLINE void multiply_part(const Strided<const T>& a, const Strided<con
 template <typename T>
 void multiply_columns(const Strided<const T>& a, const Strided<const T>& b, int64_t M, int64_t K, int64_t N,
                       const Strided<T>& y) {
-  constexpr int64_t kWidest = kRegisterColumns * 64 / sizeof(T);
+  constexpr int64_t kWidest = kRegisterVectors * 64 / sizeof(T);
   const int64_t row_tiles = (M + kRegisterRows - 1) / kRegisterRows, strips = (N + kWidest - 1) / kWidest;
   const int64_t parts = std::max(row_tiles, strips);
   vectorized_parallel_for(parts, grain_of(M * K * N / parts), [&](auto bytes, int64_t begin, int64_t end) {

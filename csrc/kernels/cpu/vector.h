@@ -92,7 +92,20 @@ struct Vector {
 #endif
   }
 
+  // The number of elements in 16 bytes, the part of a register within which moving an element is cheap.
   static constexpr int group = 16 / static_cast<int>(sizeof(T));
+
+  // Loads group i from at(i).
+  template <int first = 0, typename At>
+  static WAKESLEEP_INLINE Lanes gather(const At& at) {
+    if constexpr (width == group) {
+      return load(at(first));
+    } else {
+      using Half = Vector<T, bytes / 2>;
+      return joined(Half::template gather<first>(at), Half::template gather<first + width / 2 / group>(at),
+                    std::make_integer_sequence<int, width>());
+    }
+  }
 
   // Sums the lanes of each vector in a group, and writes one sum per vector. Each step adds neighbouring lanes in all
   // vectors of the group.
@@ -103,6 +116,15 @@ struct Vector {
   }
 
  private:
+  template <typename Half, int... index>
+  static WAKESLEEP_INLINE Lanes joined(Half low, Half high, std::integer_sequence<int, index...>) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(low, high, index...);
+#else
+    return Lanes{(index < width / 2 ? low[index % (width / 2)] : high[index % (width / 2)])...};
+#endif
+  }
+
   // Each 16-byte block of the result holds partial sums for all `count` vectors, and each sum covers the same 16-byte
   // block of its vector.
   template <int count>
