@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -187,7 +187,7 @@ def test_torch_multiplies_no_layer_in_float32(rows: int) -> None:
     layer, upstream = _layer(rows, 70, 90), torch.randn(rows, 90)
     with torch.profiler.profile() as profile:
         _results(layer, upstream)
-    assert not any(event.name == "aten::mm" for event in profile.events())
+    assert not any(event.name in ("aten::mm", "aten::addmm") for event in profile.events())
 
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
@@ -204,7 +204,7 @@ def test_who_multiplies(rows: int, chosen: int | None, expected: int, request: p
     layer, upstream = _layer(rows, 70, 90, torch.float64), torch.randn(rows, 90, dtype=torch.float64)
     with torch.profiler.profile() as profile:
         found = _results(layer, upstream)
-    by_torch = sum(event.name == "aten::mm" for event in profile.events())
+    by_torch = sum(event.name in ("aten::mm", "aten::addmm") for event in profile.events())
     assert by_torch == expected
     _assert_exact(found, layer, upstream)
 
@@ -240,3 +240,27 @@ def test_a_long_sum_is_added_in_parts(rows: int) -> None:
     exact = upstream.double() @ weight.double()
     error_of_blas = (upstream @ weight - exact).abs().max()
     assert (found - exact).abs().max() <= torch.maximum(error_of_blas, 4e-7 * exact.abs().max())
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize("activation", [None, "relu", "sigmoid", "tanh"])
+def test_onednn_multiplies_large_layers_in_bfloat16(activation: str | None) -> None:
+    """Where the processor multiplies bfloat16. The errors are at most twice those of plain torch, and a rounding."""
+    layer, upstream = _layer(300, 70, 90, torch.bfloat16), torch.randn(300, 90, dtype=torch.bfloat16)
+
+    def results(linear: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in layer]
+        y = linear(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, upstream.to(dtype))]
+
+    def plain(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        products = F.linear(h, weight, bias)
+        return products if activation is None else getattr(torch, activation)(products)
+
+    with torch.profiler.profile() as profile:
+        found = results(lambda *of: ws.linear(*of, activation), torch.bfloat16)
+    by_onednn = [event.name for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
+    assert len(by_onednn) == (1 if torch.cpu._is_avx512_bf16_supported() else 0)
+    for got, eager, exact in zip(found, results(plain, torch.bfloat16), results(plain, torch.float64), strict=True):
+        rounding = exact.abs().max() * torch.finfo(torch.bfloat16).eps
+        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + rounding

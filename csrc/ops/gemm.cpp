@@ -47,7 +47,7 @@ bool suits_skinny_gemm(const Backend& backend, const Gemm& gemm) {
   constexpr int64_t kTermsPerRow = 16;
   const cpu::InstructionSet set = cpu::instruction_set();
   if (backend.skinny_gemm == nullptr || set == cpu::InstructionSet::baseline || gemm.a_dtype != gemm.b_dtype ||
-      is_empty(gemm)) {
+      c10::isReducedFloatingType(gemm.a_dtype) || is_empty(gemm)) {
     return false;
   }
   if (gemm.b_column != 1) {  // forward: dot products of rows
@@ -73,6 +73,8 @@ void packed_product(const at::Tensor& y, const at::Tensor& a, const at::Tensor& 
 }
 
 // ---- oneDNN --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kWorthOneDnn = 1 << 20;  // with fewer multiplications in float32, a call costs more than it saves
 
 // Returns true if the processor has AVX-512 but MKL does not use it.
 bool blas_leaves_out_avx512() {
@@ -100,12 +102,28 @@ bool is_plain(int64_t M, int64_t N, int64_t row, int64_t column) {
   return (column == 1 && row >= std::max<int64_t>(1, N)) || (row == 1 && column >= std::max<int64_t>(1, M));
 }
 
+// Returns true if the processor multiplies bfloat16 numbers, with AVX-512 or in its matrix units.
+bool multiplies_bfloat16() {
+#ifdef __x86_64__
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool suits_onednn(const Gemm& gemm) {
-  constexpr int64_t kWorthwhile = 1 << 20;
   static const bool is_better = blas_leaves_out_avx512() && onednn_linear();
-  return is_better && gemm.device.is_cpu() && gemm.a_dtype == at::kFloat && gemm.M * gemm.K * gemm.N >= kWorthwhile &&
-         is_plain(gemm.M, gemm.K, gemm.a_row, gemm.a_column) && is_plain(gemm.K, gemm.N, gemm.b_row, gemm.b_column) &&
-         at::globalContext().userEnabledMkldnn();
+  const bool is_faster = gemm.a_dtype == at::kBFloat16
+                             ? gemm.is_layer  // at::mm is faster without bias and activation
+                             : gemm.a_dtype == at::kFloat && is_better && gemm.M * gemm.K * gemm.N >= kWorthOneDnn;
+  return is_faster && gemm.device.is_cpu() && is_plain(gemm.M, gemm.K, gemm.a_row, gemm.a_column) &&
+         is_plain(gemm.K, gemm.N, gemm.b_row, gemm.b_column) && at::globalContext().userEnabledMkldnn();
+}
+
+at::Tensor onednn_layer(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias, Activation f) {
+  constexpr std::string_view kNames[] = {"none", "relu", "sigmoid", "tanh"};  // in the order of Activation
+  return onednn_linear()->call(a, b.t(), bias, kNames[static_cast<size_t>(f)], c10::List<std::optional<at::Scalar>>(),
+                               {});
 }
 
 }  // namespace
@@ -129,6 +147,13 @@ Method method_for(const Gemm& gemm) {
   return suits_onednn(gemm) ? Method::onednn : Method::blas;
 }
 
+at::ScalarType operand_dtype(at::Device device, at::ScalarType dtype, int64_t multiplications) {
+  static const bool has_bfloat16 = multiplies_bfloat16() && onednn_linear();
+  const bool is_fast = dtype == at::kBFloat16 && has_bfloat16 && multiplications >= kWorthOneDnn / 2 &&
+                       at::globalContext().userEnabledMkldnn();
+  return device.is_cuda() || is_fast ? dtype : compute_dtype(dtype);
+}
+
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
   switch (method_for(Gemm::of(a, b))) {
     case Method::skinny_gemm:
@@ -139,7 +164,7 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type
       return in_type(y, type);
     }
     case Method::onednn:
-      return in_type(onednn_linear()->call(a, b.t(), {}, "none", c10::List<std::optional<at::Scalar>>(), {}), type);
+      return in_type(onednn_layer(a, b, {}, Activation::identity), type);
     default:
       return a.is_cuda() && type != a.scalar_type() ? at::mm(a, b, type) : in_type(at::mm(a, b), type);
   }
@@ -156,20 +181,35 @@ void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b
   }
 }
 
-bool has_layer_output(const Gemm& gemm) { return method_for(gemm) == Method::packed_gemm; }
+bool has_layer_output(Method method, Activation f) {
+  return method == Method::packed_gemm || method == Method::onednn ||
+         (method == Method::blas && f == Activation::identity);
+}
 
-void layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
-                  const at::Tensor& y) {
-  launch(gemm.device, backend_of(gemm.device).packed_gemm,
-         PackedGemm{{read(h), gemm.a_row, gemm.a_column},
-                    {read(weight), gemm.b_row, gemm.b_column},
-                    static_cast<float*>(write(y)),
-                    gemm.M,
-                    gemm.K,
-                    gemm.N,
-                    false,
-                    static_cast<const float*>(read(bias)),
-                    f});
+at::Tensor layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight,
+                        const at::Tensor& bias, at::Tensor place) {
+  const Method method = method_for(gemm);
+  if (method == Method::packed_gemm) {
+    place = place.defined() ? place : at::empty({gemm.M, gemm.N}, h.options());
+    launch(gemm.device, backend_of(gemm.device).packed_gemm,
+           PackedGemm{{read(h), gemm.a_row, gemm.a_column},
+                      {read(weight), gemm.b_row, gemm.b_column},
+                      static_cast<float*>(write(place)),
+                      gemm.M,
+                      gemm.K,
+                      gemm.N,
+                      false,
+                      static_cast<const float*>(read(bias)),
+                      f});
+    return place;
+  }
+  const at::Tensor of_type = in_type(bias, h.scalar_type());
+  if (method == Method::blas && place.defined()) {
+    return at::addmm_out(place, of_type, h, weight.t());
+  }
+  const at::Tensor y =
+      method == Method::blas ? at::addmm(of_type, h, weight.t()) : onednn_layer(h, weight.t(), of_type, f);
+  return place.defined() ? place.copy_(y) : y;
 }
 
 }  // namespace wakesleep

@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
@@ -59,25 +60,30 @@ struct Gemm {
 // packed_gemm: float32 on a processor with AVX2. On a Zen 3, it is 0.95 to 1.08 times as fast as MKL, which is 1.3 to 3
 //   times as fast as oneDNN. It applies bias and activation itself, so a training step with batch size 100 takes 0.95
 //   times as long as with MKL. We did not measure it with AVX-512.
-// onednn: float32 on a processor whose AVX-512 MKL leaves unused, because the vendor is not Intel. There, oneDNN is
-//   twice as fast as MKL. Elsewhere, MKL is faster. Below 2^20 multiplications, setting up the call costs more than it
-//   saves.
+// onednn: layers in bfloat16 on a CPU, and float32 on a processor whose AVX-512 MKL leaves unused, because the vendor
+// is not
+//   Intel. There, oneDNN is twice as fast as MKL. Elsewhere, MKL is faster. Below 2^20 multiplications, setting up the
+//   call costs more than it saves.
 // blas: everything else.
 Method method_for(const Gemm& gemm);
 
+// Returns the dtype in which layers of dtype `dtype` multiply. A GPU multiplies in this dtype. So does oneDNN if the
+// processor multiplies bfloat16 numbers, except in small layers. Otherwise, a CPU converts 16-bit operands to float32.
+at::ScalarType operand_dtype(at::Device device, at::ScalarType dtype, int64_t multiplications);
+
 // Returns the matrix product a b in dtype `type`. A GPU multiplies 16-bit operands directly, and can yield a float32
-// result.
+// result. oneDNN rounds the result to the dtype of the operands first.
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);
 
 // Adds the matrix product a b to `sum` in place.
 void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
 
-// Returns true if layer_output computes this product.
-bool has_layer_output(const Gemm& gemm);
+// Returns true if layer_output() computes a layer y = f(h weight^T + bias) by this method.
+bool has_layer_output(Method method, Activation f);
 
-// Writes y = f(h weight^T + bias), where y [N, D] is contiguous and all tensors are float32.
-void layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
-                  const at::Tensor& y);
+// Returns y [N, D], in the dtype of h and weight. If `place` is defined, y is written to it.
+at::Tensor layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight,
+                        const at::Tensor& bias, at::Tensor place);
 
 // Sets the limit of small batches. std::nullopt restores WAKESLEEP_SMALL_BATCH or, if this variable is not set, the
 // measured limit.

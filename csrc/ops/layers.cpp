@@ -47,6 +47,7 @@ LayerGradients::LayerGradients(const LayerCall& call, const Layer& layer, Method
     : call_(call),
       layer_(layer),
       method_(method),
+      N_(N),
       rows_of_sum_(backend_of(call.device).rows_of_sum(dtype_of(call.compute))),
       with_weight_(with_weight) {
   const bool is_small = method == Method::small_batch;
@@ -84,7 +85,8 @@ at::Tensor LayerGradients::add(int64_t first, const at::Tensor& h, Activation f,
     sums_.reset();
   }
   if (with_weight_) {
-    first == 0 ? void(weight = product(g.t(), h, bias.scalar_type())) : add_product(weight, g.t(), h);
+    const at::ScalarType type = h.size(0) == N_ ? call_.dtype : call_.compute;
+    first == 0 ? void(weight = product(g.t(), h, type)) : add_product(weight, g.t(), h);
   }
   return with_input ? product(g, layer_.weight, call_.dtype) : at::Tensor();
 }

@@ -4,9 +4,10 @@
 // For small networks, the overhead of a call matters. So the code avoids every view, conversion and allocation that is
 // not needed.
 //
-// The GEMM only multiplies h by weight^T, unless it is the packed one, which also adds the bias and applies the
-// activation. The row kernels add the bias when they read the product, which saves a pass over memory. A CPU converts
-// 16-bit operands to float32 first. The product and the sums of gradients are float32 on every device.
+// If the GEMM cannot add the bias and apply the activation, it only multiplies h by weight^T. The row kernels add the
+// bias when they read the product, which saves a pass over memory. A CPU converts 16-bit operands to float32 first,
+// unless it multiplies bfloat16 faster. Sums of gradients are float32 on every device, and so are the products of
+// Bernoulli heads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -171,7 +172,7 @@ class LayerGradients {
   const LayerCall& call_;
   const Layer& layer_;
   const Method method_;
-  const int64_t rows_of_sum_;
+  const int64_t N_, rows_of_sum_;
   const bool with_weight_;
   at::Tensor sums_;  // of the chunk, unless they are the gradient itself
 };

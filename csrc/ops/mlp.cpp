@@ -32,13 +32,18 @@ struct Mlp : LayerCall {
         batch(batch_sizes(h_in)),
         N(c10::multiply_integers(batch)),
         h(as_rows(h_in, N)) {
-    int64_t widest = 0;
+    int64_t widest = 0, multiplications = 0;
+    for (const at::Tensor& weight : weights) {
+      multiplications += N * weight.numel();
+    }
+    operand = operand_dtype(device, dtype, multiplications);
     for (size_t l = 0; l < weights.size(); ++l) {
       layers.push_back(layer(weights[l], biases[l]));
       widest = std::max(widest, layers[l].D);
     }
     method = method_for(Gemm::of_layer(h, layers[0].weight));
-    rows = method == Method::small_batch ? std::max<int64_t>(1, N) : chunk_rows(widest);
+    const bool is_one_call = layers.size() == 1 && dtype == operand && has_layer_output(method, output_activation);
+    rows = method == Method::small_batch || is_one_call ? std::max<int64_t>(1, N) : chunk_rows(widest);
   }
 
   size_t last() const { return layers.size() - 1; }
@@ -58,10 +63,8 @@ at::Tensor chunk_output(const Mlp& call, size_t l, const at::Tensor& h, at::Tens
     return y;
   }
   const Gemm gemm = Gemm::of_layer(h, layer.weight);
-  if (call.dtype == at::kFloat && has_layer_output(gemm)) {
-    place = place.defined() ? place : at::empty({h.size(0), layer.D}, options);
-    layer_output(gemm, call.activation(l), h, layer.weight, layer.bias, place);
-    return place;
+  if (call.dtype == call.operand && has_layer_output(method_for(gemm), call.activation(l))) {
+    return layer_output(gemm, call.activation(l), h, layer.weight, layer.bias, place);
   }
   const at::Tensor products = product(h, layer.weight.t(), call.compute);
   if (!place.defined()) {

@@ -34,23 +34,30 @@ void compute(const MlpGradient& call, Stream) {
     using compute_t = Compute<scalar_t>;
     const auto* grad = static_cast<const scalar_t*>(call.grad);
     const auto* output = static_cast<const scalar_t*>(call.output);
-    auto* written = static_cast<compute_t*>(call.written);
     const int64_t D = call.D;
-    for_summed_rows(call.rows, D, static_cast<compute_t*>(call.sums), [&](int64_t row, compute_t* sum) {
-      for_tiles(D, [&](int64_t column, int64_t columns) {
-        Tile<compute_t> grad_tile, output_tile;
-        compute_t not_needed[kTile];
-        auto* out = written == nullptr ? not_needed : written + row * call.written_stride + column;
-        for_lanes<compute_t>(
-            columns,
-            [&](auto element, compute_t upstream, compute_t y) {
-              const compute_t gradient = activation.gradient(upstream, y);
-              element.store(out, gradient);
-              element.add(sum + column, gradient);
-            },
-            grad_tile.read(grad + row * D + column, columns), output_tile.read(output + row * D + column, columns));
+    const auto compute_to = [&](auto* written) {
+      for_summed_rows(call.rows, D, static_cast<compute_t*>(call.sums), [&](int64_t row, compute_t* sum) {
+        for_tiles(D, [&](int64_t column, int64_t columns) {
+          Tile<compute_t> grad_tile, output_tile, tile;
+          auto* to = written == nullptr ? nullptr : written + row * call.written_stride + column;
+          compute_t* out = tile.place_for(to);
+          const compute_t* upstream = grad_tile.read(grad + row * D + column, columns);
+          constexpr bool is_identity = std::is_same_v<std::decay_t<decltype(activation)>, Identity>;
+          const compute_t* y = is_identity ? upstream : output_tile.read(output + row * D + column, columns);
+          for_lanes<compute_t>(
+              columns,
+              [&](auto element, compute_t of_output, compute_t y) {
+                const compute_t gradient = activation.gradient(of_output, y);
+                element.store(out, gradient);
+                element.add(sum + column, gradient);
+              },
+              upstream, y);
+          tile.store(to, columns);
+        });
       });
-    });
+    };
+    call.written_dtype == call.dtype ? compute_to(static_cast<scalar_t*>(call.written))
+                                     : compute_to(static_cast<compute_t*>(call.written));
   });
 }
 
