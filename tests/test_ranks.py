@@ -43,7 +43,7 @@ def train(ranks: Ranks, latents: str = "gaussian", **config: Any) -> tuple[Tenso
     machine = HelmholtzMachine.from_config(model, IMAGES.mean()).double()
     trainer = Trainer(machine, IMAGES, TrainConfig(**{"batch_size": 9, "epochs": 3, **config}), ranks)
     *_, last = trainer.epochs()
-    assert trainer.take_step.replays[True].is_replayed is (True if trainer.config.replay else None)
+    assert trainer.take_step.replays[True, 1].is_replayed is (True if trainer.config.replay else None)
     ranks.require_equal(trainer.state_dict())
     with pytest.MonkeyPatch.context() as small:
         small.setattr(metrics, "_CHUNK_ROWS", 5)
@@ -77,7 +77,7 @@ def take_steps_alone(ranks: Ranks) -> None:
         step(index)
     if ranks.rank == 0:
         return
-    assert step.replays[True].is_replayed
+    assert step.replays[True, 1].is_replayed
     with pytest.raises(LostRankError, match="rank 1 cannot continue alone: "):
         step(index)
     with pytest.raises(LostRankError, match="rank 1 cannot continue alone: "):

@@ -107,7 +107,7 @@ def test_measuring_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert (other.step, other.state_dict().keys()) == (0, one.state_dict().keys())
     assert torch.equal(other.take_step.keys.values, one.take_step.keys.values)
-    assert other.take_step.replays[True].is_replayed is None
+    assert other.take_step.replays[True, 1].is_replayed is None
     for _ in range(2):
         for name, value in one.state_dict().items():
             assert torch.equal(other.state_dict()[name], value), name

@@ -194,7 +194,7 @@ def test_gradients_are_clipped_as_by_torch(max_norm, replay):
         assert [norm > max_norm for norm in norms] == [max_norm < 1] * 2
         trainer.take_step(index)
         torch.testing.assert_close(weights(trainer), weights(by_hand), rtol=1e-9, atol=1e-12)
-    assert trainer.take_step.replays[True].is_replayed == (replay or None)
+    assert trainer.take_step.replays[True, 1].is_replayed == (replay or None)
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_steps_under_autocast_are_replayed_and_learn():
         trainer = make_trainer(epochs=100, generative_learning_rate=0.02, recognition_learning_rate=0.02)
         with context:
             losses.append([epoch.losses["wake"] for epoch in trainer.epochs()])
-        assert trainer.take_step.replays[True].is_replayed
+        assert trainer.take_step.replays[True, 1].is_replayed
     single, half = losses
     assert half[-1] < half[0] - 0.5
     assert half[-1] == pytest.approx(single[-1], abs=0.2)

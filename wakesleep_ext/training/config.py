@@ -113,6 +113,9 @@ class TrainConfig:
     the same as without replay. A replay runs no Python, so networks must store every value that changes between steps
     in a tensor. If anything else changes, the step is recorded again. A step is not recorded if a network has hooks or
     if its Python code reads tensor values."""
+    steps_per_replay: int = 1
+    """Number of steps in one replay. Several steps wait less for the host, and give the same results. Saves, signals
+    and callbacks wait for the last one. If fewer steps remain in an epoch, they are replayed one at a time."""
 
     def __post_init__(self) -> None:
         within = {
@@ -135,6 +138,7 @@ class TrainConfig:
             "adam_epsilon": 0 <= self.adam_epsilon < math.inf,
             "max_gradient_norm": self.max_gradient_norm is None or 0 < self.max_gradient_norm < math.inf,
             "precision": self.precision in get_args(Precision),
+            "steps_per_replay": self.steps_per_replay >= 1,
         }
         for name, valid in within.items():
             if not valid:

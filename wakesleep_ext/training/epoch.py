@@ -61,8 +61,8 @@ class Losses:
         return len(self._unchecked)
 
     def append(self, losses: Tensor) -> None:
-        """Add the losses of a step, `[names]`."""
-        self._unchecked.append(losses)
+        """Add the losses of one step or several, `[names]` or `[steps, names]`."""
+        self._unchecked += losses.unbind() if losses.dim() > 1 else [losses]
 
     def check_finite(self, step: int) -> None:
         """Check the losses since the last check, given the number of the last step. Waits for the device.

@@ -59,7 +59,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
         self.rank, self.count = rank, count
-        self._stop = torch.zeros(())
+        self._request, self._stop = torch.zeros(()), torch.zeros(())  # of this rank, and of all ranks
 
     def rows(self, total: int) -> slice:
         """Return the rows of this rank, of `total` rows.
@@ -88,7 +88,7 @@ class Ranks:
         """
         if self.count == 1:
             return list(tensors)
-        flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, self._stop)])
+        flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, self._request)])
         torch.ops.wakesleep_training.sum_over_ranks_.default(flat)
         *parts, stop = flat.split([*(tensor.numel() for tensor in tensors), 1])
         self._stop.copy_(stop[0])
@@ -97,13 +97,13 @@ class Ranks:
     def agree(self, requested: signal.Signals | None) -> signal.Signals | None:
         """Return a signal if this run must stop now. To be called after each step, by all ranks.
 
-        With several ranks, a request travels with the gradients of the next step. So all of them stop after that step.
+        With several ranks, a request travels with the gradients of the next step. So all of them stop after that step,
+        or after the group of steps that begins with it.
         """
         if self.count == 1:
             return requested
-        is_stopping = self._stop.item() > 0
-        self._stop.fill_(requested is not None)
-        return (requested or signal.SIGTERM) if is_stopping else None
+        self._request.fill_(requested is not None)
+        return (requested or signal.SIGTERM) if self._stop.item() > 0 else None
 
     def require_equal(self, state: Mapping[str, Tensor]) -> None:
         """Check that all ranks have the same tensors.

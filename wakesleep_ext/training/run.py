@@ -150,8 +150,8 @@ class Run:
 
         Args:
             test: binary pixels `[N, D]`, uint8, on the trainer's device.
-            on_step: called after each step.
-            stop: called after each step. If it returns a signal, the run is saved and stops, with all its ranks.
+            on_step: called once for each step, as in :meth:`Trainer.epochs`.
+            stop: called after `on_step`. If it returns a signal, the run is saved and stops, with all its ranks.
 
         Yields:
             The metrics of each epoch. A resumed run first yields the metrics of the epochs before its checkpoint.

@@ -1,8 +1,8 @@
-"""Run one training step: compute the losses and their gradients, and update the weights.
+"""Run training steps: compute the losses and their gradients, and update the weights.
 
-Random keys and learning rates are stored on the device, so a step reads nothing from the host. It can therefore be
-recorded and replayed: as a CUDA graph on a GPU, or without the Python interpreter on a CPU. If the batch is small,
-Python overhead would double the time of a CPU step.
+Random keys and learning rates are stored on the device, so a step reads nothing from the host. One step or several can
+therefore be recorded and replayed: as a CUDA graph on a GPU, or without the Python interpreter on a CPU. If the batch
+is small, Python overhead would double the time of a CPU step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from wakesleep_ext.training.ranks import ALONE, Ranks
 
 
 class Step:
-    """Runs one training step: a wake phase on a batch, then a sleep phase. Some objectives have only one phase.
+    """Runs training steps: a wake phase on a batch, then a sleep phase. Some objectives have only one phase.
 
     Every random draw depends only on the seed and the step number.
 
@@ -60,19 +60,25 @@ class Step:
         self.keys = StepKeys(config, len(machine.recognition), device)
         self._number = torch.zeros((), dtype=torch.int64)  # a tensor: a changed int would invalidate the recording
         self.number = 0
-        self.replays = {awake: Replay(partial(self._train, awake=awake)) for awake in (False, True)}
+        self.replays = {
+            (awake, dim): Replay(partial(self._train, awake=awake)) for awake in (False, True) for dim in (1, 2)
+        }
 
     def __call__(self, index: Tensor) -> Tensor:
-        """Run one step, and return its losses in the order of :attr:`names`.
+        """Run one step, or several steps of an epoch. Return their losses in the order of :attr:`names`.
 
         Args:
-            index: int64 `[batch_size]`, the indices of the images in the batch.
+            index: int64 `[batch_size]` or `[steps, batch_size]`, the indices of the images in each batch. With replay,
+                all calls for several steps must have the same number of them.
+
+        Returns:
+            The losses, `[names]` or `[steps, names]`.
         """
-        awake = self.is_awake
-        run = self.replays[awake] if self.config.replay else partial(call, partial(self._train, awake=awake))
+        awake, dim = self.is_awake, index.dim()
+        run = self.replays[awake, dim] if self.config.replay else partial(call, partial(self._train, awake=awake))
         with matrix_products(self.config.precision):
             losses: Tensor = run(index)
-        self._number += 1
+        self._number += index.shape[:-1].numel()
         return losses
 
     @property
@@ -96,16 +102,28 @@ class Step:
         return self._losses if self.is_awake else ["sleep"]
 
     def batches(self) -> tuple[Tensor, ...]:
-        """Return the image indices of each batch that is left of the epoch. Each epoch has an order of its own."""
+        """Return the image indices of the batches that are left of the epoch. Each epoch has an order of its own.
+
+        Each tensor is for one call: `[steps_per_replay, batch_size]` while as many steps are left, then `[batch_size]`.
+        """
         # sorting random draws of a key gives the same order on every device, unlike randperm
         zeros = torch.zeros(len(self.images), dtype=torch.float64, device=self.images.grey.device)
         done = self.number % self.per_epoch
         (key,) = self.keys.at("order", self.number - done)
         order = ops.gaussian_rsample(zeros, zeros, key=key).argsort()
-        return tuple(order.split(self.batch_size)[done : self.per_epoch])
+        steps, size = self.config.steps_per_replay, self.batch_size
+        left = order[done * size : self.per_epoch * size].view(-1, size)
+        groups = len(left) // steps if steps > 1 else 0
+        return *left[: groups * steps].view(groups, steps, size), *left[groups * steps :]
 
     def _train(self, index: Tensor, *, awake: bool) -> Tensor:
-        """Run the step. Every value that can change is held in a tensor, because the step may be recorded."""
+        """Run the steps. Every value that can change is held in a tensor, because they may be recorded."""
+        if index.dim() == 1:
+            return torch.stack(self._train_on(index, awake))
+        return torch.stack([loss for batch in index for loss in self._train_on(batch, awake)]).view(len(index), -1)
+
+    def _train_on(self, index: Tensor, awake: bool) -> list[Tensor]:
+        """Run one step, and return its losses."""
         losses: list[Tensor] = []
         of_wake: Sequence[Tensor] | None = None
         self._advance([self._generative, self._recognition] if awake else [self._recognition])
@@ -117,7 +135,7 @@ class Step:
             losses += self._sleep(of_wake)
         elif of_wake is not None:
             self._update(self._recognition, of_wake, [])
-        return torch.stack(losses)
+        return losses
 
     def _advance(self, descents: Sequence[Descent]) -> None:
         """Advance the random keys and the optimizers' step counts to this step, on a GPU in one kernel."""

@@ -37,7 +37,8 @@ def choose(threads: Threads, trained: Step) -> int:
     if most == 1 or trained.images.grey.is_cuda or trained.ranks.count > 1:
         return most
     with torch.random.fork_rng(devices=[]):
-        step = Step(deepcopy(trained.machine), trained.images, replace(trained.config, sleep_warm_up=0))
+        config = replace(trained.config, sleep_warm_up=0, steps_per_replay=1)
+        step = Step(deepcopy(trained.machine), trained.images, config)
         index = step.batches()[0]
         with on_threads(1):
             for _ in range(_WARM_UPS):

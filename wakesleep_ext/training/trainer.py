@@ -23,7 +23,8 @@ from wakesleep_ext.training.ranks import ALONE, Ranks
 from wakesleep_ext.training.step import Step
 
 STEPS_BETWEEN_CHECKS = 100
-"""The trainer checks at least this often that all numbers are finite. Each check waits for the device."""
+"""After this many steps, and the rest of their group, the trainer checks that all numbers are finite. Each check waits
+for the device."""
 
 
 class Trainer:
@@ -37,7 +38,8 @@ class Trainer:
         ranks: the processes that train together; only this one by default. They take the same steps.
 
     Attributes:
-        take_step: runs one step, given the indices of a batch, int64 `[batch_size]`.
+        take_step: runs one step or several, given the indices of each batch, int64 `[batch_size]` or
+            `[steps, batch_size]`.
         seconds: duration of the current epoch so far. To resume in the middle of an epoch, set it as well.
 
     Raises:
@@ -73,20 +75,23 @@ class Trainer:
         """Train until `config.epochs` epochs are complete, and yield the results of each epoch.
 
         Args:
-            on_step: called after each step. If it raises an error, call this method again to continue after that step.
+            on_step: called once for each step. If `steps_per_replay` is more than 1, the calls for a group of steps
+                follow its last step, so `step` is the same in all of them. If a call raises an error, the group is
+                complete and its other calls are left out. Call this method again to continue after the group.
 
         Raises:
-            DivergedError: a loss, a weight or a moment became infinite or NaN, at most 100 steps ago. The epoch in
-                which this happened is not yielded.
+            DivergedError: a loss, a weight or a moment became infinite or NaN, fewer than 100 + `steps_per_replay`
+                steps ago. The epoch in which this happened is not yielded.
         """
         while self.step < self.config.epochs * self.steps_per_epoch:
             start = time.perf_counter() - self.seconds
             for index in self.take_step.batches():
                 self._losses.append(self.take_step(index))
                 self.seconds = time.perf_counter() - start
-                if self._losses.unchecked == STEPS_BETWEEN_CHECKS:
+                if self._losses.unchecked >= STEPS_BETWEEN_CHECKS:
                     self.check_finite()
-                on_step()
+                for _ in range(index.shape[:-1].numel()):
+                    on_step()
             self.check_finite()
             losses, self._losses = self._losses.means(), Losses(self.take_step.names, {})
             seconds, self.seconds = time.perf_counter() - start, 0.0
