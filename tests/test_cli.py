@@ -156,7 +156,7 @@ def assert_same_run(one, other):
     ("number", "flags"),
     [
         (signal.SIGINT, ["--objective", "reweighted-wake-sleep", "--num-samples", "2"]),
-        (signal.SIGTERM, ["--sleep-warm-up", "3"]),
+        (signal.SIGTERM, ["--sleep-warm-up", "3", "--steps-per-replay", "2"]),
     ],
 )
 def test_a_signal_saves_the_run_after_the_step_and_it_resumes_to_the_same_end(

@@ -173,13 +173,17 @@ def test_results_repeat_bit_for_bit() -> None:
 
 
 def record(trainer: Trainer, batches: Sequence[Tensor]) -> None:
-    """Take the first two steps. The second one records itself."""
+    """Make the first two calls. The second one records itself."""
     for index in batches[:2]:
         trainer.take_step(index)
 
 
-def test_a_replayed_step_is_one_launch() -> None:
-    trainer = make_trainer(device="cuda")
+STEPS_PER_REPLAY = pytest.mark.parametrize("steps", [1, 2])
+
+
+@STEPS_PER_REPLAY
+def test_a_replay_is_one_launch(steps: int) -> None:
+    trainer = make_trainer(device="cuda", steps_per_replay=steps)
     batches = trainer.take_step.batches()
     record(trainer, batches)
     torch.cuda.synchronize()
@@ -188,11 +192,12 @@ def test_a_replayed_step_is_one_launch() -> None:
             trainer.take_step(index)
         torch.cuda.synchronize()
     calls = Counter(event.name for event in profiler.events())
-    assert calls["cudaGraphLaunch"] == len(batches) == 4
+    assert calls["cudaGraphLaunch"] == len(batches) == 4 // steps
 
 
-def test_a_replayed_step_does_not_wait_for_the_device() -> None:
-    trainer = make_trainer(device="cuda", learning_rate_decay=0.1)
+@STEPS_PER_REPLAY
+def test_a_replayed_step_does_not_wait_for_the_device(steps: int) -> None:
+    trainer = make_trainer(device="cuda", learning_rate_decay=0.1, steps_per_replay=steps)
     batches = trainer.take_step.batches()
     record(trainer, batches)
     torch.cuda.set_sync_debug_mode("error")

@@ -24,7 +24,7 @@ from wakesleep_ext import cli
 from wakesleep_ext.training import checkpoint
 
 OBJECTIVES = {
-    "plain": [],
+    "plain": ["--steps-per-replay", "7"],
     "reweighted": ["--objective", "reweighted-wake-sleep", "--num-samples", "2"],
 }
 EPOCHS, STEPS_PER_EPOCH = 8, 60

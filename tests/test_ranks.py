@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from wakesleep_ext.training import metrics
 from wakesleep_ext.training.config import TrainConfig
 from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.ranks import ALONE, LostRankError, Ranks, RanksDifferError
+from wakesleep_ext.training.step import Step
 from wakesleep_ext.training.trainer import Trainer
 
 IMAGES = Images(
@@ -30,6 +32,7 @@ CASES: list[dict[str, Any]] = [
     {"objective": "reweighted-wake-sleep", "num_samples": 3, "sleep_weight": 0.0, "phi_gradient": "dreg"},
     {"objective": "iwae", "num_samples": 2, "replay": False},
     {"objective": "vimco", "num_samples": 2},
+    {"epochs": 5, "max_gradient_norm": 0.1, "steps_per_replay": 2},
 ]
 
 
@@ -64,15 +67,28 @@ def train_as_rank(rank: int, folder: str) -> None:
         ranks.require_equal({"weights": results[0][1]})
     except RanksDifferError as error:
         Path(folder, f"{rank}.txt").write_text(str(error))
+    stop_together(ranks)
     take_steps_alone(ranks)
     dist.destroy_process_group()
 
 
+def make_step(ranks: Ranks, **config: Any) -> Step:
+    """Make a step, of which an epoch has five."""
+    return Step(HelmholtzMachine.from_config(ModelConfig(12, (3,))), IMAGES, TrainConfig(batch_size=6, **config), ranks)
+
+
+def stop_together(ranks: Ranks) -> None:
+    """A request of rank 1 during the first group stops both ranks after the second one, however often they ask."""
+    step = make_step(ranks, steps_per_replay=2)
+    for index, expected in zip(step.batches(), (None, signal.SIGTERM), strict=False):
+        step(index)
+        for _ in range(2):
+            assert ranks.agree(signal.SIGTERM if ranks.rank == 1 else None) == expected
+
+
 def take_steps_alone(ranks: Ranks) -> None:
     """Rank 0 ends after five steps. Rank 1 finds out in a step that is replayed, and in the comparison of weights."""
-    step = Trainer(
-        HelmholtzMachine.from_config(ModelConfig(12, (3,))), IMAGES, TrainConfig(batch_size=6), ranks
-    ).take_step
+    step = make_step(ranks)
     for index in step.batches():
         step(index)
     if ranks.rank == 0:
@@ -94,6 +110,7 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
         assert torch.equal(one[0], other[0])
         torch.testing.assert_close(one[0], losses, rtol=1e-9, atol=1e-9, msg=str(case))
         torch.testing.assert_close(one[1], weights, rtol=1e-9, atol=1e-9, msg=str(case))
+    assert torch.equal(of_ranks[0][0][1], of_ranks[0][-1][1])  # with one step or two per replay
     for rank in range(2):  # weights that differ by a rounding error are found
         told = (tmp_path / f"{rank}.txt").read_text()
         assert told == f"rank {rank} of 2: the weights of the ranks are not equal"

@@ -12,6 +12,7 @@ import imported_by_test_replay
 import numpy
 import pytest
 import torch
+from cases import thorough
 from test_training import make_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
@@ -420,6 +421,32 @@ def test_replayed_steps_are_those_of_the_eager_path(recorded: list[Any], config:
     assert_same_state(eager, replayed)
     assert eager.step == STEPS
     assert len(recorded) == captured
+
+
+GROUPED = [
+    {"sleep_warm_up": 2, "learning_rate_decay": 0.1},
+    {"objective": "reweighted-wake-sleep", "phi_gradient": "dreg", "sleep_weight": 0.1, "max_gradient_norm": 0.1},
+]
+
+
+@pytest.mark.parametrize("steps", [3, thorough(7)])
+@pytest.mark.parametrize("config", GROUPED, ids=str)
+def test_several_steps_in_one_replay_give_the_bits_of_single_steps(
+    recorded: list[Any], config: dict[str, Any], steps: int
+) -> None:
+    """An epoch has 8 steps, so one or two are left for replays of their own, which need one more recording."""
+    config = {"batch_size": 3, "epochs": 5, **config}
+    single, called, replayed = (
+        make(is_replayed, steps_per_replay=count, **config)
+        for is_replayed, count in ((True, 1), (False, steps), (True, steps))
+    )
+    assert [index.dim() for index in replayed.take_step.batches()] == [2] * (8 // steps) + [1] * (8 % steps)
+    expected = losses(single)
+    for trainer in (called, replayed):
+        assert losses(trainer) == expected
+        assert_same_state(trainer, single)
+    phases = 2 if "sleep_warm_up" in config else 1
+    assert len(recorded) == phases + 2 * phases
 
 
 def test_what_is_loaded_between_replays_is_trained_on(recorded: list[Any]) -> None:

@@ -109,6 +109,23 @@ def test_a_run_is_continued_from_its_state_and_step():
     assert torch.equal(weights(second), weights(whole))
 
 
+@pytest.mark.parametrize("steps", [1, 4, 6, 8, 13])
+def test_a_run_continues_from_any_step_with_another_number_of_steps_per_replay(steps):
+    whole, first, second = (make_trainer(batch_size=3, steps_per_replay=count) for count in (1, 1, 3))
+    losses = [e.losses for e in whole.epochs()]
+
+    def interrupt():
+        if first.step == steps:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        list(first.epochs(interrupt))
+    second.load_state_dict(first.state_dict())
+    second.step = first.step
+    assert [e.losses for e in second.epochs()] == losses[steps // 8 :]
+    assert torch.equal(weights(second), weights(whole))
+
+
 def test_a_step_is_what_one_writes_by_hand():
     """Compares with torch's own optimizers, and a key for each draw."""
     trainer, by_hand = make_trainer(seed=3, num_samples=2), make_trainer(seed=3, num_samples=2)
@@ -403,6 +420,29 @@ def test_each_step_is_announced():
     assert next(count) - 1 == trainer.step == 12
 
 
+def test_the_steps_of_a_group_are_announced_after_the_last_one():
+    trainer, announced = make_trainer(batch_size=3, epochs=1, steps_per_replay=3), []
+    list(trainer.epochs(on_step=lambda: announced.append(trainer.step)))
+    assert announced == [3, 3, 3, 6, 6, 6, 7, 8]
+
+
+def test_training_continues_after_the_group_in_which_a_call_raised():
+    whole, trainer = make_trainer(batch_size=3), make_trainer(batch_size=3, steps_per_replay=3)
+    announced = []
+
+    def fail_once():
+        announced.append(trainer.step)
+        if len(announced) == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        next(trainer.epochs(fail_once))
+    assert announced == [3, 3, 3, 6, 6]
+    assert [e.losses for e in trainer.epochs(fail_once)] == [e.losses for e in whole.epochs()]
+    assert announced[5:8] == [7, 8, 11]
+    assert torch.equal(weights(trainer), weights(whole))
+
+
 def test_learning_rates_are_separate_and_fall_by_the_decay():
     trainer = make_trainer(
         epochs=50, generative_learning_rate=1e-2, recognition_learning_rate=3e-3, learning_rate_decay=0.1
@@ -542,6 +582,7 @@ def test_the_state_names_every_weight_and_both_optimizers():
         ("sleep_warm_up", -1),
         ("num_dreams", 0),
         ("schedule", "cosine"),
+        ("steps_per_replay", 0),
     ],
 )
 def test_values_out_of_range_are_refused(name, value):
@@ -608,10 +649,15 @@ def test_steps_under_autocast_are_replayed_and_learn():
     assert half[-1] == pytest.approx(single[-1], abs=0.2)
 
 
-def test_frozen_networks_are_not_trained():
+ONE_BATCH_AND_TWO = pytest.mark.parametrize("index", [torch.arange(5), torch.arange(10).view(2, 5)], ids=["one", "two"])
+
+
+@ONE_BATCH_AND_TWO
+def test_frozen_networks_are_not_trained(index):
     trainer = make_trainer()
-    index = torch.arange(5)
-    trainer.take_step(index)
+    for _ in range(3):
+        trainer.take_step(index)
+    assert trainer.take_step.replays[True, index.dim()].is_replayed
     before = {name: value.clone() for name, value in trainer.machine.state_dict().items()}
     trainer.machine.generative.requires_grad_(False)
     for _ in range(3):
@@ -620,9 +666,22 @@ def test_frozen_networks_are_not_trained():
         assert torch.equal(value, before[name]) is not name.startswith("recognition"), name
 
 
-def test_weights_that_are_assigned_are_trained_with_the_moments_of_before():
+@ONE_BATCH_AND_TWO
+def test_a_changed_learning_rate_is_used_in_the_next_replay(index):
     called, replayed = make_trainer(replay=False), make_trainer()
-    index = torch.arange(5)
+    for number in range(8):
+        if number == 4:
+            assert replayed.take_step.replays[True, index.dim()].is_replayed
+            for trainer in (called, replayed):
+                (group,) = trainer.optimizers["recognition"].param_groups
+                group["lr"] = group["lr"] * 10  # another tensor
+        assert torch.equal(called.take_step(index), replayed.take_step(index))
+    assert torch.equal(weights(called), weights(replayed))
+
+
+@ONE_BATCH_AND_TWO
+def test_weights_that_are_assigned_are_trained_with_the_moments_of_before(index):
+    called, replayed = make_trainer(replay=False), make_trainer()
     for number in range(8):
         if number == 4:
             for trainer in (called, replayed):

@@ -53,6 +53,14 @@ def test_a_step_of_a_small_batch_has_26_kernels() -> None:
     assert found.total() == 26
 
 
+def test_several_steps_have_their_kernels_and_stack_their_losses_once() -> None:
+    step, index = _step(20, 1), torch.arange(20).expand(3, 20)
+    with cuda_kernels():
+        found = Counter(kernels_of(lambda: step._train(index, awake=True)))
+    assert found["cat"] == 1
+    assert found.total() == 3 * 25 + 1
+
+
 def test_a_step_of_many_rows_has_15_kernels_besides_its_products() -> None:
     """Each layer of a small batch counts as its products: one forward, and one or two backward."""
     step, index = _step(100, 5), torch.arange(100)
