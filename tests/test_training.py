@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -636,17 +635,30 @@ def test_parameters_in_half_precision_are_refused(dtype):
         Trainer(machine, BARS, TrainConfig())
 
 
-def test_steps_under_autocast_are_replayed_and_learn():
+def test_steps_in_bfloat16_are_replayed_and_learn():
     """Weights stay in single precision: training does not update copies made by autocast."""
-    losses = []
-    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-        trainer = make_trainer(epochs=100, generative_learning_rate=0.02, recognition_learning_rate=0.02)
-        with context:
-            losses.append([epoch.losses["wake"] for epoch in trainer.epochs()])
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        rates = {"generative_learning_rate": 0.02, "recognition_learning_rate": 0.02}
+        trainer = make_trainer(epochs=100, precision=precision, **rates)
+        losses[precision] = [epoch.losses["wake"] for epoch in trainer.epochs()]
         assert trainer.take_step.replays[True, 1].is_replayed
-    single, half = losses
-    assert half[-1] < half[0] - 0.5
-    assert half[-1] == pytest.approx(single[-1], abs=0.2)
+        assert {value.dtype for value in trainer.state_dict().values()} <= {torch.float32, torch.float64}
+    low = losses["bfloat16"]
+    assert low[-1] < low[0] - 0.5
+    assert low[-1] == pytest.approx(losses["float32"][-1], abs=0.2)
+    assert low != losses["float32"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_autocast_outside_does_not_change_a_step(precision):
+    index, plain, within = torch.arange(5), make_trainer(precision=precision), make_trainer(precision=precision)
+    for _ in range(4):
+        expected = plain.take_step(index)
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(within.take_step(index), expected)
+    assert torch.equal(weights(plain), weights(within))
+    assert not torch.is_autocast_enabled("cpu")
 
 
 ONE_BATCH_AND_TWO = pytest.mark.parametrize("index", [torch.arange(5), torch.arange(10).view(2, 5)], ids=["one", "two"])
@@ -695,7 +707,14 @@ def test_weights_that_are_assigned_are_trained_with_the_moments_of_before(index)
 
 
 def test_tf32_is_refused_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match='expected precision "float32" on cpu, got "tf32", which only a GPU has'):
+    with pytest.raises(ValueError, match='or "bfloat16" on cpu, got "tf32", which only a GPU has'):
         make_trainer(precision="tf32")
     with pytest.raises(ValueError, match="precision is out of range, got half"):
         TrainConfig(precision="half")
+
+
+def test_parameters_in_float64_are_not_multiplied_in_bfloat16() -> None:
+    machine = make_trainer().machine.double()
+    message = 'expected parameters in float32 with precision "bfloat16", got torch.float64'
+    with pytest.raises(ValueError, match=message):
+        Trainer(machine, BARS, TrainConfig(precision="bfloat16"))

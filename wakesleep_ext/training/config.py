@@ -12,7 +12,7 @@ from wakesleep_ext.helmholtz.config import PATHWISE, PhiGradient
 Objective = Literal["wake-sleep", "reweighted-wake-sleep", "elbo", "iwae", "dreg", "vimco"]
 Schedule = Literal["exponential", "staged"]
 Recipe = Literal["digits", "mnist", "burda"]
-Precision = Literal["float32", "tf32"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 SLEEP_WEIGHTS: dict[Objective, float] = {
     "wake-sleep": 1.0,
@@ -106,8 +106,9 @@ class TrainConfig:
     max_gradient_norm: float | None = None
     """Scale the gradient of each network down to this norm if it is larger; by default, gradients keep their norm."""
     precision: Precision = "float32"
-    """Precision of large matrix products. "tf32" rounds their factors to 11 significant bits, which makes them faster
-    on a GPU with tensor cores. Everything else stays in float32, as do all weights. A CPU has no TF32."""
+    """Precision of matrix products, whatever `torch.autocast` says outside. "tf32" rounds the factors of large products
+    to 11 significant bits, and only a GPU has it. "bfloat16" rounds the factors of all layers, and the outputs of hidden
+    layers, to 8 bits. Log-likelihoods, weights and moments stay in float32."""
     replay: bool = True
     """Record a step and replay it: as a CUDA graph on a GPU, or as a list of operator calls on a CPU. The results are
     the same as without replay. A replay runs no Python, so networks must store every value that changes between steps

@@ -22,8 +22,8 @@ def require_wide(machine: nn.Module) -> None:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"Trainer: expected the machine's parameters to be float32 or float64, got {parameter.dtype} for "
-                f"{name}; Adam's small updates would be rounded away. Keep the parameters in float32, and run "
-                f"take_step or epochs under torch.autocast to compute in {parameter.dtype}"
+                f"{name}; Adam's small updates would be rounded away. Keep the parameters in float32, and set "
+                'precision="bfloat16" to multiply in bfloat16'
             )
 
 

@@ -38,8 +38,8 @@ class Step:
         ranks: the processes that share the batch and the dreams.
 
     Raises:
-        ValueError: the objective differentiates through draws, but the latent variables are discrete; or the precision
-            is TF32, but the device is not a GPU.
+        ValueError: the objective differentiates through draws, but the latent variables are discrete; or the device or
+            the parameters do not allow the precision.
     """
 
     def __init__(self, machine: HelmholtzMachine, images: Images, config: TrainConfig, ranks: Ranks = ALONE) -> None:
@@ -51,7 +51,7 @@ class Step:
         self.descents = {"generative": self._generative, "recognition": self._recognition}
         self._dtype = next(machine.parameters()).dtype
         device = images.grey.device
-        check_precision(config.precision, device)
+        check_precision(config.precision, self._dtype, device)
         self._schedule = Schedule(config, self.per_epoch, device)
         gradient, self._sleep_weight, self._losses = config.phases(machine.recognition.has_rsample)
         self._wake_losses = objectives.named(
@@ -76,7 +76,7 @@ class Step:
         """
         awake, dim = self.is_awake, index.dim()
         run = self.replays[awake, dim] if self.config.replay else partial(call, partial(self._train, awake=awake))
-        with matrix_products(self.config.precision):
+        with matrix_products(self.config.precision, index.device):
             losses: Tensor = run(index)
         self._number += index.shape[:-1].numel()
         return losses
