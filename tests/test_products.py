@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -242,25 +242,60 @@ def test_a_long_sum_is_added_in_parts(rows: int) -> None:
     assert (found - exact).abs().max() <= torch.maximum(error_of_blas, 4e-7 * exact.abs().max())
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here")
-@pytest.mark.parametrize("activation", [None, "relu", "sigmoid", "tanh"])
-def test_onednn_multiplies_large_layers_in_bfloat16(activation: str | None) -> None:
-    """Where the processor multiplies bfloat16. The errors are at most twice those of plain torch, and a rounding."""
-    layer, upstream = _layer(300, 70, 90, torch.bfloat16), torch.randn(300, 90, dtype=torch.bfloat16)
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this processor does not multiply bfloat16"
+)
 
-    def results(linear: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+
+def _assert_as_exact_as_torch(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], rows: int, names: Sequence[str]
+) -> None:
+    """Check the output of a large bfloat16 layer and its gradients.
+
+    The error is at most twice the error of plain torch in bfloat16, plus a rounding.
+    """
+    layer = _layer(rows, 70, 90, torch.bfloat16)
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         leaves = [tensor.to(dtype).requires_grad_() for tensor in layer]
-        y = linear(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, upstream.to(dtype))]
+        y = function(*leaves)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).bfloat16().to(y.dtype)
+        return [y, *torch.autograd.grad(y, leaves, upstream)]
 
+    with torch.profiler.profile() as profile:
+        found = results(ours, torch.bfloat16)
+    assert {event.name for event in profile.events()}.issuperset(names)
+    for got, eager, exact in zip(found, results(plain, torch.bfloat16), results(plain, torch.float64), strict=True):
+        rounding = exact.abs().max() * torch.finfo(got.dtype).eps
+        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + rounding
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("activation", [None, "relu", "sigmoid", "tanh"])
+def test_onednn_computes_a_large_layer_in_bfloat16(activation: str | None) -> None:
     def plain(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         products = F.linear(h, weight, bias)
         return products if activation is None else getattr(torch, activation)(products)
 
-    with torch.profiler.profile() as profile:
-        found = results(lambda *of: ws.linear(*of, activation), torch.bfloat16)
-    by_onednn = [event.name for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
-    assert len(by_onednn) == (1 if torch.cpu._is_avx512_bf16_supported() else 0)
-    for got, eager, exact in zip(found, results(plain, torch.bfloat16), results(plain, torch.float64), strict=True):
-        rounding = exact.abs().max() * torch.finfo(torch.bfloat16).eps
-        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + rounding
+    def ours(*layer: Tensor) -> Tensor:
+        return ws.linear(*layer, activation)
+
+    _assert_as_exact_as_torch(ours, plain, 300, ["mkldnn::_linear_pointwise", "aten::mm"])
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("rows", [300, 6000], ids=["one chunk", "several chunks"])
+def test_gradients_of_a_large_head_are_multiplied_in_bfloat16(rows: int) -> None:
+    x = torch.rand(rows, 90).round()
+
+    def ours(*layer: Tensor) -> Tensor:
+        return ws.linear_bernoulli_log_prob(*layer, x)
+
+    def plain(*layer: Tensor) -> Tensor:
+        logits = F.linear(*layer)
+        return -F.binary_cross_entropy_with_logits(logits, x.to(logits.dtype), reduction="none").sum(-1)
+
+    _assert_as_exact_as_torch(ours, plain, rows, ["aten::mm"])
+    h, weight, bias = _layer(rows, 70, 90, torch.bfloat16)
+    exact = plain(h.double(), weight.double(), bias.double())
+    torch.testing.assert_close(ours(h, weight, bias).double(), exact, rtol=1e-5, atol=1e-3)

@@ -155,6 +155,9 @@ at::ScalarType operand_dtype(at::Device device, at::ScalarType dtype, int64_t mu
 }
 
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+  if (a.is_cpu() && c10::isReducedFloatingType(a.scalar_type()) && a.scalar_type() != type) {
+    return product(a.to(at::kFloat), b.to(at::kFloat), type);
+  }
   switch (method_for(Gemm::of(a, b))) {
     case Method::skinny_gemm:
       return in_type(skinny_product(a, b), type);
@@ -170,6 +173,10 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type
   }
 }
 
+at::Tensor fast_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+  return a.is_cpu() ? in_type(product(a, b, a.scalar_type()), type) : product(a, b, type);
+}
+
 void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
   const Method method = method_for(Gemm::of(a, b));
   if (sum.scalar_type() == a.scalar_type() && method == Method::packed_gemm) {
@@ -177,7 +184,7 @@ void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b
   } else if (sum.scalar_type() == a.scalar_type() && method != Method::onednn) {
     sum.addmm_(a, b);
   } else {
-    sum.add_(product(a, b, sum.scalar_type()));
+    sum.add_(fast_product(a, b, sum.scalar_type()));
   }
 }
 

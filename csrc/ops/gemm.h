@@ -67,15 +67,18 @@ struct Gemm {
 // blas: everything else.
 Method method_for(const Gemm& gemm);
 
-// Returns the dtype in which layers of dtype `dtype` multiply. A GPU multiplies in this dtype. So does oneDNN if the
-// processor multiplies bfloat16 numbers, except in small layers. Otherwise, a CPU converts 16-bit operands to float32.
+// Returns the dtype of the factors in which layers of dtype `dtype` multiply. A GPU multiplies in this dtype. So does a
+// CPU that multiplies bfloat16 numbers, except in small layers. Otherwise, a CPU converts 16-bit factors to float32.
 at::ScalarType operand_dtype(at::Device device, at::ScalarType dtype, int64_t multiplications);
 
-// Returns the matrix product a b in dtype `type`. A GPU multiplies 16-bit operands directly, and can yield a float32
-// result. oneDNN rounds the result to the dtype of the operands first.
+// Returns the matrix product a b in dtype `type`, rounded once. A CPU converts 16-bit factors to float32 unless `type`
+// is theirs.
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);
 
-// Adds the matrix product a b to `sum` in place.
+// The same, but a CPU rounds the product to the dtype of the factors first.
+at::Tensor fast_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);
+
+// Adds the matrix product a b, as fast_product() computes it, to `sum` in place.
 void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
 
 // Returns true if layer_output() computes a layer y = f(h weight^T + bias) by this method.

@@ -84,11 +84,12 @@ at::Tensor LayerGradients::add(int64_t first, const at::Tensor& h, Activation f,
     sum_pieces(sums_, bias, first != 0);
     sums_.reset();
   }
+  const at::Tensor factor = in_type(g, call_.operand);
   if (with_weight_) {
     const at::ScalarType type = h.size(0) == N_ ? call_.dtype : call_.compute;
-    first == 0 ? void(weight = product(g.t(), h, type)) : add_product(weight, g.t(), h);
+    first == 0 ? void(weight = fast_product(factor.t(), h, type)) : add_product(weight, factor.t(), h);
   }
-  return with_input ? product(g, layer_.weight, call_.dtype) : at::Tensor();
+  return with_input ? product(factor, layer_.weight, call_.dtype) : at::Tensor();
 }
 
 at::Tensor LayerGradients::small_batch_add(const at::Tensor& h, Activation f, const at::Tensor& grad,

@@ -5,9 +5,8 @@
 // not needed.
 //
 // If the GEMM cannot add the bias and apply the activation, it only multiplies h by weight^T. The row kernels add the
-// bias when they read the product, which saves a pass over memory. A CPU converts 16-bit operands to float32 first,
-// unless it multiplies bfloat16 faster. Sums of gradients are float32 on every device, and so are the products of
-// Bernoulli heads.
+// bias when they read the product, which saves a pass over memory. Sums of gradients are float32 on every device, and
+// so are logits.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -89,13 +88,17 @@ struct LayerCall {
   const char* op;
   at::Device device;
   at::ScalarType dtype;    // promoted dtype of h and the parameters
-  at::ScalarType compute;  // dtype of products and of gradient sums
+  at::ScalarType compute;  // dtype of logits, hidden products and gradient sums
   at::ScalarType operand;  // dtype of the operands of products
 
   LayerCall(const char* op_in, const at::Tensor& h, at::TensorList weights, at::TensorList biases)
       : op(op_in), device(h.device()), dtype(check_layers(op, h, weights, biases)) {
+    int64_t multiplications = 0;
+    for (const at::Tensor& weight : weights) {
+      multiplications += c10::multiply_integers(batch_sizes(h)) * weight.numel();
+    }
     compute = compute_dtype(dtype);
-    operand = h.is_cuda() ? dtype : compute;
+    operand = operand_dtype(device, dtype, multiplications);
   }
 
   Layer layer(const at::Tensor& weight, const at::Tensor& bias) const {

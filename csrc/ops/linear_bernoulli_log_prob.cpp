@@ -100,7 +100,7 @@ struct HeadGradients : HeadAndX {
   // Adds the gradients of all chunks.
   void accumulate() {
     const bool is_small = method(h) == Method::small_batch, kept = logits.size(0) > 0;
-    const auto grad_dtype = is_small ? dtype : operand;
+    const auto grad_dtype = is_small ? dtype : device.is_cuda() ? operand : compute;
     const bool in_place = !kept && grad_dtype == compute;
     const int64_t most = is_small ? N : chunk_rows(D);
     const at::Tensor buffer =

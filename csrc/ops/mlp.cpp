@@ -32,11 +32,7 @@ struct Mlp : LayerCall {
         batch(batch_sizes(h_in)),
         N(c10::multiply_integers(batch)),
         h(as_rows(h_in, N)) {
-    int64_t widest = 0, multiplications = 0;
-    for (const at::Tensor& weight : weights) {
-      multiplications += N * weight.numel();
-    }
-    operand = operand_dtype(device, dtype, multiplications);
+    int64_t widest = 0;
     for (size_t l = 0; l < weights.size(); ++l) {
       layers.push_back(layer(weights[l], biases[l]));
       widest = std::max(widest, layers[l].D);
