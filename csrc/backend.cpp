@@ -10,6 +10,7 @@
 #endif
 
 #include "kernels/cpu/threads.h"
+#include "settings.h"
 
 namespace wakesleep {
 namespace {
@@ -36,6 +37,8 @@ void cuda::check_launch(int error) {
   }
   C10_CUDA_CHECK(static_cast<cudaError_t>(error));
 }
+
+bool cuda::launches_early() { return settings::dependent_launch.get().value_or(1) != 0; }
 #else
 const Backend& backend_of(at::Device) { return *on_cpu; }
 

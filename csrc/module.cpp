@@ -6,7 +6,7 @@
 
 #include "autograd/unit_gradient.h"
 #include "backend.h"
-#include "ops/gemm.h"
+#include "settings.h"
 // One translation unit, because torch's headers take most of the compile time.
 #include "runtime/recording.cpp"
 #include "runtime/watch.cpp"
@@ -27,6 +27,12 @@ pybind11::dict build_config() {
 #endif
   config["compiler"] = __VERSION__;
   return config;
+}
+
+void def_setting(pybind11::module_& m, const char* name, wakesleep::Setting& setting) {
+  m.def(
+      name, [&setting](std::optional<int64_t> number) { setting.set(number); }, pybind11::arg("number"),
+      "Set this number of csrc/settings.h. None restores that of the environment variable, or the default.");
 }
 
 void use_on_cpu(std::optional<uintptr_t> address) {
@@ -60,8 +66,9 @@ std::optional<std::vector<at::Tensor>> replay(Recording& recording, const std::v
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of wakesleep_ext, registered as torch.ops.wakesleep_ext.*";
   m.def("build_config", build_config, "How this binary was built: torch, CUDA and compiler versions.");
-  m.def("set_small_batch", &wakesleep::set_small_batch, pybind11::arg("rows"),
-        "Set the largest batch size for our GEMM kernels. None restores WAKESLEEP_SMALL_BATCH or the measured limit.");
+  def_setting(m, "set_small_batch", wakesleep::settings::small_batch);
+  def_setting(m, "set_chunk_mib", wakesleep::settings::chunk_mib);
+  def_setting(m, "set_dependent_launch", wakesleep::settings::dependent_launch);
   m.def("mark_unit_gradient", &wakesleep::autograd::mark_unit_gradient, pybind11::arg("ones"),
         "Make ops recognise a tensor of ones as an upstream gradient of 1.");
   m.def("use_on_cpu", use_on_cpu, pybind11::arg("address"),

@@ -10,9 +10,9 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from itertools import takewhile, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from wakesleep_ext.benchmark import report, result
 from wakesleep_ext.benchmark.measure import Case
 from wakesleep_ext.benchmark.plan import Plan
+from wakesleep_ext.benchmark.result import Record
 from wakesleep_ext.benchmark.run import SUITES, run
 from wakesleep_ext.info import commit_of
 
@@ -54,24 +55,25 @@ def main() -> None:
 
 
 def measure(plan: Plan, seconds: float, path: Path) -> None:
-    """Measure as many cases as fit in the time, those that differ most first. Write the result, and print it."""
+    """Measure as many cases as fit in the time, those that differ most first. Write the result after each case."""
     end = time.monotonic() + seconds
     places: dict[str, int] = {}
 
-    def until_the_end(cases: Sequence[Case[Any]]) -> Iterator[Case[Any]]:
+    def differing_first(cases: Sequence[Case[Any]]) -> list[Case[Any]]:
         places.update({str(case): place for place, case in enumerate(cases)})
-        first, *others = in_turns(cases)
-        yield first
-        yield from takewhile(lambda case: time.monotonic() < end, others)
+        return in_turns(cases)
 
-    figures = run(plan, until_the_end)
-    keys = [" ".join(str(record[name]) for name in ("op", "pass", "dtype", "shape")) for record in figures["records"]]
-    in_order = sorted(range(len(keys)), key=lambda place: places[keys[place]])
-    figures["records"] = [figures["records"][place] for place in in_order]
-    figures["machine"]["commit"], figures["machine"]["modified"] = commit_of(ROOT)  # built from here
-    result.write(path, figures)
+    def place(record: Record) -> int:
+        return places[" ".join(str(record[name]) for name in ("op", "pass", "dtype", "shape"))]
+
+    for figures in run(plan, differing_first):
+        figures["records"] = sorted(figures["records"], key=place)
+        figures["machine"]["commit"], figures["machine"]["modified"] = commit_of(ROOT)  # built from here
+        result.write(path, figures)
+        if time.monotonic() > end:
+            break
     print(report.text(figures, SUITES[plan.suite]))
-    print(f"{len(set(keys))} of {len(places)} cases in {seconds:.0f} seconds")
+    print(f"{len(set(map(place, figures['records'])))} of {len(places)} cases in {seconds:.0f} seconds")
 
 
 def in_turns(cases: Sequence[Case[Any]]) -> list[Case[Any]]:

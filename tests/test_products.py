@@ -211,10 +211,13 @@ def test_who_multiplies(rows: int, chosen: int | None, expected: int, request: p
 
 @pytest.mark.skipif(not _multiplies_itself(), reason="this processor has no fused multiply-adds that we use")
 def test_what_is_no_number_of_rows() -> None:
+    expected = "expected WAKESLEEP_SMALL_BATCH to be a number of at least 0, got"
+    with pytest.raises(ValueError, match=f"{expected} -1"):
+        _C.set_small_batch(-1)
     program = "import torch, wakesleep_ext as ws; ws.linear(torch.zeros(2, 3), torch.zeros(4, 3), None)"
     variables = {**os.environ, "WAKESLEEP_SMALL_BATCH": "12 or so"}
     done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
-    assert "ValueError: expected WAKESLEEP_SMALL_BATCH to be a number, got '12 or so'" in done.stderr
+    assert f"ValueError: {expected} '12 or so'" in done.stderr
 
 
 @pytest.mark.parametrize("variable", [{"ATEN_CPU_CAPABILITY": "default"}, {"WAKESLEEP_SMALL_BATCH": "19"}], ids=str)

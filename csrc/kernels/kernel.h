@@ -12,6 +12,9 @@ using Stream = void*;  // the cudaStream_t to launch on; null on the CPU
 namespace cuda {
 // Throws unless the error, a cudaError_t, is cudaSuccess. The host code defines this function.
 void check_launch(int error);
+
+// Returns whether a kernel may be launched before the previous one has completed. The host code defines this function.
+bool launches_early();
 }  // namespace cuda
 
 }  // namespace wakesleep

@@ -1,38 +1,14 @@
 #include "gemm.h"
 
-#include <atomic>
-#include <cstdlib>
+#include "../settings.h"
 
 namespace wakesleep {
 namespace {
 
 // ---- small batches -------------------------------------------------------------------------------------------------
 
-constexpr int64_t kNotSet = -1;
-std::atomic<int64_t> small_batch_set = kNotSet;
-
-// Returns the value of WAKESLEEP_SMALL_BATCH, or kNotSet. The variable is read once.
-int64_t small_batch_in_environment() {
-  static const int64_t rows = [] {
-    const char* chosen = std::getenv("WAKESLEEP_SMALL_BATCH");
-    if (chosen == nullptr) {
-      return kNotSet;
-    }
-    char* end = nullptr;
-    const int64_t number = std::strtoll(chosen, &end, 10);
-    TORCH_CHECK_VALUE(end != chosen && *end == '\0', "expected WAKESLEEP_SMALL_BATCH to be a number, got '", chosen,
-                      "'");
-    return std::max<int64_t>(0, number);
-  }();
-  return rows;
-}
-
 // Returns whether the rows are at most the chosen limit, or else the measured limit.
-bool is_small_batch(int64_t rows, int64_t measured) {
-  int64_t limit = small_batch_set.load(std::memory_order_relaxed);
-  limit = limit == kNotSet ? small_batch_in_environment() : limit;
-  return rows <= (limit == kNotSet ? measured : limit);
-}
+bool is_small_batch(int64_t rows, int64_t measured) { return rows <= settings::small_batch.get().value_or(measured); }
 
 // ---- our GEMMs -----------------------------------------------------------------------------------------------------
 
@@ -127,11 +103,6 @@ at::Tensor onednn_layer(const at::Tensor& a, const at::Tensor& b, const std::opt
 }
 
 }  // namespace
-
-void set_small_batch(std::optional<int64_t> rows) {
-  TORCH_CHECK_VALUE(!rows || *rows >= 0, "set_small_batch: expected rows to be 0 or more, got ", *rows);
-  small_batch_set = rows.value_or(kNotSet);
-}
 
 Method method_for(const Gemm& gemm) {
   const Backend& backend = backend_of(gemm.device);

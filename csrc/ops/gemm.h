@@ -88,8 +88,4 @@ bool has_layer_output(Method method, Activation f);
 at::Tensor layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight,
                         const at::Tensor& bias, at::Tensor place);
 
-// Sets the limit of small batches. std::nullopt restores WAKESLEEP_SMALL_BATCH or, if this variable is not set, the
-// measured limit.
-void set_small_batch(std::optional<int64_t> rows);
-
 }  // namespace wakesleep

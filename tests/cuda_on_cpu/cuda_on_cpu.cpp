@@ -369,6 +369,8 @@ void wakesleep::cuda::check_launch(int error) {
   }
 }
 
+bool wakesleep::cuda::launches_early() { return true; }
+
 // What the package needs to compute with the emulated kernels.
 CUDA_ON_CPU_EXPORT const void* wakesleep_cuda_kernels() { return &wakesleep::cuda::kBackend; }
 

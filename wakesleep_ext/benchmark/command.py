@@ -77,7 +77,8 @@ def _watched(plan: Plan) -> Result:
                 bar.set_postfix_str(str(case))
                 yield case
 
-    return run(plan, bar, cache(lambda message: tqdm.write(f"wakesleep: {message}", file=sys.stderr)))
+    *_, figures = run(plan, bar, cache(lambda message: tqdm.write(f"wakesleep: {message}", file=sys.stderr)))
+    return figures
 
 
 def _say(message: str) -> None:

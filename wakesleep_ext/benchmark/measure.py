@@ -167,7 +167,7 @@ def take(
     device: torch.device,
     blocks: int,
     warn: Callable[[str], object],
-) -> tuple[float, list[Record]]:
+) -> Iterator[tuple[float, list[Record]]]:
     """Measure the cases one after the other.
 
     Args:
@@ -178,8 +178,8 @@ def take(
             least five blocks.
         warn: called with a message for each implementation that is left out.
 
-    Returns:
-        The bandwidth of a copy during the run, in 10^9 bytes per second, and the records.
+    Yields:
+        After each case: the bandwidth of a copy during the run so far, in 10^9 bytes per second, and all records.
     """
     copy = Copy(device)
     found: list[tuple[Case[Any], str, Measurement]] = []
@@ -188,24 +188,24 @@ def take(
         chosen = [candidate for candidate in case.candidates if candidate in candidates]
         measured = measure(case, chosen, device, blocks, warn)
         found += [(case, candidate, measurement) for candidate, measurement in measured.items()]
+        yield copy.bandwidth_gbs, [_record(*each, device, copy.bandwidth_gbs) for each in found]
 
-    def fraction(case: Case[Any], median_us: float) -> float | None:
-        return case.bytes / median_us / (1e3 * copy.bandwidth_gbs) if bandwidth_bound(case, device) else None
 
-    return copy.bandwidth_gbs, [
-        {
-            **case.labels,
-            "candidate": candidate,
-            "median_us": measurement.median_us,
-            "iqr_us": measurement.iqr_us,
-            "max_error": measurement.max_error,
-            "bytes": case.bytes,
-            "bandwidth_fraction": fraction(case, measurement.median_us),
-            "peak_bytes": measurement.peak_bytes,
-            "launches": measurement.launches,
-        }
-        for case, candidate, measurement in found
-    ]
+def _record(
+    case: Case[Any], candidate: str, measured: Measurement, device: torch.device, bandwidth_gbs: float
+) -> Record:
+    is_compared = bandwidth_bound(case, device)
+    return {
+        **case.labels,
+        "candidate": candidate,
+        "median_us": measured.median_us,
+        "iqr_us": measured.iqr_us,
+        "max_error": measured.max_error,
+        "bytes": case.bytes,
+        "bandwidth_fraction": case.bytes / measured.median_us / (1e3 * bandwidth_gbs) if is_compared else None,
+        "peak_bytes": measured.peak_bytes,
+        "launches": measured.launches,
+    }
 
 
 def measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,13 +26,16 @@ def run(
     plan: Plan,
     progress: Callable[[Sequence[Case[Any]]], Iterable[Case[Any]]] = iter,
     warn: Callable[[str], object] = warnings.warn,
-) -> result.Result:
-    """Run a benchmark and return its result.
+) -> Iterator[result.Result]:
+    """Run a benchmark.
 
     Args:
         plan: the cases and implementations to measure, and the device.
         progress: wraps the sequence of cases, to show progress.
         warn: called with a message for each implementation that cannot be measured here.
+
+    Yields:
+        The result so far, after each case.
 
     Raises:
         UsageError: the plan names a device, op or implementation that does not exist.
@@ -53,8 +56,8 @@ def run(
     machine = result.machine(device, threads, plan.command(device, threads))
     keep_freed_memory()
     with on_threads(threads):
-        bandwidth, records = take(progress(cases), candidates, device, blocks, warn)
-    return {"suite": plan.suite, "machine": machine, "copy_bandwidth_gbs": bandwidth, "records": records}
+        for bandwidth, records in take(progress(cases), candidates, device, blocks, warn):
+            yield {"suite": plan.suite, "machine": machine, "copy_bandwidth_gbs": bandwidth, "records": records}
 
 
 def suite_of(figures: result.Result) -> Suite:

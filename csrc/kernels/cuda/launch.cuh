@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <initializer_list>
 #include <limits>
 
@@ -36,12 +35,6 @@ inline __device__ void wait_for_previous() {
   }
 }
 
-// WAKESLEEP_DEPENDENT_LAUNCH=0 makes every kernel start after the previous one has completed, as in most programs.
-inline bool launches_early() {
-  static const char* const chosen = std::getenv("WAKESLEEP_DEPENDENT_LAUNCH");
-  return kCanWait && (chosen == nullptr || *chosen != '0');
-}
-
 // Runs kernel(arguments...) on `blocks` blocks of `threads` threads. Kernels use grid-stride loops, so a grid that is
 // clamped to the hardware limit still covers all the work.
 template <typename... Parameters, typename... Arguments>
@@ -57,7 +50,7 @@ void launch(Stream stream, void (*kernel)(Parameters...), int64_t blocks, int th
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
-  config.numAttrs = launches_early() ? 1 : 0;
+  config.numAttrs = kCanWait && launches_early() ? 1 : 0;
   check_launch(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
