@@ -21,6 +21,7 @@ from wakesleep_ext import _C
 def main() -> None:
     walk(SHAPES)
     _C.set_small_batch(0)  # takes the path of large batches
+    _C.set_chunk_mib(0)  # in chunks of as few rows as possible
     walk(case for case in SHAPES if case.op.startswith(("linear", "mlp")))
     torch.cuda.synchronize()
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from wakesleep_ext import _C
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, and per process that it starts
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -44,9 +46,8 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Limit torch to one thread, for tests that depend on how work is divided."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def small_chunks() -> Iterator[None]:
+    """Limit the chunks of layers and heads to 1 MiB, for any device and number of threads."""
+    _C.set_chunk_mib(1)
     yield
-    torch.set_num_threads(threads)
+    _C.set_chunk_mib(None)

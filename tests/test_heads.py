@@ -16,7 +16,7 @@ from wakesleep_ext import reference
 from wakesleep_ext.benchmark.instruments import peak_bytes
 from wakesleep_ext.gradients import unit_gradient
 
-CHUNK = 32  # minimum rows per chunk; with one thread, a chunk takes 1 MiB
+CHUNK = 32  # minimum rows per chunk
 
 
 def _head(
@@ -41,7 +41,7 @@ RECOMPUTE = pytest.mark.parametrize("recompute", [None, True, False])
 
 
 @RECOMPUTE
-def test_any_weight_for_each_row_is_exact(recompute: bool | None, device: str, one_thread: None) -> None:
+def test_any_weight_for_each_row_is_exact(recompute: bool | None, device: str, small_chunks: None) -> None:
     h, weight, bias, x = _several_chunks(device)
     upstream = torch.randn(h.shape[:-1], dtype=torch.float64, device=device)
     expected = ws.bernoulli_log_prob(F.linear(h, weight, bias), x)
@@ -61,7 +61,7 @@ def test_a_gradient_for_one_argument_alone_is_the_same(recompute: bool | None, d
     torch.testing.assert_close(alone, list(together))
 
 
-def test_a_weighted_sum_is_exact(device: str, one_thread: None) -> None:
+def test_a_weighted_sum_is_exact(device: str, small_chunks: None) -> None:
     h, weight, bias, x = _several_chunks(device)
     sample_weight = torch.randn(h.shape[:-1], dtype=torch.float64, device=device, requires_grad=True)
     log_prob = ws.bernoulli_log_prob(F.linear(h, weight, bias), x)
@@ -130,7 +130,7 @@ def test_an_upstream_gradient_of_one_is_recognised_until_it_changes(op: str, dev
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_draws_are_those_of_bernoulli_sample(dtype: torch.dtype, device: str, one_thread: None) -> None:
+def test_draws_are_those_of_bernoulli_sample(dtype: torch.dtype, device: str, small_chunks: None) -> None:
     """An element's random word depends on its index only, not on chunks. So draws differ only if rounding moves a logit
     past the uniform.
     """
@@ -157,7 +157,7 @@ def test_draws_follow_the_generator(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_types_are_summed_in_float32(dtype: torch.dtype, device: str, one_thread: None) -> None:
+def test_half_types_are_summed_in_float32(dtype: torch.dtype, device: str, small_chunks: None) -> None:
     """A sum over thousands of rows in bfloat16 would stop growing long before the end."""
     h, weight, bias, x = _head((5, 1000), 4, 9, dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in (h, weight, bias)]
@@ -264,7 +264,7 @@ def test_peak_memory(op: str) -> None:
     assert 4 * peak(ours) <= peak(eager)
 
 
-def test_memory_does_not_grow_with_the_logits(one_thread: None) -> None:
+def test_memory_does_not_grow_with_the_logits(small_chunks: None) -> None:
     """Besides the gradients of the arguments, a pass allocates one chunk, for any number of rows."""
 
     def beyond_gradients(rows: int) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import wakesleep_ext as ws
 from wakesleep_ext import reference
 
-CHUNK = 32  # minimum rows per chunk; with one thread, a chunk takes 1 MiB
+CHUNK = 32  # minimum rows per chunk
 
 
 def _layer(rows: int, features: int, width: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +23,7 @@ def _layer(rows: int, features: int, width: int, dtype: torch.dtype, device: str
     return h, weight, bias
 
 
-def test_a_layer_in_several_chunks(device: str, one_thread: None) -> None:
+def test_a_layer_in_several_chunks(device: str, small_chunks: None) -> None:
     dtype = torch.float64
     layer = _layer(2 * CHUNK + 7, 3, 2**20 // dtype.itemsize // CHUNK - 3, dtype, device)
     found, expected = ws.linear(*layer, "tanh"), F.linear(*layer).tanh()
@@ -34,7 +34,7 @@ def test_a_layer_in_several_chunks(device: str, one_thread: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_layers_of_half_types_are_summed_in_float32(dtype: torch.dtype, device: str, one_thread: None) -> None:
+def test_layers_of_half_types_are_summed_in_float32(dtype: torch.dtype, device: str, small_chunks: None) -> None:
     """A sum over thousands of rows in bfloat16 would stop growing long before the end."""
     layer = _layer(5000, 4, 9, dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in layer]

@@ -105,7 +105,7 @@ def test_products_of_every_ragged_size(always_packed: None) -> None:
         _assert_exact(_results(layer, upstream), layer, upstream)
 
 
-def test_gradients_add_up_over_chunks(one_thread: None, always_packed: None) -> None:
+def test_gradients_add_up_over_chunks(small_chunks: None, always_packed: None) -> None:
     layer = _layer(71, 3, 2**20 // 4 // 32 - 3)  # in chunks of 32 rows
     upstream = torch.randn(len(layer[0]), len(layer[1]))
     _assert_exact(_results(layer, upstream), layer, upstream)
