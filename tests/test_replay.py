@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from itertools import count
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count, cycle, islice
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 import wakesleep_ext as ws
-from wakesleep_ext import replay
+from wakesleep_ext import _C, replay
 from wakesleep_ext.benchmark.instruments import peak_bytes
+from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.replay import Replay
+from wakesleep_ext.training.data import Images
 from wakesleep_ext.training.trainer import Trainer
 
 
@@ -459,3 +461,102 @@ def test_what_is_loaded_between_replays_is_trained_on(recorded: list[Any]) -> No
     assert losses(replayed) == losses(other)
     assert_same_state(replayed, other)
     assert len(recorded) == 1
+
+
+# ---- on every device -------------------------------------------------------------------------------------------------
+
+DEVICES = ["cpu", *(f"cuda:{index}" for index in range(min(torch.cuda.device_count(), 2)))]
+"""The second GPU, if there is one, is not the current device."""
+
+
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def head(device: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Return a function of rows `[8, 30]` that returns the loss of a layer and a head, and its gradients."""
+    hidden, weight = (torch.randn(width, 30, device=device, requires_grad=True) for width in (30, 20))
+    pixels = torch.ones(8, 20, device=device)
+
+    def gradients(h: Tensor) -> tuple[Tensor, ...]:
+        loss = ws.linear_bernoulli_log_prob_sum((h @ hidden).tanh(), weight, None, pixels)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    return gradients
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_replay_follows_autocast(device: str) -> None:
+    """A recording made under autocast is used under the same autocast only."""
+    kind = torch.device(device).type
+    function = head(device)
+    replayed = Replay(function)
+    for dtype in (None, torch.bfloat16, torch.float16, None):
+        with torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None):
+            for h in torch.randn(4, 8, 30, device=device):
+                for found, expected in zip(replayed(h), replay.call(function, h), strict=True):
+                    assert found.dtype == expected.dtype
+                    assert torch.equal(found, expected)
+            assert replayed.is_replayed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("records_on_a_side_stream", [False, True])
+def test_a_replay_runs_on_the_current_stream(device: str, records_on_a_side_stream: bool) -> None:
+    """It waits for earlier work of that stream, and later work of that stream waits for it."""
+    on_gpu = device != "cpu"
+    function, values = head(device), torch.randn(5, 8, 30, device=device)
+    expected = [function(h) for h in values]
+    streams = [torch.cuda.Stream(device) if on_gpu else None for _ in values]
+    replayed = Replay(function)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    with on_stream(streams[0] if records_on_a_side_stream else None):
+        recorded_by(replayed, torch.zeros(8, 30, device=device))
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    found = []
+    for number, stream in enumerate(streams):
+        with on_stream(stream):
+            if stream is not None:
+                stream.wait_stream(streams[number - 1])  # a recording has memory for one replay at a time
+                torch.cuda._sleep(1_000_000)  # whatever goes to another stream comes too early
+            h = values[number] + 0
+            found.append([result * 2 for result in replayed(h)])
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    assert replayed.is_replayed
+    for results, wanted in zip(found, expected, strict=True):
+        assert all(torch.equal(result, 2 * one) for result, one in zip(results, wanted, strict=True))
+
+
+LONG = {"cpu": 12, "cuda": 3000}
+"""The number of steps on each type of device."""
+
+
+def long_run(device: str, sizes: tuple[int, int], is_replayed: bool) -> tuple[Tensor, Trainer]:
+    """Return the losses of many steps of a network with layers of common widths, and its trainer."""
+    grey = torch.randint(256, (400, 784), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = Images(grey, white=255, shape=(28, 28))
+    model = ModelConfig(784, (50,), (200, 200), (200, 200))
+    options = {"batch_size": sizes[0], "num_samples": sizes[1], "replay": is_replayed, "learning_rate_decay": 0.1}
+    trainer = make_trainer(images, device, model, **options)
+    batches = islice(cycle(trainer.take_step.batches()), LONG[torch.device(device).type])
+    return torch.stack([trainer.take_step(index) for index in batches]), trainer
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(20, 1), (100, 5)], ids=str)
+def test_many_replayed_steps_are_those_of_the_eager_path(device: str, sizes: tuple[int, int]) -> None:
+    """Every bit is the same. On a GPU, kernels that are launched early also compute what they would later."""
+    expected, eager = long_run(device, sizes, is_replayed=False)
+    found, replayed = long_run(device, sizes, is_replayed=True)
+    assert torch.equal(found, expected)
+    assert_same_state(replayed, eager)
+    _C.set_dependent_launch(0)
+    try:
+        in_turn, trainer = long_run(device, sizes, is_replayed=True)
+    finally:
+        _C.set_dependent_launch(None)
+    assert torch.equal(in_turn, expected)
+    assert_same_state(trainer, eager)
