@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BYTES = {"double": 8, "float": 4, "wakesleep::Half": 2, "wakesleep::BFloat16": 2, "unsigned char": 1}
+BYTES = {"double": 8, "float": 4, "Half": 2, "BFloat16": 2, "unsigned char": 1}
 WIDE = 16
 LOADS = {
     16: r"LDG.*\.128",
@@ -25,8 +25,12 @@ LOADS = {
     2: r"LDG.*\.[US]16",
     1: r"LDG.*\.[US]8",
 }
-TEAMS = {0: "team", -1: "grid"}  # how many threads share a row, if the number is not known to the compiler
-BLOCK_THREADS = 256  # csrc/kernels/cuda/launch.cuh
+SUMMED = -2
+TEAMS = {0: "team", -1: "grid", SUMMED: "summed"}
+"""How many threads share a row, if the compiler does not know the number. A summed kernel also sums over rows."""
+BLOCK_THREADS, TILE_THREADS = 256, 64  # csrc/kernels/cuda/launch.cuh, small_batch.cuh
+BYTES_OF_ROWS = 8  # kRowsOfWarp in csrc/kernels/cuda/column_sums.cuh, in bytes of the compute type
+MULTIPLY_ADD = r"[FD]FMA"
 REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 
 # the operands that a row kernel reads along the row, as indices into its template arguments
@@ -42,6 +46,7 @@ OPERANDS = {
     "GaussianKlBetweenBackwardRows": (0, 0, 0, 0),
     "GaussianLogProbRows": (0, 0, 0),
     "GaussianLogProbBackwardRows": (0, 0, 0),
+    "GaussianLogProbAndGradientsRows": (0, 0, 0),
     "GaussianRsampleRows": (0, 0),
     "LinearBernoulliLogProbRows": (0, 0, 1),  # products, bias and x
     "LinearBernoulliLogProbBackwardRows": (0, 0, 1),
@@ -85,8 +90,9 @@ class Kernel:
     def occupancy(self) -> float:
         """The fraction of a multiprocessor's threads in use, for compute capability 8.0 to 10.0."""
         per_thread = -(-self.registers // 8) * 8
-        blocks = min(THREADS_PER_SM // BLOCK_THREADS, REGISTERS_PER_SM // (per_thread * BLOCK_THREADS))
-        return blocks * BLOCK_THREADS / THREADS_PER_SM
+        threads = TILE_THREADS if self.name == "layer_kernel" else BLOCK_THREADS
+        blocks = min(THREADS_PER_SM // threads, REGISTERS_PER_SM // (per_thread * threads))
+        return blocks * threads / THREADS_PER_SM
 
     @property
     def word(self) -> int:
@@ -94,23 +100,30 @@ class Kernel:
         elements = int(self.arguments[-1]) if self.arguments[-1].isdigit() else WIDE
         return min(WIDE, elements * BYTES[self.arguments[OPERANDS[self.name][0]]])
 
-    @property
-    def main_loop(self) -> list[Instruction]:
-        """The innermost loop with the most loads of a word, and the shortest of these."""
+    def loop_with_most(self, pattern: str) -> list[Instruction]:
+        """Return the innermost loop with the most instructions that match, and the shortest of these."""
         loops = [(i.target, i.address) for i in self.instructions if i.target is not None and i.target <= i.address]
         bodies = [[i for i in self.instructions if first <= i.address <= last] for first, last in loops]
-        loads = LOADS[self.word]
-        loading = [body for body in bodies if self.count(loads, body)]
+        matching = [body for body in bodies if self.count(pattern, body)]
         innermost = [
             body
-            for body in loading
-            if not any(other is not body and _inside(other, body) for other in loading)
+            for body in matching
+            if not any(other is not body and _inside(other, body) for other in matching)
         ]  # fmt: skip
-        return max(innermost, key=lambda body: (self.count(loads, body), -len(body)), default=[])
+        return max(innermost, key=lambda body: (self.count(pattern, body), -len(body)), default=[])
+
+    @property
+    def main_loop(self) -> list[Instruction]:
+        """The loop of a row kernel with the most loads of a word, or of another kernel with the most multiply-adds."""
+        return self.loop_with_most(MULTIPLY_ADD if self.threads is None else LOADS[self.word])
 
     @property
     def elements(self) -> float:
-        """The elements per iteration of the main loop, from its loads of a word."""
+        """The multiply-adds per iteration of the main loop or, in a row kernel, the elements, from the loads."""
+        if self.threads is None:
+            return self.count(MULTIPLY_ADD, self.main_loop)
+        if self.threads == SUMMED and self.name != "GaussianLogProbAndGradientsRows":  # all rows share the bias
+            return BYTES_OF_ROWS / BYTES[self.arguments[0]] * self.word / BYTES[self.arguments[OPERANDS[self.name][0]]]
         sizes = [BYTES[self.arguments[index]] for index in OPERANDS[self.name]]
         # narrower operands use narrower loads, and wider ones wider loads, if there are any
         alike = sum(size for size in sizes if size == sizes[0] or (size > sizes[0] and self.word == WIDE))
@@ -161,11 +174,12 @@ def read_kernels(binary: Path) -> list[Kernel]:
         ["c++filt"], input="\n".join(symbol for _, symbol in kernels), capture_output=True, text=True, check=True
     ).stdout.splitlines()
     for kernel, name in zip(kernels.values(), names, strict=True):
-        if match := re.search(r"row_kernel<(?:\(int\))?(-?\d+), .*?(\w+)<(.*?)> ?>\(", name):
-            kernel.threads, kernel.name = int(match[1]), match[2]
-            kernel.arguments = tuple(argument.strip() for argument in match[3].split(","))
-        else:
-            kernel.name = re.sub(r"[(<].*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1]
+        name = re.sub(r"\(anonymous namespace\)::|\(int\)|wakesleep::(cuda::)?", "", name)
+        if match := re.search(r"\b(row|summed_rows|summed_parts)_kernel<(-?\d+)?.*?(\w+)<(.*?)> ?>\(", name):
+            kernel.threads, kernel.name = int(match[2]) if match[1] == "row" else SUMMED, match[3]
+            kernel.arguments = tuple(argument.strip() for argument in match[4].split(","))
+        elif match := re.match(r"(?:void )?(\w+)(?:<(.*)>)?\(", name):
+            kernel.name, kernel.arguments = match[1], (match[2],) if match[2] else ()
     return sorted(kernels.values(), key=lambda k: (k.architecture, k.name, k.arguments, k.threads or 0))
 
 
@@ -190,31 +204,30 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 
 def title(kernel: Kernel) -> str:
-    arguments = ", ".join(
-        argument.removeprefix("wakesleep::").replace("unsigned char", "uint8") for argument in kernel.arguments
-    )
-    if kernel.threads is None:
-        return kernel.name
-    return f"{kernel.name}<{arguments}> / {TEAMS.get(kernel.threads, kernel.threads)}"
+    arguments = ", ".join(kernel.arguments).replace("unsigned char", "uint8").replace(" >", ">")
+    name = f"{kernel.name}<{arguments}>" if arguments else kernel.name
+    return name if kernel.threads is None else f"{name} / {TEAMS.get(kernel.threads, kernel.threads)}"
 
 
 def table(kernels: list[Kernel]) -> str:
-    """Format one line per kernel. Instructions and special functions (MUFU) are per element of the main loop."""
+    """Format one line per kernel. Instructions and special functions (MUFU) are per element of the main loop or, if it
+    is not a row kernel, per multiply-add.
+    """
     lines = [
-        f"{'':7}{'kernel / threads per row':66}{'regs':>5}{'occ.':>6}{'spills':>7}{'shared':>7}"
+        f"{'':7}{'kernel / threads per row':72}{'regs':>5}{'occ.':>6}{'spills':>7}{'shared':>7}"
         f"{'loads':>7}{'STG128':>7}{'elem.':>7}{'instr.':>8}{'MUFU':>6}"
     ]
     for kernel in kernels:
         line = (
-            f"{kernel.architecture:7}{title(kernel):66}{kernel.registers:5}{kernel.occupancy:6.0%}"
+            f"{kernel.architecture:7}{title(kernel):72}{kernel.registers:5}{kernel.occupancy:6.0%}"
             f"{kernel.spills:7}{kernel.shared:7}"
         )
-        if kernel.threads is not None:
-            loop, elements = kernel.main_loop, kernel.elements
-            loads, wide_stores = kernel.count(LOADS[kernel.word], loop), kernel.count(r"STG.*\.128")
-            line += f"{loads:7}{wide_stores:7}{elements:7.0f}"
-            if elements:
-                line += f"{len(loop) / elements:8.1f}{kernel.count('MUFU', loop) / elements:6.2f}"
+        loop, elements = kernel.main_loop, kernel.elements
+        loads = kernel.count("LDG" if kernel.threads is None else LOADS[kernel.word], loop)
+        wide_stores = kernel.count(r"STG.*\.128")
+        line += f"{loads:7}{wide_stores:7}{elements:7.0f}"
+        if elements:
+            line += f"{len(loop) / elements:8.1f}{kernel.count('MUFU', loop) / elements:6.2f}"
         lines.append(line)
     return "\n".join(lines)
 
