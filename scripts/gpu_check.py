@@ -122,7 +122,7 @@ def stages(python: str, site: Path, out: Path, capability: str) -> list[list[Ste
                 required=True,
             )
         ],
-        [Step("alternatives of a step", alternatives, 100, tests, installed)],
+        [Step("alternatives of a step", alternatives, 120, tests, installed)],
         [
             Step("every operator has a CUDA kernel", (python, str(scripts / "cuda_check.py")), 60, tests, installed),
             Step(

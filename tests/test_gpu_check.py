@@ -18,7 +18,7 @@ import pytest
 import torch
 from checkout import ROOT
 
-from wakesleep_ext.benchmark import result
+from wakesleep_ext.benchmark import instruments, result
 from wakesleep_ext.benchmark.measure import Rotation
 from wakesleep_ext.benchmark.plan import Plan
 from wakesleep_ext.benchmark.run import SUITES
@@ -160,6 +160,7 @@ def test_alternatives_are_measured_and_written_after_each_size(
     """On a CPU, too, but TF32 is left out. Every block of calls runs with its own settings, which then end."""
     monkeypatch.setattr(gpu_alternatives, "NET", (12, 6, 5, 3))
     monkeypatch.setattr(gpu_alternatives.AlternativeCase, "block_seconds", 1e-4)
+    monkeypatch.setattr(instruments, "last_level_cache", lambda device: 0)  # makes copies short
     written: list[int] = []
     monkeypatch.setattr(gpu_alternatives.result, "write", lambda path, figures: written.append(len(figures["records"])))
     with pytest.warns(UserWarning, match="tf32 left out: Step: expected precision"):
