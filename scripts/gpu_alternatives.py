@@ -32,7 +32,7 @@ from wakesleep_ext.training.config import Precision
 from wakesleep_ext.training.trainer import Trainer
 
 SIZES = ("20x1", "100x1", "100x5", "100x50", "1000x50")
-"""Batch size and L, those that tell most first."""
+"""Batch size and L of the default cases, the smallest first."""
 MEASURED_ROWS, MEASURED_MIB = 256, 48
 """The settings of a GPU."""
 
@@ -75,7 +75,7 @@ class AlternativeCase(StepCase):
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The first alternative of each effect."""
+        """Names of the alternatives. Of those with the same effect, only the first is named."""
         of_effects: dict[object, str] = {}
         for name, settings in ALTERNATIVES.items():
             of_effects.setdefault(self._effect(settings), name)
