@@ -1,8 +1,8 @@
 """Time a training step with each alternative of its settings, in one process and in turns.
 
-The alternatives are the largest small batch, the size of a chunk, early launches and the precision of large matrix
-products. An alternative that would change nothing at a size is left out. Each has its error compared with float64. The
-result is written after each size, so that a run that is cut off leaves what it has measured.
+The alternatives are the largest small batch, the size of a chunk, early launches, the precision of matrix products and
+the steps in a replay. An alternative that would change nothing at a size is left out. Each has its error compared with
+float64. The result is written after each size, so that a run that is cut off leaves what it has measured.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ SIZES = ("20x1", "100x1", "100x5", "100x50", "1000x50")
 """Batch size and L of the default cases, the smallest first."""
 MEASURED_ROWS, MEASURED_MIB = 256, 48
 """The settings of a GPU."""
+MOST_ROWS_OF_REPLAYS = 1000
+"""Steps of more rows take longer than the launch of a graph, so a replay of several of them is left out."""
 
 
 class Settings(NamedTuple):
@@ -44,6 +46,8 @@ class Settings(NamedTuple):
     chunk_mib: int | None = None
     dependent_launch: int | None = None
     precision: Precision = "float32"
+    steps: int = 1
+    """Number of steps in a replay."""
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -65,6 +69,8 @@ ALTERNATIVES: Mapping[str, Settings] = {
     "fused": Settings(),
     "no early launches": Settings(dependent_launch=0),
     "tf32": Settings(precision="tf32"),
+    "bfloat16": Settings(precision="bfloat16"),
+    **{f"{steps} steps in a replay": Settings(steps=steps) for steps in (4, 16)},
     **{f"small batches of {rows}": Settings(small_batch=rows) for rows in (0, 64, 128, 256, 512)},
     **{f"chunks of {mib} MiB": Settings(chunk_mib=mib) for mib in (8, 16, 32, 48, 64, 96)},
 }
@@ -88,19 +94,22 @@ class AlternativeCase(StepCase):
         chunk = (MEASURED_MIB if settings.chunk_mib is None else settings.chunk_mib) * 2**20
         small = [count <= limit for count in rows]
         chunks = 1 if small[1] else math.ceil(rows[1] * self.net[0] * torch.float32.itemsize / chunk)
-        precision = None if all(small) else settings.precision  # our kernels always compute in float32
-        return *small, chunks, settings.dependent_launch, precision
+        precision = "float32" if all(small) and settings.precision == "tf32" else settings.precision  # not in our GEMMs
+        steps = settings.steps if rows[1] <= MOST_ROWS_OF_REPLAYS else 1
+        return *small, chunks, settings.dependent_launch, precision, steps
 
     def calls(self, candidate: str, inputs: Sequence[Inputs]) -> list[Call]:
-        training = replace(self.training, precision=ALTERNATIVES[candidate].precision)
+        _, _, _, precision, steps = ALTERNATIVES[candidate]
+        training = replace(self.training, precision=precision)
         trainers = [Trainer(self.machine(one.images), one.images, training) for one in inputs]
-        return [partial(trainer.take_step, one.batch) for trainer, one in zip(trainers, inputs, strict=True)]
+        batches = [one.batch if steps == 1 else one.batch.repeat(steps, 1) for one in inputs]
+        return [partial(trainer.take_step, batch) for trainer, batch in zip(trainers, batches, strict=True)]
 
     def implementation(self, candidate: str, inputs: Sequence[Inputs], rotation: Rotation) -> Implementation:
         return Alternative(self.calls(candidate, inputs), rotation, ALTERNATIVES[candidate])
 
     def error(self, candidate: str, inputs: Inputs, result: Any) -> float | None:
-        return super().error("fused", inputs, result)
+        return super().error("fused", inputs, result if result.dim() == 1 else result[0])
 
 
 class Alternative(Here):
@@ -115,15 +124,21 @@ class Alternative(Here):
             return super().first()
 
     def seconds(self, count: int) -> float:
+        """Return the seconds that this many steps take."""
+        replays = math.ceil(count / self._settings.steps)
         with self._settings.active():
-            return super().seconds(count)
+            return super().seconds(replays) * count / (replays * self._settings.steps)
+
+    def launches(self) -> int | None:
+        launches = super().launches()
+        return None if launches is None else round(launches / self._settings.steps)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=SIZES, metavar="BATCHxL")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=36.0, help="time for all sizes, without preparations")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time for all sizes, without preparations")
     parser.add_argument("--json", type=Path, metavar="PATH")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)

@@ -147,11 +147,12 @@ def test_alternatives_that_change_nothing_are_left_out() -> None:
     def chosen(batch: int, num_samples: int) -> list[str]:
         return list(gpu_alternatives.AlternativeCase(NET, batch, num_samples, "cuda").candidates)
 
-    assert chosen(20, 1) == ["fused", "no early launches", "small batches of 0"]
-    beyond = ["fused", "no early launches", "tf32", "small batches of 0"]
-    assert chosen(100, 5) == [*beyond, "small batches of 512"]
-    assert chosen(100, 50) == [*beyond, "chunks of 8 MiB"]
-    assert chosen(1000, 50) == [*beyond[:3], *(f"chunks of {mib} MiB" for mib in (8, 16, 32, 64, 96))]
+    always, replays = ["fused", "no early launches"], ["4 steps in a replay", "16 steps in a replay"]
+    assert chosen(20, 1) == [*always, "bfloat16", *replays, "small batches of 0"]
+    always += ["tf32", "bfloat16"]
+    assert chosen(100, 5) == [*always, *replays, "small batches of 0", "small batches of 512"]
+    assert chosen(100, 50) == [*always, "small batches of 0", "chunks of 8 MiB"]
+    assert chosen(1000, 50) == [*always, *(f"chunks of {mib} MiB" for mib in (8, 16, 32, 64, 96))]
 
 
 def test_alternatives_are_measured_and_written_after_each_size(
@@ -165,7 +166,7 @@ def test_alternatives_are_measured_and_written_after_each_size(
     monkeypatch.setattr(gpu_alternatives.result, "write", lambda path, figures: written.append(len(figures["records"])))
     with pytest.warns(UserWarning, match="tf32 left out: Step: expected precision"):
         gpu_alternatives.main(["20x1", "100x5", "--device", "cpu", "--seconds", "0", "--json", str(tmp_path / "x")])
-    assert written == [3, 3 + 4]
+    assert written == [6, 6 + 7]
     assert "small batches of 512" in capsys.readouterr().out
 
 
@@ -174,12 +175,12 @@ def test_a_block_of_calls_runs_with_its_settings(monkeypatch: pytest.MonkeyPatch
     for name in ("small_batch", "chunk_mib", "dependent_launch"):
         monkeypatch.setattr(gpu_alternatives._C, f"set_{name}", partial(numbers.__setitem__, name))
     seen: list[dict[str, int | None]] = []
-    settings = gpu_alternatives.Settings(small_batch=64, dependent_launch=0)
+    settings = gpu_alternatives.Settings(small_batch=64, dependent_launch=0, steps=4)
     rotation = Rotation(1, torch.device("cpu"))
     alternative = gpu_alternatives.Alternative([lambda: seen.append(dict(numbers))], rotation, settings)
     alternative.first()
-    alternative.seconds(1)
-    assert seen == [{"small_batch": 64, "chunk_mib": None, "dependent_launch": 0}] * 2
+    alternative.seconds(7)
+    assert seen == [{"small_batch": 64, "chunk_mib": None, "dependent_launch": 0}] * (1 + 2)
     assert set(numbers.values()) == {None}
 
 

@@ -534,29 +534,28 @@ LONG = {"cpu": 12, "cuda": 3000}
 """The number of steps on each type of device."""
 
 
-def long_run(device: str, sizes: tuple[int, int], is_replayed: bool) -> tuple[Tensor, Trainer]:
+def long_run(device: str, sizes: tuple[int, int], **options: Any) -> tuple[Tensor, Trainer]:
     """Return the losses of many steps of a network with layers of common widths, and its trainer."""
     grey = torch.randint(256, (400, 784), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(grey, white=255, shape=(28, 28))
     model = ModelConfig(784, (50,), (200, 200), (200, 200))
-    options = {"batch_size": sizes[0], "num_samples": sizes[1], "replay": is_replayed, "learning_rate_decay": 0.1}
-    trainer = make_trainer(images, device, model, **options)
-    batches = islice(cycle(trainer.take_step.batches()), LONG[torch.device(device).type])
-    return torch.stack([trainer.take_step(index) for index in batches]), trainer
+    batch_size, num_samples = sizes
+    trainer = make_trainer(images, device, model, batch_size=batch_size, num_samples=num_samples, **options)
+    steps = LONG[torch.device(device).type] // trainer.config.steps_per_replay
+    batches = islice(cycle(trainer.take_step.batches()), steps)
+    return torch.cat([trainer.take_step(index).view(-1, 2) for index in batches]), trainer
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sizes", [(20, 1), (100, 5)], ids=str)
 def test_many_replayed_steps_are_those_of_the_eager_path(device: str, sizes: tuple[int, int]) -> None:
     """Every bit is the same. On a GPU, kernels that are launched early also compute what they would later."""
-    expected, eager = long_run(device, sizes, is_replayed=False)
-    found, replayed = long_run(device, sizes, is_replayed=True)
-    assert torch.equal(found, expected)
-    assert_same_state(replayed, eager)
-    _C.set_dependent_launch(0)
-    try:
-        in_turn, trainer = long_run(device, sizes, is_replayed=True)
-    finally:
-        _C.set_dependent_launch(None)
-    assert torch.equal(in_turn, expected)
-    assert_same_state(trainer, eager)
+    expected, eager = long_run(device, sizes, replay=False)
+    for launches_early, steps in ((1, 1), (0, 1), (1, 4)):
+        _C.set_dependent_launch(launches_early)
+        try:
+            found, replayed = long_run(device, sizes, steps_per_replay=steps)
+        finally:
+            _C.set_dependent_launch(None)
+        assert torch.equal(found, expected)
+        assert_same_state(replayed, eager)
