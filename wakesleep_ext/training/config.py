@@ -107,7 +107,7 @@ class TrainConfig:
     """Scale the gradient of each network down to this norm if it is larger; by default, gradients keep their norm."""
     precision: Precision = "float32"
     """Precision of matrix products, whatever `torch.autocast` says outside. "tf32" rounds the factors of large products
-    to 11 significant bits, and only a GPU has it. "bfloat16" rounds the factors of all layers, and the outputs of hidden
+    to 11 significant bits; only a GPU has it. "bfloat16" rounds the factors of all layers, and the outputs of hidden
     layers, to 8 bits. Log-likelihoods, weights and moments stay in float32."""
     replay: bool = True
     """Record a step and replay it: as a CUDA graph on a GPU, or as a list of operator calls on a CPU. The results are
