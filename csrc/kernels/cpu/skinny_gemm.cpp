@@ -7,9 +7,9 @@
 namespace wakesleep::cpu {
 namespace {
 
-// The register tile of a GEMM has 4 rows. Its width is a number of elements in the forward kernel, and of vectors in the
-// backward kernel. A tile has enough accumulators to hide the latency of multiply-adds if the processor starts two per
-// cycle. Accumulators and operands fit in the registers: 16 of AVX2, or 32 of AVX-512.
+// The register tile of a GEMM has 4 rows. Its width is a number of elements in the forward kernel, and of vectors in
+// the backward kernel. A tile has enough accumulators to hide the latency of multiply-adds if the processor starts two
+// per cycle. Accumulators and operands fit in the registers: 16 of AVX2, or 32 of AVX-512.
 constexpr int kRegisterRows = 4, kRegisterVectors = 3;
 template <int bytes>
 constexpr int kRegisterColumns = bytes == 64 ? 6 : 3;
