@@ -10,6 +10,7 @@
 #include "autograd/gaussian_parameters.cpp"
 #include "autograd/gaussian_rsample.cpp"
 #include "autograd/linear_bernoulli_log_prob.cpp"
+#include "autograd/linear_gaussian_rsample.cpp"
 #include "autograd/mlp.cpp"
 #include "autograd/not_differentiable.cpp"
 #include "autograd/standard_gaussian_log_prob.cpp"

@@ -14,6 +14,7 @@
 #include "ops/layers.cpp"
 #include "ops/linear_bernoulli_log_prob.cpp"
 #include "ops/linear_bernoulli_sample.cpp"
+#include "ops/linear_gaussian_rsample.cpp"
 #include "ops/mlp.cpp"
 #include "ops/standard_gaussian_log_prob.cpp"
 #include "schemas.cpp"

@@ -66,6 +66,9 @@ constexpr Operator kOperators[] = {
      "str? activation, str? output_activation, bool with_grad_h, bool with_grad_weights) "
      "-> (Tensor, Tensor[], Tensor[])"},
 
+    // a Gaussian head, which draws z [*S, *B, K] from [mu | logvar] = h weight^T + bias: h [*B, H], weight [2K, H]
+    {"linear_gaussian_rsample(Tensor h, Tensor weight, Tensor bias, Tensor key, SymInt[] sample_shape) -> Tensor"},
+
     // a Bernoulli head with logits h weight^T + bias: h [*S, *B, H], weight [D, H], bias [D], x [*B, D]
     {"linear_bernoulli_sample(Tensor h, Tensor weight, Tensor bias, Tensor key, ScalarType? dtype=None) -> Tensor"},
     {"linear_bernoulli_log_prob(Tensor h, Tensor weight, Tensor bias, Tensor x, bool? recompute=None) -> Tensor"},

@@ -484,10 +484,24 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         Fault(
             "cuda-word-of-the-neighbour",
-            "csrc/kernels/cuda/linear_bernoulli_sample.cu",
+            "csrc/kernels/cuda/small_batch.cuh",
             "element % kPhiloxWords == w ?",
             "element % kPhiloxWords == w - 1 ?",
             ON_CUDA.format("linear_bernoulli_sample"),
+        ),
+        Fault(
+            "cuda-every-sample-by-both-lanes",
+            "csrc/kernels/cuda/linear_gaussian_rsample.cu",
+            "const int64_t element = (sample * N + row) * K + k;",
+            "const int64_t element = (sample / 2 * 2 * N + row) * K + k;",
+            "tests/cuda_on_cpu/test_kernels.py -k test_draws_of_a_gaussian_head_are_those_of_two_ops",
+        ),
+        Fault(
+            "cuda-mu-of-the-lane-with-logvar",
+            "csrc/kernels/cuda/small_batch.cuh",
+            "? Pair<T>{other, sum} : Pair<T>{sum, other}",
+            "? Pair<T>{sum, other} : Pair<T>{sum, other}",
+            "tests/cuda_on_cpu/test_kernels.py -k test_draws_of_a_gaussian_head_are_those_of_two_ops",
         ),
         Fault(
             "cuda-activation-gradient-of-upstream",

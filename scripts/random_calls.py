@@ -174,6 +174,9 @@ OPERATORS: dict[str, Callable[[Maker], list[Any]]] = {
         ]
     )(_layers(m)),
     "linear_bernoulli_sample": lambda m: [*_head(m), m.key(), None],
+    "linear_gaussian_rsample": lambda m: [
+        m.floats("BH"), m.floats("DH").repeat(2, 1), m.floats("D").repeat(2), m.key(), m.shape(),
+    ],
     "linear_bernoulli_log_prob": lambda m: [*_head(m), m.observed("BD"), m.random.choice([None, True, False])],
     "linear_bernoulli_log_prob_and_logits": lambda m: [
         *_head(m), m.observed("BD"), m.random.choice([-1, 0, 2**20, 2**62]),

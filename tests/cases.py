@@ -265,6 +265,20 @@ SHAPES = (
     ),
     *(Case("linear_bernoulli_sample", shapes[:3]) for shapes in _HEADS),
     *(
+        Case("linear_gaussian_rsample", (h, (2 * K, *h[-1:]), (2 * K,)), sample_shape)
+        for h, K, sample_shape in (
+            ((1,), 1, ()),
+            ((7,), 9, (4,)),
+            ((70, 5), 13, (3,)),
+            ((4, 3, 20), 785, ()),
+            ((2, 1, 4, 5), 9, (2, 3)),
+            ((3, 5), 6, (0,)),
+            ((0, 5), 7, (3,)),
+            ((3, 0), 7, (2,)),
+            ((3, 5), 0, ()),
+        )
+    ),
+    *(
         replace(case, layout=layout)
         for layout in LAYOUTS
         if layout != "contiguous"
@@ -282,6 +296,7 @@ SHAPES = (
             Case("linear", ((4, 3, 5), (21, 5), (21,)), activation="tanh"),
             Case("mlp", ((4, 3, 5), (21, 5), (21,), (9, 21), (9,)), activation="tanh"),
             Case("linear_bernoulli_sample", ((4, 3, 5), (21, 5), (21,))),
+            Case("linear_gaussian_rsample", ((4, 3, 5), (42, 5), (42,)), (2,)),
         )
     ),
 )

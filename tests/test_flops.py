@@ -123,6 +123,8 @@ def test_the_gradient_of_an_observation_is_a_product_of_torch() -> None:
 def test_a_draw_from_a_head(shape_of_h: tuple[int, ...], dtype: torch.dtype) -> None:
     arguments = tensors(shape_of_h, (D, H), (D,), dtype=dtype)
     assert flops(ws.linear_bernoulli_sample, *arguments) == flops(F.linear, *arguments)
+    packed = tensors(shape_of_h, (2 * D, H), (2 * D,), dtype=dtype)
+    assert flops(ws.linear_gaussian_rsample, *packed, (3,)) == flops(F.linear, *packed)
 
 
 def test_a_layer_without_bias_and_no_product_at_all() -> None:

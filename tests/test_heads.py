@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import wakesleep_ext as ws
 from wakesleep_ext import reference
+from wakesleep_ext._op_table import FLOATING
 from wakesleep_ext.benchmark.instruments import peak_bytes
 from wakesleep_ext.gradients import unit_gradient
 
@@ -147,6 +148,35 @@ def test_draws_are_those_of_bernoulli_sample(dtype: torch.dtype, device: str, sm
         assert unequal.sum() < 10
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize(
+    ("leading", "features", "latent", "sample_shape"),
+    [((20,), 20, 6, ()), ((2, 15), 7, 5, (3,)), ((300,), 20, 50, (2, 2))],
+)
+def test_draws_of_a_gaussian_head_are_those_of_two_ops(
+    leading: tuple[int, ...],
+    features: int,
+    latent: int,
+    sample_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    one_thread: None,
+) -> None:
+    """Every bit is the same, with or without gradients. The gradients are the same, too."""
+    head = _head(leading, features, 2 * latent, dtype, device)[:3]
+    parameters = ws.gaussian_parameters(ws.linear(*head))
+    expected = ws.gaussian_rsample(*parameters, sample_shape, key=make_key(device))
+    with torch.no_grad():
+        drawn = ws.linear_gaussian_rsample(*head, sample_shape, key=make_key(device))
+    assert drawn.shape == (*sample_shape, *leading, latent)
+    assert torch.equal(drawn, expected)
+    found = ws.linear_gaussian_rsample(*head, sample_shape, key=make_key(device))
+    assert torch.equal(found, expected)
+    upstream = torch.randn_like(found)
+    gradients = zip(*(torch.autograd.grad(z, head, upstream) for z in (found, expected)), strict=True)
+    assert all(torch.equal(a, b) for a, b in gradients)
+
+
 def test_draws_follow_the_generator(device: str) -> None:
     h, weight, bias, _ = _head((50,), 3, 7, torch.float32, device)
     torch.manual_seed(4)
@@ -154,6 +184,11 @@ def test_draws_follow_the_generator(device: str) -> None:
     torch.manual_seed(4)
     assert torch.equal(first, ws.linear_bernoulli_sample(h, weight, bias))
     assert not torch.equal(first, second)
+    generator = torch.Generator(device).manual_seed(4)
+    z, other = (ws.linear_gaussian_rsample(h, weight[:6], bias[:6], generator=generator) for _ in range(2))
+    generator.manual_seed(4)
+    assert torch.equal(z, ws.linear_gaussian_rsample(h, weight[:6], bias[:6], generator=generator))
+    assert not torch.equal(z, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -206,6 +241,9 @@ def test_a_head_without_bias(head: Callable[..., Tensor], device: str) -> None:
     torch.testing.assert_close(head(h, weight, None, x), head(h, weight, torch.zeros_like(bias), x))
     drawn = ws.linear_bernoulli_sample(h, weight, None, key=make_key(device))
     assert torch.equal(drawn, ws.linear_bernoulli_sample(h, weight, torch.zeros_like(bias), key=make_key(device)))
+    h, weight, bias, _ = _head((2, 3), 4, 6, device=device)
+    drawn = ws.linear_gaussian_rsample(h, weight, None, key=make_key(device))
+    assert torch.equal(drawn, ws.linear_gaussian_rsample(h, weight, torch.zeros_like(bias), key=make_key(device)))
 
 
 @HEAD
@@ -224,6 +262,15 @@ def test_autocast(head: Callable[..., Tensor], device: str) -> None:
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, wanted.float(), rtol=1e-6, atol=1e-6)
     assert torch.equal(drawn, ws.linear_bernoulli_sample(*lower, key=make_key(device)))
+
+
+@torch.no_grad()
+def test_autocast_of_a_gaussian_head(device: str) -> None:
+    head = _head((2, 3), 40, 6, torch.float32, device)[:3]
+    with torch.autocast(device, torch.bfloat16):
+        drawn = ws.linear_gaussian_rsample(*head, key=make_key(device))
+    expected = ws.linear_gaussian_rsample(*(tensor.bfloat16() for tensor in head), key=make_key(device))
+    assert torch.equal(drawn, expected)
 
 
 def test_gradients_of_each_row_by_vmap(device: str) -> None:

@@ -172,6 +172,7 @@ def test_nan_comes_through(dtype: torch.dtype, device: str) -> None:
         ws.gaussian_rsample(nan, one, key=key),
         ws.gaussian_rsample(one, nan, key=key),
         ws.gaussian_rsample_log_prob(one, nan, key=key)[1],
+        ws.linear_gaussian_rsample(nan, one.repeat(2, 1), None, key=key),
         ws.gaussian_log_prob(one, nan, one),
         ws.gaussian_log_prob(one, one, nan),
         ws.standard_gaussian_log_prob(nan),

@@ -126,6 +126,9 @@ SAMPLERS = {
     "gaussian_rsample_log_prob": lambda mu, logvar: ws.gaussian_rsample_log_prob(mu, logvar, (2,))[1],
     "bernoulli_sample": lambda mu, logvar: ws.bernoulli_sample(mu + logvar, (2,)),
     "linear_bernoulli_sample": lambda mu, logvar: ws.linear_bernoulli_sample(mu, torch.eye(5).to(mu), logvar),
+    "linear_gaussian_rsample": lambda mu, logvar: ws.linear_gaussian_rsample(
+        mu, torch.eye(5).repeat(2, 1).to(mu), logvar.repeat(2), (2,)
+    ),
 }
 
 

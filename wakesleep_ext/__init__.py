@@ -28,6 +28,7 @@ from wakesleep_ext.ops import (  # noqa: E402  the operators must be registered 
     linear_bernoulli_log_prob,
     linear_bernoulli_log_prob_sum,
     linear_bernoulli_sample,
+    linear_gaussian_rsample,
     mlp,
     standard_gaussian_log_prob,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "linear_bernoulli_log_prob",
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
+    "linear_gaussian_rsample",
     "mlp",
     "modules",
     "random",

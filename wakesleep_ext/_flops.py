@@ -53,7 +53,7 @@ def mlp_backward(
     return of_weights + mlp(h, weights if with_grad_h else weights[1:])
 
 
-def linear_bernoulli_sample(h: Shape, weight: Shape, *others: Any, **named: Any) -> int:
+def linear_sample(h: Shape, weight: Shape, *others: Any, **named: Any) -> int:
     return _product(math.prod(h[:-1]), weight)
 
 
@@ -100,7 +100,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "mlp": mlp,
     "mlp_with_hidden": mlp,
     "mlp_backward": mlp_backward,
-    "linear_bernoulli_sample": linear_bernoulli_sample,
+    "linear_bernoulli_sample": linear_sample,
+    "linear_gaussian_rsample": linear_sample,
     "linear_bernoulli_log_prob": linear_bernoulli_log_prob,
     "linear_bernoulli_log_prob_and_logits": linear_bernoulli_log_prob,
     "linear_bernoulli_log_prob_backward": linear_bernoulli_log_prob_backward,

@@ -8,7 +8,7 @@ Letters name the dimensions: S for samples, B for batch, D for event, 2D for a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -48,6 +48,8 @@ class Op:
     """True if the op draws random numbers and has a `key` argument."""
     probability: Callable[..., Tensor] | None = None
     """Computes the probability of a 1 from the inputs. None if the result is not a Bernoulli draw."""
+    moments: Callable[..., Sequence[Tensor]] = lambda mu, logvar: (mu, logvar)
+    """Computes mu and logvar of a Gaussian draw from the inputs."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments for calling the op in tests and benchmarks, except `key` and `sample_shape`."""
     call: Callable[..., Any] | None = None
@@ -145,6 +147,13 @@ OPS = {
             {"x": "S B D"},
             draws=True,
             probability=lambda h, weight, bias: linear(h, weight, bias).sigmoid(),
+        ),
+        Op(
+            "linear_gaussian_rsample",
+            {"h": "B H", "weight": "2D H", "bias": "2D"},
+            {"z": "S B D"},
+            draws=True,
+            moments=lambda h, weight, bias: linear(h, weight, bias).chunk(2, -1),
         ),
         Op(
             "adam_",

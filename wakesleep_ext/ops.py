@@ -45,6 +45,7 @@ __all__ = [
     "linear_bernoulli_log_prob",
     "linear_bernoulli_log_prob_sum",
     "linear_bernoulli_sample",
+    "linear_gaussian_rsample",
     "mlp",
     "standard_gaussian_log_prob",
 ]
@@ -459,6 +460,43 @@ def linear_bernoulli_sample(
     """
     key = random.draw_key(h, generator) if key is None else key
     return _ops.linear_bernoulli_sample.default(h, weight, _bias(weight, bias), key, dtype)
+
+
+def linear_gaussian_rsample(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_shape: Sequence[int] = (),
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Draw from a Gaussian head: :func:`gaussian_rsample` with packed parameters
+    :math:`[\mu \,|\, \ell] = hW^\top + b`.
+
+    The draw has the same bits as :func:`linear`, :func:`gaussian_parameters` and :func:`gaussian_rsample` with the same
+    key. If there are few rows, a GPU computes it in one kernel, and mu and logvar are never in memory.
+
+    Args:
+        h: the last hidden layer, ``[*B, H]``.
+        weight: W, ``[2K, H]``. The first K rows give :math:`\mu`, the others :math:`\ell`.
+        bias: b, ``[2K]``, or None.
+        sample_shape: S, the shape of the samples drawn per Gaussian.
+        key: the key of the noise, int64 ``[2]``.
+        generator: draws the key if ``key`` is None.
+
+    Returns:
+        z, ``[*S, *B, K]``, in the dtype of the parameters.
+
+    Gradients: those of the three ops, which a call computes one after the other if it needs gradients.
+
+    Raises:
+        ValueError: weight has an odd number of rows.
+
+    Source: Kingma & Welling, "Auto-encoding variational Bayes" (2014), appendix C.2.
+    """
+    key = random.draw_key(h, generator) if key is None else key
+    return _ops.linear_gaussian_rsample.default(h, weight, _bias(weight, bias), key, sample_shape)
 
 
 def adam_(

@@ -182,6 +182,20 @@ def linear_bernoulli_sample(
     return bernoulli_sample(_linear(h, weight, bias), dtype=result_dtype, key=key, generator=generator)
 
 
+def linear_gaussian_rsample(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_shape: Sequence[int] = (),
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return gaussian_rsample of the two halves of h weight^T + bias."""
+    mu, logvar = gaussian_parameters(linear(h, weight, bias))
+    return gaussian_rsample(mu, logvar, sample_shape, key=key, generator=generator)
+
+
 @torch.no_grad()
 def adam_(
     parameters: Sequence[Tensor],

@@ -1,4 +1,4 @@
-// Under autocast, layers and Bernoulli heads compute their matrix products in the autocast dtype, as nn.Linear does.
+// Under autocast, layers and heads compute their matrix products in the autocast dtype, as nn.Linear does.
 // Log-likelihoods are still float32. The other ops do not cast their arguments.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
@@ -31,7 +31,7 @@ at::Tensor mlp(const at::Tensor& h, at::TensorList weights, at::TensorList biase
   });
 }
 
-// Casts h, weight and bias, then calls op(h, weight, bias, others...), where op is a Bernoulli head.
+// Casts h, weight and bias, then calls op(h, weight, bias, others...), where op is a head.
 template <typename Operator, typename... Others>
 at::Tensor cast_head(const Operator& op, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
                      const Others&... others) {
@@ -53,11 +53,17 @@ at::Tensor sample(const at::Tensor& h, const at::Tensor& weight, const at::Tenso
   return cast_head(autograd::linear_bernoulli_sample(), h, weight, bias, key, dtype);
 }
 
+at::Tensor rsample(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& key,
+                   c10::SymIntArrayRef sample_shape) {
+  return cast_head(autograd::linear_gaussian_rsample(), h, weight, bias, key, sample_shape);
+}
+
 void implement(torch::Library& m) {
   m.impl("mlp", mlp);
   m.impl("linear_bernoulli_log_prob", log_prob);
   m.impl("linear_bernoulli_log_prob_sum", log_prob_sum);
   m.impl("linear_bernoulli_sample", sample);
+  m.impl("linear_gaussian_rsample", rsample);
 }
 
 }  // namespace

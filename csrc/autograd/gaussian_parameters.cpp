@@ -37,7 +37,7 @@ struct GaussianParameters : Function<GaussianParameters> {
   }
 };
 
-Pair gaussian_parameters(const Tensor& packed) {  // [*B, 2K]
+Pair gaussian_parameters_of(const Tensor& packed) {  // [*B, 2K]
   constexpr auto op = "gaussian_parameters";
   check_event(op, {"packed", packed});
   TORCH_CHECK_VALUE(packed.sym_size(-1) % 2 == 0, op,
@@ -51,6 +51,6 @@ Pair gaussian_parameters(const Tensor& packed) {  // [*B, 2K]
 
 }  // namespace
 
-WAKESLEEP_COMPOSITE(gaussian_parameters, gaussian_parameters)
+WAKESLEEP_COMPOSITE(gaussian_parameters, gaussian_parameters_of)
 
 }  // namespace wakesleep::autograd

@@ -10,7 +10,6 @@
 namespace wakesleep::autograd {
 namespace {
 
-WAKESLEEP_OPERATOR(gaussian_rsample, Tensor(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
 WAKESLEEP_OPERATOR(gaussian_rsample_log_prob, Pair(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
 WAKESLEEP_OPERATOR(gaussian_rsample_backward, Tensor(const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                                      const Tensor&, const Tensor&, c10::SymIntArrayRef))

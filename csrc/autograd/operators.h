@@ -41,6 +41,10 @@ WAKESLEEP_OPERATOR(linear_bernoulli_log_prob_sum,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double))
 WAKESLEEP_OPERATOR(linear_bernoulli_sample,
                    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<at::ScalarType>))
+WAKESLEEP_OPERATOR(gaussian_parameters, Pair(const Tensor&))
+WAKESLEEP_OPERATOR(gaussian_rsample, Tensor(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
+WAKESLEEP_OPERATOR(linear_gaussian_rsample,
+                   Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef))
 WAKESLEEP_OPERATOR(mlp_with_hidden, std::tuple<Tensor, std::vector<Tensor>>(const Tensor&, at::TensorList,
                                                                             at::TensorList, OptionalName, OptionalName))
 WAKESLEEP_OPERATOR(mlp_backward, std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>(

@@ -38,7 +38,7 @@ using Kernels =
                LinearBernoulliLogProb, LinearBernoulliGradient, LinearBernoulliSample, Adam, Advance>;
 
 // The kernels that compute a layer of a small batch at once: the GEMM and the operations before and after it.
-using SmallBatchKernels = KernelsFor<SmallBatchProducts, SmallBatchOutput, SmallBatchSample,
+using SmallBatchKernels = KernelsFor<SmallBatchProducts, SmallBatchOutput, SmallBatchSample, SmallBatchGaussianSample,
                                      SmallBatchBernoulliGradient, SmallBatchGradients>;
 
 struct Backend {

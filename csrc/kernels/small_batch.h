@@ -44,6 +44,15 @@ struct SmallBatchSample {
   void* x;             // [N, D]: draws with logits h weight^T + bias
 };
 
+// Draws from a Gaussian with parameters [mu | logvar] = h weight^T + bias, where D = 2K.
+struct SmallBatchGaussianSample {
+  SmallBatchLayer layer;
+  const void* bias;    // [D], in the compute type
+  const int64_t* key;  // [2]
+  void* z;             // [samples, N, K]
+  int64_t samples;
+};
+
 // The gradient of sum_n w_n log_prob_n for a Bernoulli head, with w_n = scale upstream_n.
 struct SmallBatchBernoulliGradient {
   SmallBatchLayer layer;
@@ -82,6 +91,7 @@ namespace cuda {
 void compute(const SmallBatchProducts& call, Stream stream);
 void compute(const SmallBatchOutput& call, Stream stream);
 void compute(const SmallBatchSample& call, Stream stream);
+void compute(const SmallBatchGaussianSample& call, Stream stream);
 void compute(const SmallBatchBernoulliGradient& call, Stream stream);
 void compute(const SmallBatchGradients& call, Stream stream);
 }  // namespace cuda

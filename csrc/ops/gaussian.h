@@ -37,6 +37,12 @@ struct GaussianParameters {
   at::TensorOptions compute_options() const { return mu.options().dtype(compute_dtype(dtype())); }
 };
 
+// Returns z [*M, *S, *B, K] and, if requested, log_prob [*M, *S, *B].
+std::tuple<at::Tensor, at::Tensor> draw_gaussian(const char* op, const at::Tensor& mu,  // [*M, *B, K]
+                                                 const at::Tensor& logvar,              // [*M, *B, K]
+                                                 const at::Tensor& key,                 // [*M, 2]
+                                                 at::IntArrayRef sample_shape, bool with_log_prob);
+
 // The parameters and a value z that broadcasts with them.
 struct GaussianOperands : GaussianParameters {
   at::Tensor z;               // [*S, *B, K]

@@ -4,9 +4,7 @@
 #include "register.h"
 
 namespace wakesleep {
-namespace {
 
-// Returns z [*M, *S, *B, K] and, if requested, log_prob [*M, *S, *B].
 std::tuple<at::Tensor, at::Tensor> draw_gaussian(const char* op, const at::Tensor& mu, const at::Tensor& logvar,
                                                  const at::Tensor& key, at::IntArrayRef sample_shape,
                                                  bool with_log_prob) {
@@ -28,6 +26,8 @@ std::tuple<at::Tensor, at::Tensor> draw_gaussian(const char* op, const at::Tenso
   });
   return {z, log_prob};
 }
+
+namespace {
 
 at::Tensor gaussian_rsample(const at::Tensor& mu,      // [*B, K]
                             const at::Tensor& logvar,  // [*B, K]

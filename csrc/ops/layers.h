@@ -119,6 +119,12 @@ struct LayerCall {
   }
 };
 
+// Returns the output [*B, D] of an MLP; see mlp.cpp.
+at::Tensor mlp(const at::Tensor& h,     // [*B, H]
+               at::TensorList weights,  // [D, H] each, where H is the D of the previous layer
+               at::TensorList biases,   // [D] each
+               std::optional<std::string_view> activation, std::optional<std::string_view> output_activation);
+
 // ---- layers of small batches, computed at once ---------------------------------------------------------------------
 
 // The operands of a layer, made contiguous and converted to one dtype for the kernels.

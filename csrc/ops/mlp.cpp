@@ -97,13 +97,6 @@ at::Tensor forward(const Mlp& call, Tensors* hidden) {
   return in_batch(output.all(call.layers[last].D, call.h.options()), call.batch);
 }
 
-at::Tensor mlp(const at::Tensor& h,     // [*B, H]
-               at::TensorList weights,  // [D, H] each, where H is the D of the previous layer
-               at::TensorList biases,   // [D] each
-               Name activation, Name output_activation) {
-  return forward({h, weights, biases, activation, output_activation}, nullptr);
-}
-
 std::tuple<at::Tensor, Tensors> mlp_with_hidden(const at::Tensor& h, at::TensorList weights, at::TensorList biases,
                                                 Name activation, Name output_activation) {
   const Mlp call(h, weights, biases, activation, output_activation);
@@ -197,6 +190,11 @@ std::tuple<at::Tensor, Tensors, Tensors> mlp_backward(const at::Tensor& grad,   
 }
 
 }  // namespace
+
+at::Tensor mlp(const at::Tensor& h, at::TensorList weights, at::TensorList biases, Name activation,
+               Name output_activation) {
+  return forward({h, weights, biases, activation, output_activation}, nullptr);
+}
 
 WAKESLEEP_OPS(m) {
   m.impl("mlp", mlp);

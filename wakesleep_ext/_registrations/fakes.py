@@ -307,6 +307,16 @@ def _(h: Tensor, weight: Tensor, bias: Tensor, key: Tensor, dtype: torch.dtype |
     return torch.empty_like(logits, dtype=dtype)
 
 
+@_fake("linear_gaussian_rsample")
+def _(h: Tensor, weight: Tensor, bias: Tensor, key: Tensor, sample_shape: Sequence[int]) -> Tensor:
+    op = "linear_gaussian_rsample"
+    packed = _layer(op, h, weight, bias)
+    if weight.shape[0] % 2 != 0:
+        raise ValueError(f"{op}: expected weight to have an even number of rows, [mu | logvar], got {weight.shape[0]}")
+    check_key(op, key)
+    return packed.new_empty((*sample_shape, *h.shape[:-1], weight.shape[0] // 2))
+
+
 @_fake("linear_bernoulli_log_prob")
 def _(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, recompute: bool | None = None) -> Tensor:
     op = "linear_bernoulli_log_prob"

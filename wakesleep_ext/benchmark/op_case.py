@@ -207,8 +207,9 @@ class OpCase(Case[Inputs]):
     def _chosen(self, module: ModuleType) -> Callable[..., Any]:
         """Return a module's implementation with the options and dtypes of this case."""
         options = dict(self.op.options)
-        if self.op.draws and len(self.shape) > 2 and not self.measured.multiplies:
-            options["sample_shape"] = self.shape[:-2]
+        samples = self.shape[: -1 - len(self.measured.widths[0])]
+        if self.op.takes_sample_shape and samples:
+            options["sample_shape"] = samples
         if self.op.draws and self.x_dtype:
             options["dtype"] = self.x_dtype
         function = self.op.function(module, **options)
@@ -223,7 +224,7 @@ class OpCase(Case[Inputs]):
         parameters = {id(tensor) for tensor in inputs.parameters}
         wide = [t.detach().double().requires_grad_(id(t) in parameters) for t in inputs.arguments]
         if self.op.draws:
-            mu, logvar = wide
+            mu, logvar = self.op.moments(*wide)
             sigma = (0.5 * logvar).exp()
             z = mu + sigma * ((results[0].double() - mu) / sigma).detach()
             outputs = (z, reference.gaussian_log_prob(mu, logvar, z))[: len(results)]

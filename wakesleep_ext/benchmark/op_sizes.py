@@ -23,6 +23,7 @@ from wakesleep_ext.benchmark.op_case import Measured, OpCase
 _OBSERVED, _LATENT = ((784,), (785,)), ((64,), (50,))
 """Values of D: a common one, and one that is not a multiple of the SIMD width."""
 _HEADS = ((200, 784), (200, 785))
+_LATENT_HEADS = ((200, 50), (200, 64))
 _LAYERS = ((784, 200), (200, 784), (200, 200), (50, 200), (5, 256))
 
 # Numbers of events. The largest arrays of memory-bound ops exceed the cache; a GPU reaches its full bandwidth at
@@ -91,9 +92,14 @@ def _layer(
     )
 
 
-def _head(op: str, gradients: tuple[str, ...] = (), variants: Sequence[Mapping[str, Any]] = ()) -> Measured:
+def _head(
+    op: str,
+    gradients: tuple[str, ...] = (),
+    variants: Sequence[Mapping[str, Any]] = (),
+    widths: Sequence[tuple[int, int]] = _HEADS,
+) -> Measured:
     baselines = ("eager", "compile")
-    return Measured(OPS[op], _HEADS, _HEAD_ROWS, gradients=gradients, baselines=baselines, variants=variants)
+    return Measured(OPS[op], widths, _HEAD_ROWS, gradients=gradients, baselines=baselines, variants=variants)
 
 
 def _class(op: str, name: str, gradients: tuple[str, ...] = ()) -> Measured:
@@ -149,6 +155,7 @@ MEASURED = {
         _head("linear_bernoulli_log_prob", _LAYER, (*_OBSERVED_VARIANTS, {**_AUTOCAST, **_X_UINT8})),
         _head("linear_bernoulli_log_prob_sum", _LAYER, (*_OBSERVED_VARIANTS, {**_AUTOCAST, **_X_UINT8})),
         _head("linear_bernoulli_sample", variants=(*_OBSERVED_VARIANTS, _AUTOCAST)),
+        _head("linear_gaussian_rsample", _LAYER, (_BFLOAT16, _AUTOCAST), _LATENT_HEADS),
         Measured(
             replace(OPS["adam_"], call=None),
             ((200,),),

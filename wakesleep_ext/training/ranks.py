@@ -224,6 +224,14 @@ def _bernoulli(
     return draws.own(func(draws.padded(logits), key, draws.sizes(sample_shape, logits), dtype))
 
 
+def _linear_gaussian(
+    draws: _GlobalDraws, func: Any, h: Tensor, weight: Tensor, bias: Tensor, key: Tensor, sample_shape: Any
+) -> Tensor:
+    mu, logvar = torch.ops.wakesleep_ext.mlp.default(h, [weight], [bias]).chunk(2, -1)  # of the own rows only
+    sample = torch.ops.wakesleep_ext.gaussian_rsample.default
+    return draws.own(sample(draws.padded(mu), draws.padded(logvar), key, draws.sizes(sample_shape, mu)))
+
+
 def _linear_bernoulli(
     draws: _GlobalDraws,
     func: Any,
@@ -244,4 +252,5 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
     torch.ops.wakesleep_ext.gaussian_rsample_backward.default: _gaussian_backward,
     torch.ops.wakesleep_ext.bernoulli_sample.default: _bernoulli,
     torch.ops.wakesleep_ext.linear_bernoulli_sample.default: _linear_bernoulli,
+    torch.ops.wakesleep_ext.linear_gaussian_rsample.default: _linear_gaussian,
 }

@@ -25,7 +25,6 @@ struct LinearBernoulliSampleRows {
   }
 };
 
-// Draws each element separately, from one of the four words of a Philox block.
 template <typename compute_t, typename x_t>
 struct WriteSample {
   const compute_t* __restrict__ bias;
@@ -35,13 +34,8 @@ struct WriteSample {
 
   __device__ void operator()(int64_t row, int64_t column, compute_t product) const {
     const int64_t element = row * D + column;
-    const auto u = draw<Uniforms, compute_t, kPhiloxWords>(read_key(key), element / kPhiloxWords * kPhiloxWords);
-    compute_t its = u.value[0];
-#pragma unroll
-    for (int w = 1; w < kPhiloxWords; ++w) {
-      its = element % kPhiloxWords == w ? u.value[w] : its;
-    }
-    x[element] = static_cast<x_t>(draws_one(OfLogit{}, its, product + bias[column]) ? 1 : 0);
+    const compute_t u = draw_element<Uniforms, compute_t>(read_key(key), element);
+    x[element] = static_cast<x_t>(draws_one(OfLogit{}, u, product + bias[column]) ? 1 : 0);
   }
 };
 

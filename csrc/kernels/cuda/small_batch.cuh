@@ -55,20 +55,50 @@ LayerOperands<scalar_t> operands_of(const SmallBatchLayer& layer) {
 static_assert(kTileRows * kTileColumns == 32);
 constexpr int kTileThreads = 64;
 
-// Finds the rows first .. of a matrix [rows, width]. The last row stands in for those beyond it.
-template <typename T, int count>
-__device__ void find_rows(const T* matrix, int64_t first, int64_t rows, int64_t width, const T* (&found)[count]) {
+// Finds rows number(0), number(1), .. of a matrix [rows, width]. The last row stands in for those beyond it.
+template <typename T, int count, typename Number>
+__device__ void find_rows(const T* matrix, int64_t rows, int64_t width, const T* (&found)[count],
+                          const Number& number) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    found[i] = matrix + min(first + i, rows - 1) * width;
+    found[i] = matrix + min(number(i), rows - 1) * width;
   }
 }
 
-// Calls finish(row, column, element of the product) for every element of h weight^T. If this returns a number, the
-// kernel also calls finish.put(tile, sum of these numbers). A lane loads n features at a time.
-template <int n, typename scalar_t, typename Finish>
-__global__ void __launch_bounds__(kTileThreads)
-    layer_kernel(const LayerOperands<scalar_t> layer, const Finish finish, int64_t columns, int64_t tiles) {
+// The columns of a tile. The first is `first` if each tile has consecutive columns, as here.
+struct ConsecutiveColumns {
+  __device__ int64_t operator()(int64_t first, int c) const { return first + c; }
+
+  // Returns what a lane passes on, given its element of the product.
+  template <typename T>
+  __device__ T value(T sum) const {
+    return sum;
+  }
+};
+
+// The product has two halves [mu | logvar]. A tile has columns of mu, and then the same columns of logvar. Each lane
+// receives the elements of both halves.
+struct PairedColumns {
+  static constexpr int kPairs = kTileColumns / 2;
+  int64_t K;  // the width of a half
+
+  __device__ int64_t operator()(int64_t first, int c) const {
+    const int64_t k = first / 2 + c % kPairs;
+    return k < K ? c / kPairs * K + k : 2 * K;
+  }
+
+  template <typename T>
+  __device__ Pair<T> value(T sum) const {
+    const T other = __shfl_xor_sync(0xffffffffu, sum, kPairs);
+    return (threadIdx.x & kPairs) != 0 ? Pair<T>{other, sum} : Pair<T>{sum, other};
+  }
+};
+
+// Calls finish(row, column, value of the element) for every element of h weight^T. If this returns a number, the kernel
+// also calls finish.put(tile, sum of these numbers). A lane loads n features at a time.
+template <int n, typename scalar_t, typename Finish, typename Columns>
+__global__ void __launch_bounds__(kTileThreads) layer_kernel(const LayerOperands<scalar_t> layer, const Finish finish,
+                                                             const Columns column_of, int64_t columns, int64_t tiles) {
   wait_for_previous();
   using compute_t = Compute<scalar_t>;
   const int lane = threadIdx.x % 32;
@@ -77,8 +107,8 @@ __global__ void __launch_bounds__(kTileThreads)
        tile += int64_t(gridDim.x) * warps) {
     const int64_t row = tile / columns * kTileRows, column = tile % columns * kTileColumns;
     const scalar_t *h[kTileRows], *weight[kTileColumns];
-    find_rows(layer.h, row, layer.N, layer.H, h);
-    find_rows(layer.weight, column, layer.D, layer.H, weight);
+    find_rows(layer.h, layer.N, layer.H, h, [&](int r) { return row + r; });
+    find_rows(layer.weight, layer.D, layer.H, weight, [&](int c) { return column_of(column, c); });
     compute_t sums[kTileRows * kTileColumns] = {};
     Packet<compute_t, n> w[2][kTileColumns], v[2][kTileRows];  // two buffers: current and next operands
     const auto read = [&](int64_t k, int into) {
@@ -120,15 +150,15 @@ __global__ void __launch_bounds__(kTileThreads)
         multiply(1);
       }
     }
-    const compute_t sum = sum_by_lane(sums);
-    const int64_t its_row = row + lane / kTileColumns, its_column = column + lane % kTileColumns;
+    const auto value = column_of.value(sum_by_lane(sums));
+    const int64_t its_row = row + lane / kTileColumns, its_column = column_of(column, lane % kTileColumns);
     const bool inside = its_row < layer.N && its_column < layer.D;
-    if constexpr (std::is_void_v<decltype(finish(its_row, its_column, sum))>) {
+    if constexpr (std::is_void_v<decltype(finish(its_row, its_column, value))>) {
       if (inside) {
-        finish(its_row, its_column, sum);
+        finish(its_row, its_column, value);
       }
     } else {
-      const compute_t total = Team<32>{}.sum(inside ? finish(its_row, its_column, sum) : compute_t(0));
+      const compute_t total = Team<32>{}.sum(inside ? finish(its_row, its_column, value) : compute_t(0));
       if (lane == 0) {
         finish.put(tile, total);
       }
@@ -156,15 +186,27 @@ void dispatch_packet(std::initializer_list<PacketRows> matrices, const Body& bod
   aligned ? body(std::integral_constant<int, n>{}) : body(std::integral_constant<int, 1>{});
 }
 
-template <typename scalar_t, typename Finish>
-void launch_layer(Stream stream, const SmallBatchLayer& layer, const Finish& finish) {
+template <typename scalar_t, typename Finish, typename Columns = ConsecutiveColumns>
+void launch_layer(Stream stream, const SmallBatchLayer& layer, const Finish& finish, const Columns& column_of = {}) {
   const int64_t columns = (layer.D + kTileColumns - 1) / kTileColumns;
   const int64_t tiles = tiles_of(layer.N, layer.D);
   constexpr int warps = kTileThreads / 32;
   dispatch_packet<scalar_t>({{layer.h, layer.H}, {layer.weight, layer.H}}, [&](auto n) {
-    launch(stream, layer_kernel<decltype(n)::value, scalar_t, Finish>, (tiles + warps - 1) / warps, kTileThreads,
-           operands_of<scalar_t>(layer), finish, columns, tiles);
+    launch(stream, layer_kernel<decltype(n)::value, scalar_t, Finish, Columns>, (tiles + warps - 1) / warps,
+           kTileThreads, operands_of<scalar_t>(layer), finish, column_of, columns, tiles);
   });
+}
+
+// Returns the draw for one element, which is one of the four words of a Philox block.
+template <typename Distribution, typename T>
+__device__ T draw_element(const ScheduledKey& key, int64_t element) {
+  const auto block = draw<Distribution, T, kPhiloxWords>(key, element / kPhiloxWords * kPhiloxWords);
+  T its = block.value[0];
+#pragma unroll
+  for (int w = 1; w < kPhiloxWords; ++w) {
+    its = element % kPhiloxWords == w ? block.value[w] : its;
+  }
+  return its;
 }
 
 }  // namespace wakesleep::cuda

@@ -93,6 +93,11 @@ def linear_bernoulli_sample(h: Tensor, weight: Tensor, bias: Tensor, dtype: torc
     return torch.bernoulli(logits.sigmoid()).to(dtype or logits.dtype)
 
 
+def linear_gaussian_rsample(h: Tensor, weight: Tensor, bias: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    mu, logvar = F.linear(h, weight, bias).chunk(2, -1)
+    return gaussian_rsample(mu, logvar, sample_shape)
+
+
 def adam_(
     parameters: list[Tensor],
     gradients: list[Tensor],
