@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.func import vmap
 
-from wakesleep_ext.densities import LinearBernoulli
+from wakesleep_ext import ops
+from wakesleep_ext.densities import Gaussian, LinearBernoulli
 from wakesleep_ext.helmholtz.conditionals import (
     BernoulliConditional,
     GaussianConditional,
@@ -228,6 +229,47 @@ def test_layers_are_fused_and_the_same(activation):
     network = MultilayerPerceptron((5, 4, 3, 2), activation)
     input = torch.randn(7, 5)
     torch.testing.assert_close(network(input), torch.nn.Sequential.forward(network, input))
+
+
+class Wider(GaussianConditional):
+    def forward(self, given):
+        q = super().forward(given)
+        return Gaussian(q.mu, q.logvar + 1)
+
+
+def hooked(conditional):
+    conditional.register_forward_hook(lambda module, inputs, q: Gaussian(q.mu, q.logvar + 1))
+    return conditional
+
+
+def multilayer_perceptron(*sizes):
+    return MultilayerPerceptron(sizes, "tanh")
+
+
+@pytest.mark.parametrize(
+    ("make", "may_be_fused"),
+    {
+        "an MLP": (lambda: GaussianConditional(multilayer_perceptron(6, 5, 4)), True),
+        "bounds": (lambda: GaussianConditional(multilayer_perceptron(6, 5, 4), (-0.1, 0.1)), False),
+        "a single layer": (lambda: GaussianConditional(multilayer_perceptron(6, 4)), False),
+        "another network": (lambda: GaussianConditional(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))), False),
+        "another forward": (lambda: Wider(multilayer_perceptron(6, 5, 4)), False),
+        "a hook": (lambda: hooked(GaussianConditional(multilayer_perceptron(6, 5, 4))), False),
+        "Bernoulli": (lambda: BernoulliConditional(multilayer_perceptron(6, 5, 4)), False),
+    }.values(),
+)
+def test_draws_are_those_of_the_distribution(make, may_be_fused, monkeypatch):
+    """An op may draw from the output layer if no gradient is needed, and if nothing else follows that layer."""
+    calls = []
+    op = ops.linear_gaussian_rsample
+    monkeypatch.setattr(ops, "linear_gaussian_rsample", lambda *args, **named: calls.append(1) or op(*args, **named))
+    conditional, x, key = make(), torch.rand(7, 6).round(), make_key(3)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            found = conditional.rsample(x, (3,), key=key)
+            assert torch.equal(found, conditional(x).rsample((3,), key=key))
+        assert found.requires_grad == (enabled and conditional.has_rsample)
+        assert len(calls) == (may_be_fused and not enabled)
 
 
 def test_a_machine_is_made_of_any_two_networks():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wakesleep_ext import densities, modules, random, reference
 from wakesleep_ext.evaluation.bounds import log_likelihood_bounds
-from wakesleep_ext.helmholtz import objectives
+from wakesleep_ext.helmholtz import conditionals, objectives
 from wakesleep_ext.helmholtz.config import ModelConfig
 from wakesleep_ext.helmholtz.models import HelmholtzMachine
 from wakesleep_ext.helmholtz.objectives import (
@@ -364,7 +364,7 @@ def losses_of_100_steps(device, latent=(3,), logvar_bounds=None, **config):
 def test_training_replayed_called_and_with_the_reference_ops_gives_the_same_losses(device, monkeypatch, config):
     replayed = losses_of_100_steps(device, **config)
     eager = losses_of_100_steps(device, replay=False, **config)
-    for module in (data, densities, descent, modules, objectives, steps):
+    for module in (conditionals, data, densities, descent, modules, objectives, steps):
         monkeypatch.setattr(module, "ops", reference)
     monkeypatch.setattr("wakesleep_ext.ops._ops", None)  # or a fused op would go unnoticed
     of_reference = losses_of_100_steps(device, replay=False, **config)

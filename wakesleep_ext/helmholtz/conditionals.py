@@ -7,14 +7,17 @@ other only through this interface.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from wakesleep_ext import ops
 from wakesleep_ext.densities import Bernoulli, Gaussian, LinearBernoulli, StandardGaussian
 from wakesleep_ext.helmholtz.config import check_logvar_bounds
 from wakesleep_ext.helmholtz.networks import Constant, MultilayerPerceptron
+from wakesleep_ext.modules import runs_forward_only
 
 
 class Conditional(nn.Module):
@@ -22,6 +25,14 @@ class Conditional(nn.Module):
 
     has_rsample: ClassVar[bool] = False
     """True if draws are differentiable, as in `torch.distributions`."""
+
+    def rsample(self, given: Tensor | None, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
+        """Draw samples `[*S, *B, K]` of p(value | given), as `self(given).rsample` does.
+
+        A subclass may avoid storing the distribution's parameters.
+        """
+        draw: Tensor = self(given).rsample(sample_shape, key=key)
+        return draw
 
 
 class NetworkConditional(Conditional):
@@ -80,6 +91,21 @@ class GaussianConditional(NetworkConditional):
         if self.logvar_bounds is None:
             return gaussian
         return Gaussian(gaussian.mu, gaussian.logvar.clamp(*self.logvar_bounds))
+
+    def rsample(self, given: Tensor | None, sample_shape: Sequence[int] = (), *, key: Tensor | None = None) -> Tensor:
+        network = self.network
+        if (
+            given is None
+            or torch.is_grad_enabled()  # mlp computes the gradients of all layers at once
+            or self.logvar_bounds is not None
+            or not isinstance(network, MultilayerPerceptron)
+            or len(network) == 1  # torch computes it faster on a CPU
+            or not network.may_be_fused
+            or not (type(self).forward is GaussianConditional.forward and runs_forward_only(self))
+        ):
+            return super().rsample(given, sample_shape, key=key)
+        head = network.head
+        return ops.linear_gaussian_rsample(network.features(given), head.weight, head.bias, sample_shape, key=key)
 
 
 class BernoulliConditional(NetworkConditional):

@@ -107,7 +107,7 @@ class RecognitionNetwork(_Chain):
         given, latents = x, []
         sample_shape: tuple[int, ...] = (num_samples,)
         for conditional, key in zip(self, _keys(keys, self), strict=True):
-            given = conditional(given).rsample(sample_shape, key=key)
+            given = conditional.rsample(given, sample_shape, key=key)
             latents.append(given)
             sample_shape = ()
         return tuple(latents)
@@ -170,7 +170,7 @@ class GenerativeNetwork(_Chain):
         given, latents, (_, *of_latents) = None, [], self
         with torch.no_grad():
             for conditional, key in zip(reversed(of_latents), _keys(keys, of_latents), strict=True):
-                given = conditional(given).rsample(sample_shape, key=key)
+                given = conditional.rsample(given, sample_shape, key=key)
                 latents.append(given)
                 sample_shape = ()
         return tuple(reversed(latents))
