@@ -78,6 +78,16 @@ def test_adam_reads_and_writes_16_bytes_at_a_time(kernels: list) -> None:
         assert kernel.count(r"STG.*\.128") >= 3
 
 
+def test_adam_loads_its_operands_before_a_thread_computes_the_powers(kernels: list) -> None:
+    for kernel in kernels:
+        if kernel.name == "adam":
+            opcodes = [instruction.opcode for instruction in kernel.instructions]
+            powers = next(i for i, code in enumerate(opcodes) if code.startswith("CALL"))
+            barrier = next(i for i, code in enumerate(opcodes) if code.startswith("BAR"))
+            wide = [i for i, code in enumerate(opcodes) if re.match(r"LDG.*\.128", code)]
+            assert max(wide) < powers < barrier
+
+
 def test_no_float_atomics(kernels: list) -> None:
     assert not any(kernel.count(r"(REDG?|ATOM[GS]?)\b") for kernel in kernels)
 

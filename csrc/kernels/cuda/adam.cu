@@ -21,41 +21,39 @@ struct AdamTensors {
 };
 static_assert(sizeof(AdamTensors<float>) + sizeof(AdamRule) <= 4096);
 
-template <typename compute_t, int n, bool aligned, typename Tensor>
-__device__ void descend(const AdamStep<compute_t>& step, Span<n, aligned> span, const Tensor& tensor) {
-  const auto gradient = load<compute_t>(span, tensor.gradient);
-  auto parameter = load<compute_t, Written>(span, tensor.parameter);
-  auto exp_avg = load<compute_t, Written>(span, tensor.exp_avg);
-  auto exp_avg_sq = load<compute_t, Written>(span, tensor.exp_avg_sq);
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    step(gradient.value[i], parameter.value[i], exp_avg.value[i], exp_avg_sq.value[i]);
-  }
-  store(span, parameter, tensor.parameter);
-  store(span, exp_avg, tensor.exp_avg);
-  store(span, exp_avg_sq, tensor.exp_avg_sq);
-}
-
 template <typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads, 2) adam(const AdamTensors<scalar_t> tensors, const AdamRule rule) {
   wait_for_previous();
   using compute_t = Compute<scalar_t>;
   constexpr int n = kPacket<scalar_t>;
   __shared__ AdamStep<compute_t> step;  // computed once per block: float64 pow is slow on some GPUs
-  if (threadIdx.x == 0) {
-    step = rule.template read<compute_t>();
-  }
-  __syncthreads();
+  const int64_t first = tensors.first + blockIdx.x;
   int t = 0;
-  for (int64_t piece = tensors.first + blockIdx.x; piece < tensors.end; piece += gridDim.x) {
+  for (int64_t piece = first; piece < tensors.end; piece += gridDim.x) {
     while (piece >= tensors.tensor[t].end()) {
       ++t;
     }
     const auto& tensor = tensors.tensor[t];
     const int64_t at = (piece - tensor.first) * kPiece<scalar_t> + threadIdx.x * n;
-    if (at < tensor.size) {
-      descend(step, Span<n, false>{at, 0, static_cast<int>(min(int64_t(n), tensor.size - at))}, tensor);
+    // The span of a thread beyond the end of the tensor holds no element, since its last one is before its first.
+    const Span<n, false> span = {at, 0, static_cast<int>(min(int64_t(n), tensor.size - at))};
+    const auto gradient = load<compute_t>(span, tensor.gradient);
+    auto parameter = load<compute_t, Written>(span, tensor.parameter);
+    auto exp_avg = load<compute_t, Written>(span, tensor.exp_avg);
+    auto exp_avg_sq = load<compute_t, Written>(span, tensor.exp_avg_sq);
+    if (piece == first) {  // one thread computes the step while the loads are in flight
+      if (threadIdx.x == 0) {
+        step = rule.template read<compute_t>();
+      }
+      __syncthreads();
     }
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      step(gradient.value[i], parameter.value[i], exp_avg.value[i], exp_avg_sq.value[i]);
+    }
+    store(span, parameter, tensor.parameter);
+    store(span, exp_avg, tensor.exp_avg);
+    store(span, exp_avg_sq, tensor.exp_avg_sq);
   }
 }
 
