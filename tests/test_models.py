@@ -246,18 +246,18 @@ def multilayer_perceptron(*sizes):
     return MultilayerPerceptron(sizes, "tanh")
 
 
-@pytest.mark.parametrize(
-    ("make", "may_be_fused"),
-    {
-        "an MLP": (lambda: GaussianConditional(multilayer_perceptron(6, 5, 4)), True),
-        "bounds": (lambda: GaussianConditional(multilayer_perceptron(6, 5, 4), (-0.1, 0.1)), False),
-        "a single layer": (lambda: GaussianConditional(multilayer_perceptron(6, 4)), False),
-        "another network": (lambda: GaussianConditional(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))), False),
-        "another forward": (lambda: Wider(multilayer_perceptron(6, 5, 4)), False),
-        "a hook": (lambda: hooked(GaussianConditional(multilayer_perceptron(6, 5, 4))), False),
-        "Bernoulli": (lambda: BernoulliConditional(multilayer_perceptron(6, 5, 4)), False),
-    }.values(),
-)
+CONDITIONALS = {
+    "an MLP": (lambda: GaussianConditional(multilayer_perceptron(6, 5, 4)), True),
+    "bounds": (lambda: GaussianConditional(multilayer_perceptron(6, 5, 4), (-0.1, 0.1)), False),
+    "a single layer": (lambda: GaussianConditional(multilayer_perceptron(6, 4)), False),
+    "another network": (lambda: GaussianConditional(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))), False),
+    "another forward": (lambda: Wider(multilayer_perceptron(6, 5, 4)), False),
+    "a hook": (lambda: hooked(GaussianConditional(multilayer_perceptron(6, 5, 4))), False),
+    "Bernoulli": (lambda: BernoulliConditional(multilayer_perceptron(6, 5, 4)), False),
+}
+
+
+@pytest.mark.parametrize(("make", "may_be_fused"), CONDITIONALS.values(), ids=CONDITIONALS)
 def test_draws_are_those_of_the_distribution(make, may_be_fused, monkeypatch):
     """An op may draw from the output layer if no gradient is needed, and if nothing else follows that layer."""
     calls = []
