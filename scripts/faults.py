@@ -485,8 +485,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(
             "cuda-word-of-the-neighbour",
             "csrc/kernels/cuda/small_batch.cuh",
-            "element % kPhiloxWords == w ?",
-            "element % kPhiloxWords == w - 1 ?",
+            "element % 2 == 0 ? draws.value[0] : draws.value[1]",
+            "element % 2 == 1 ? draws.value[0] : draws.value[1]",
             ON_CUDA.format("linear_bernoulli_sample"),
         ),
         Fault(

@@ -151,7 +151,7 @@ def test_draws_are_those_of_bernoulli_sample(dtype: torch.dtype, device: str, sm
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize(
     ("leading", "features", "latent", "sample_shape"),
-    [((20,), 20, 6, ()), ((2, 15), 7, 5, (3,)), ((300,), 20, 50, (2, 2))],
+    [((20,), 20, 6, ()), ((2, 15), 7, 5, (3,)), ((3,), 4, 5, (17, 3)), ((300,), 20, 50, (2, 2))],
 )
 def test_draws_of_a_gaussian_head_are_those_of_two_ops(
     leading: tuple[int, ...],
@@ -160,7 +160,6 @@ def test_draws_of_a_gaussian_head_are_those_of_two_ops(
     sample_shape: tuple[int, ...],
     dtype: torch.dtype,
     device: str,
-    one_thread: None,
 ) -> None:
     """Every bit is the same, with or without gradients. The gradients are the same, too."""
     head = _head(leading, features, 2 * latent, dtype, device)[:3]

@@ -475,7 +475,7 @@ def linear_gaussian_rsample(
     :math:`[\mu \,|\, \ell] = hW^\top + b`.
 
     The draw has the same bits as :func:`linear`, :func:`gaussian_parameters` and :func:`gaussian_rsample` with the same
-    key. If there are few rows, a GPU computes it in one kernel, and mu and logvar are never in memory.
+    key. If there are few rows and samples, a GPU computes it in one kernel, and mu and logvar are never in memory.
 
     Args:
         h: the last hidden layer, ``[*B, H]``.

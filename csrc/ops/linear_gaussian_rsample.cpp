@@ -1,11 +1,15 @@
 // z = mu + sigma eps with [mu | logvar] = h weight^T + bias. The kernel for small batches draws z as it computes the
-// layer. Otherwise, the layer and the draw take one pass each, and give the same bits.
+// layer. With many rows or samples, the layer and the draw take one pass each, and give the same bits.
 #include "gaussian.h"
 #include "linear_bernoulli.h"
 #include "register.h"
 
 namespace wakesleep {
 namespace {
+
+// The kernel draws the samples of an element in two threads. They take 125 instructions for each sample, so more
+// samples would take longer than another launch. This is an estimate; it was not measured.
+constexpr int64_t kMostSamples = 50;
 
 at::Tensor linear_gaussian_rsample(const at::Tensor& h_in,       // [*B, H]
                                    const at::Tensor& weight_in,  // [2K, H]
@@ -18,10 +22,10 @@ at::Tensor linear_gaussian_rsample(const at::Tensor& h_in,       // [*B, H]
                     call.D);
   check_key(call.op, key_in, {"h", h_in});
   check_sizes(call.op, "sample_shape", sample_shape);
-  const int64_t K = call.D / 2;
+  const int64_t K = call.D / 2, samples = c10::multiply_integers(sample_shape);
   const auto batch = batch_sizes(h_in);
   const at::Tensor h = as_rows(h_in, c10::multiply_integers(batch));
-  if (call.method(h) != Method::small_batch) {
+  if (call.method(h) != Method::small_batch || samples > kMostSamples) {
     const at::Tensor packed = mlp(h_in, weight_in, bias_in, std::nullopt, std::nullopt);
     return std::get<0>(
         draw_gaussian(call.op, packed.narrow(-1, 0, K), packed.narrow(-1, K, K), key_in, sample_shape, false));
@@ -30,8 +34,8 @@ at::Tensor linear_gaussian_rsample(const at::Tensor& h_in,       // [*B, H]
   const at::Tensor key = key_in.contiguous();
   const at::Tensor z = at::empty(concat(sample_shape, concat(batch, {K})), small.h.options());
   if (z.numel() > 0) {
-    small.compute(SmallBatchGaussianSample{small.layer(), read(call.bias), key.const_data_ptr<int64_t>(), write(z),
-                                           c10::multiply_integers(sample_shape)});
+    small.compute(
+        SmallBatchGaussianSample{small.layer(), read(call.bias), key.const_data_ptr<int64_t>(), write(z), samples});
   }
   return z;
 }

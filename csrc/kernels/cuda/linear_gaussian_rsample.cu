@@ -21,6 +21,7 @@ struct WriteGaussianSample {
     const compute_t logvar = static_cast<scalar_t>(product.second + bias[K + k]);
     const compute_t sigma = sigma_for<scalar_t>(logvar);
     const ScheduledKey scheduled = read_key(key);
+#pragma unroll 4
     for (int64_t sample = is_second; sample < samples; sample += 2) {
       const int64_t element = (sample * N + row) * K + k;
       z[element] =

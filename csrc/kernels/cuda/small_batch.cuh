@@ -197,16 +197,18 @@ void launch_layer(Stream stream, const SmallBatchLayer& layer, const Finish& fin
   });
 }
 
-// Returns the draw for one element, which is one of the four words of a Philox block.
+// Returns the draw for one element. It needs only the two words of its half of the Philox block.
 template <typename Distribution, typename T>
 __device__ T draw_element(const ScheduledKey& key, int64_t element) {
-  const auto block = draw<Distribution, T, kPhiloxWords>(key, element / kPhiloxWords * kPhiloxWords);
-  T its = block.value[0];
+  const int64_t block = uint64_t(element) / kPhiloxWords;
+  Words<T> words = draw_words<T>(key, uint32_t(block), uint32_t(block >> 32));
 #pragma unroll
-  for (int w = 1; w < kPhiloxWords; ++w) {
-    its = element % kPhiloxWords == w ? block.value[w] : its;
+  for (int w = 0; w < 2; ++w) {
+    words.high.word[w] = element % kPhiloxWords < 2 ? words.high.word[w] : words.high.word[w + 2];
+    words.low.word[w] = element % kPhiloxWords < 2 ? words.low.word[w] : words.low.word[w + 2];
   }
-  return its;
+  const Draws<T> draws = Distribution::from(words);
+  return element % 2 == 0 ? draws.value[0] : draws.value[1];
 }
 
 }  // namespace wakesleep::cuda
