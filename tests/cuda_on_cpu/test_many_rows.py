@@ -38,4 +38,6 @@ def test_launches_per_product(case: Case, device: str) -> None:
         expected = (products, None)
     elif case.op == "linear" and case.activation is None:
         expected = (0, 2 * products)
+    elif case.op == "linear_gaussian_rsample":  # such a layer, and a draw
+        expected = (1, 2 * products + 1)
     assert count_launches(case.wide(40, 85)) == expected
