@@ -59,11 +59,10 @@ struct Gemm {
 //   AVX-512 (Xeon), and from 25 rows on with AVX2 (Zen 3).
 // packed_gemm: float32 on a processor with AVX2. On a Zen 3, it is 0.95 to 1.08 times as fast as MKL, which is 1.3 to 3
 //   times as fast as oneDNN. It applies bias and activation itself, so a training step with batch size 100 takes 0.95
-//   times as long as with MKL. We did not measure it with AVX-512.
-// onednn: layers in bfloat16 on a CPU, and float32 on a processor whose AVX-512 MKL leaves unused, because the vendor
-// is not
-//   Intel. There, oneDNN is twice as fast as MKL. Elsewhere, MKL is faster. Below 2^20 multiplications, setting up the
-//   call costs more than it saves.
+//   times as long as with MKL. On a Xeon with AVX-512, it takes as long as with MKL.
+// onednn: layers in bfloat16 on a CPU, and float32 on a processor whose AVX-512 MKL does not use, because its vendor is
+//   not Intel. There, oneDNN is twice as fast as MKL. Elsewhere, MKL is faster. Below 2^20 multiplications, setting up
+//   the call costs more than it saves.
 // blas: everything else.
 Method method_for(const Gemm& gemm);
 
