@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import wakesleep_ext as ws
-from wakesleep_ext import _C
+from wakesleep_ext import _C, reference
 
 # rows, features and width of a layer: whole tiles and vectors, and every kind of remainder
 SHAPES = [
@@ -106,9 +107,24 @@ def test_products_of_every_ragged_size(always_packed: None) -> None:
 
 
 def test_gradients_add_up_over_chunks(small_chunks: None, always_packed: None) -> None:
-    layer = _layer(71, 3, 2**20 // 4 // 32 - 3)  # in chunks of 32 rows
-    upstream = torch.randn(len(layer[0]), len(layer[1]))
-    _assert_exact(_results(layer, upstream), layer, upstream)
+    """Chunks have 32 rows. A second layer adds up the outputs of the first, because one layer may be a single chunk."""
+    width = 2**20 // 4 // 32 - 3
+    layer, upstream = _layer(71, 3, width), torch.randn(71, 1)
+    h, weight, bias = (tensor.detach().requires_grad_() for tensor in layer)
+    total = ws.mlp(h, [weight, torch.ones(1, width)], [bias, torch.zeros(1)], None)
+    gradients = torch.autograd.grad(total, (h, weight, bias), upstream)
+    _assert_exact([ws.linear(*layer), *gradients], layer, upstream.expand(-1, width))
+
+
+def test_a_chunk_of_any_size_holds_all_rows(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: _C.set_chunk_mib(None))
+    layer, calls = _layer(100, 3, 2**20 // 4 // 32, torch.float64), []
+    for size in (1, 2**20, 2**63 - 1):
+        _C.set_chunk_mib(size)
+        with torch.profiler.profile() as profile:
+            ws.linear(*layer, "tanh")
+        calls.append(sum(event.name == "aten::mm" for event in profile.events()))
+    assert calls == [4, 1, 1]
 
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
@@ -284,6 +300,23 @@ def test_onednn_computes_a_large_layer_in_bfloat16(activation: str | None) -> No
         return ws.linear(*layer, activation)
 
     _assert_as_exact_as_torch(ours, plain, 300, ["mkldnn::_linear_pointwise", "aten::mm"])
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("sizes", [(0, 300, 90), (70, 0, 90), (70, 300, 0)], ids=str)
+def test_an_empty_layer_of_a_large_mlp_in_bfloat16(sizes: tuple[int, ...]) -> None:
+    """oneDNN rejects a layer without inputs."""
+    sizes = (*sizes, 300, 300)
+    shapes = [(width, features) for features, width in pairwise(sizes)]
+    weights, biases = [torch.randn(shape) / 20 for shape in shapes], [torch.randn(width) for width, _ in shapes]
+    h, *parameters = (tensor.bfloat16().requires_grad_() for tensor in (torch.randn(100, sizes[0]), *weights, *biases))
+    found = ws.mlp(h, parameters[:4], parameters[4:], "tanh", "tanh")
+    expected = reference.mlp(
+        h.double(), [w.double() for w in parameters[:4]], [b.double() for b in parameters[4:]], "tanh", "tanh"
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+    gradients = (torch.autograd.grad(y.sum(), (h, *parameters)) for y in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.5)
 
 
 @needs_bfloat16

@@ -92,7 +92,7 @@ bool suits_onednn(const Gemm& gemm) {
   const bool is_faster = gemm.a_dtype == at::kBFloat16
                              ? gemm.is_layer  // at::mm is faster without bias and activation
                              : gemm.a_dtype == at::kFloat && is_better && gemm.M * gemm.K * gemm.N >= kWorthOneDnn;
-  return is_faster && gemm.device.is_cpu() && is_plain(gemm.M, gemm.K, gemm.a_row, gemm.a_column) &&
+  return is_faster && !is_empty(gemm) && gemm.device.is_cpu() && is_plain(gemm.M, gemm.K, gemm.a_row, gemm.a_column) &&
          is_plain(gemm.K, gemm.N, gemm.b_row, gemm.b_column) && at::globalContext().userEnabledMkldnn();
 }
 

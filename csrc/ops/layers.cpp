@@ -1,5 +1,7 @@
 #include "layers.h"
 
+#include <limits>
+
 #include "../settings.h"
 
 namespace wakesleep {
@@ -39,10 +41,10 @@ at::ScalarType check_layers(const char* op, const at::Tensor& h, at::TensorList 
 }
 
 int64_t LayerCall::chunk_rows(int64_t columns) const {
-  constexpr int64_t kMiB = 1 << 20, kFewest = 32;
-  const int64_t cached_mib = settings::chunk_mib.get().value_or(device.is_cuda() ? 48 : at::get_num_threads());
+  constexpr int64_t kMiB = 1 << 20, kFewest = 32, kMostMib = std::numeric_limits<int64_t>::max() / kMiB;
+  const int64_t chosen_mib = settings::chunk_mib.get().value_or(device.is_cuda() ? 48 : at::get_num_threads());
   const int64_t row_bytes = std::max<int64_t>(1, columns) * static_cast<int64_t>(c10::elementSize(compute));
-  return std::max(kFewest, cached_mib * kMiB / row_bytes / kFewest * kFewest);
+  return std::max(kFewest, std::min(chosen_mib, kMostMib) * kMiB / row_bytes / kFewest * kFewest);
 }
 
 LayerGradients::LayerGradients(const LayerCall& call, const Layer& layer, Method method, int64_t N, bool with_weight)
