@@ -320,6 +320,21 @@ def test_an_empty_layer_of_a_large_mlp_in_bfloat16(sizes: tuple[int, ...]) -> No
 
 
 @needs_bfloat16
+@pytest.mark.thorough
+def test_onednn_may_be_told_not_to_multiply_bfloat16() -> None:
+    """Without AVX-512, oneDNN rejects layers in bfloat16, so we multiply them in float32."""
+    program = """
+import torch, wakesleep_ext as ws
+h, weight, bias = (torch.randn(shape).bfloat16() for shape in ((1000, 100), (90, 100), (90,)))
+exact = torch.nn.functional.linear(h.float(), weight.float(), bias.float()).tanh()
+print(torch.allclose(ws.linear(h, weight, bias, "tanh").float(), exact, atol=2**-8))
+"""
+    variables = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+@needs_bfloat16
 @pytest.mark.parametrize("rows", [300, 6000], ids=["one chunk", "several chunks"])
 def test_gradients_of_a_large_head_are_multiplied_in_bfloat16(rows: int) -> None:
     x = torch.rand(rows, 90).round()

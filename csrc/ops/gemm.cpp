@@ -61,15 +61,19 @@ bool blas_leaves_out_avx512() {
 #endif
 }
 
-// Returns the operator that computes x weight^T with oneDNN, if this torch has the operator.
+// Returns an operator of torch, if this torch has it.
+template <typename Signature>
+std::optional<c10::TypedOperatorHandle<Signature>> find_operator(const char* name) {
+  const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+  return op ? std::optional(op->typed<Signature>()) : std::nullopt;
+}
+
+// Returns the operator that computes x weight^T with oneDNN.
 using OneDnnLinear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                                 std::string_view, c10::List<std::optional<at::Scalar>>,
                                 std::optional<std::string_view>);
 const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
-  static const auto found = []() -> std::optional<c10::TypedOperatorHandle<OneDnnLinear>> {
-    const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    return op ? std::optional(op->typed<OneDnnLinear>()) : std::nullopt;
-  }();
+  static const auto found = find_operator<OneDnnLinear>("mkldnn::_linear_pointwise");
   return found;
 }
 
@@ -78,10 +82,12 @@ bool is_plain(int64_t M, int64_t N, int64_t row, int64_t column) {
   return (column == 1 && row >= std::max<int64_t>(1, N)) || (row == 1 && column >= std::max<int64_t>(1, M));
 }
 
-// Returns true if the processor multiplies bfloat16 numbers, with AVX-512 or in its matrix units.
+// Returns true if the processor multiplies bfloat16 numbers, with AVX-512 or in its matrix units, and oneDNN may use
+// these instructions. ONEDNN_MAX_CPU_ISA can forbid them.
 bool multiplies_bfloat16() {
 #ifdef __x86_64__
-  return __builtin_cpu_supports("avx512bf16");
+  const auto is_supported = find_operator<bool()>("mkldnn::_is_mkldnn_bf16_supported");
+  return __builtin_cpu_supports("avx512bf16") && onednn_linear() && is_supported && is_supported->call();
 #else
   return false;
 #endif
@@ -119,7 +125,7 @@ Method method_for(const Gemm& gemm) {
 }
 
 at::ScalarType operand_dtype(at::Device device, at::ScalarType dtype, int64_t multiplications) {
-  static const bool has_bfloat16 = multiplies_bfloat16() && onednn_linear();
+  static const bool has_bfloat16 = multiplies_bfloat16();
   const bool is_fast = dtype == at::kBFloat16 && has_bfloat16 && multiplications >= kWorthOneDnn / 2 &&
                        at::globalContext().userEnabledMkldnn();
   return device.is_cuda() || is_fast ? dtype : compute_dtype(dtype);
