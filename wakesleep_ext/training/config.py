@@ -107,8 +107,8 @@ class TrainConfig:
     """Scale the gradient of each network down to this norm if it is larger; by default, gradients keep their norm."""
     precision: Precision = "float32"
     """Precision of matrix products, whatever `torch.autocast` says outside. "tf32" rounds the factors of large products
-    to 11 significant bits; only a GPU has it. "bfloat16" rounds the factors of all layers, and the outputs of hidden
-    layers, to 8 bits. Log-likelihoods, weights and moments stay in float32."""
+    to 11 significant bits; only a GPU has it. "bfloat16" rounds the factors and outputs of all layers to 8 bits, and so
+    Gaussian latent variables. Log-likelihoods, weights, moments and an MLP's logits of images stay in float32."""
     replay: bool = True
     """Record a step and replay it: as a CUDA graph on a GPU, or as a list of operator calls on a CPU. The results are
     the same as without replay. A replay runs no Python, so networks must store every value that changes between steps
