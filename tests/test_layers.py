@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import wakesleep_ext as ws
 from wakesleep_ext import reference
+from wakesleep_ext.benchmark.instruments import peak_bytes
 
 CHUNK = 32  # minimum rows per chunk
 
@@ -31,6 +32,19 @@ def test_a_layer_in_several_chunks(device: str, small_chunks: None) -> None:
     upstream = torch.randn_like(found)
     gradients = torch.autograd.grad(found, layer, upstream)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, layer, upstream), rtol=1e-11, atol=1e-11)
+
+
+def test_memory_of_gradients_in_float32_does_not_grow_with_the_rows(small_chunks: None) -> None:
+    """Besides the gradients of the arguments, a pass allocates one chunk, for any number of rows."""
+
+    def beyond_gradients(rows: int) -> int:
+        layer = _layer(rows, 4, 300, torch.float32, "cpu")
+        y = ws.linear(*layer, "tanh")
+        upstream = torch.ones_like(y)
+        peak = peak_bytes(lambda: torch.autograd.grad(y, layer, upstream, retain_graph=True), torch.device("cpu"))
+        return peak - sum(tensor.nbytes for tensor in layer)
+
+    assert beyond_gradients(20_000) <= beyond_gradients(5_000) + 2**19
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

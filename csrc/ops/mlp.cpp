@@ -38,7 +38,9 @@ struct Mlp : LayerCall {
       widest = std::max(widest, layers[l].D);
     }
     method = method_for(Gemm::of_layer(h, layers[0].weight));
-    const bool is_one_call = layers.size() == 1 && dtype == operand && has_layer_output(method, output_activation);
+    // packed_gemm is as fast in chunks, and its gradients are faster
+    const bool is_one_call = layers.size() == 1 && dtype == operand && method != Method::packed_gemm &&
+                             has_layer_output(method, output_activation);
     rows = method == Method::small_batch || is_one_call ? std::max<int64_t>(1, N) : chunk_rows(widest);
   }
 
