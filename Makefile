@@ -8,8 +8,8 @@ PYTHON ?= python3
 RUN ?= runs/digits
 TESTS ?= tests
 CUDA_ARCHITECTURES ?= 9.0
-RESULT ?= benchmarks/results/0.2.0-amd-epyc-zen3-avx2-1-thread.json
-STEP_RESULT ?= benchmarks/results/0.2.0-amd-epyc-zen3-avx2-1-thread-step.json
+RESULT ?= benchmarks/results/0.2.0-intel-xeon-avx512-1-thread.json
+STEP_RESULT ?= benchmarks/results/0.2.0-intel-xeon-avx512-1-thread-step.json
 ON_EVERY_CORE := --numprocesses auto --dist loadgroup
 # pip would compile every module to bytecode, which takes a minute. Python compiles the modules that it imports.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
