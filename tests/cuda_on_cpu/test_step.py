@@ -62,9 +62,10 @@ def test_several_steps_have_their_kernels_and_stack_their_losses_once() -> None:
     assert found.total() == 3 * 24 + 1
 
 
-def test_a_step_of_many_rows_has_16_kernels_besides_its_products() -> None:
+@pytest.mark.parametrize("num_samples", [5, 50])
+def test_a_step_of_many_rows_has_16_kernels_besides_its_products(num_samples: int) -> None:
     """Each layer of a small batch counts as its products: one forward, and one or two backward."""
-    step, index = _step(100, 5), torch.arange(100)
+    step, index = _step(100, num_samples), torch.arange(100)
     with cuda_kernels():
         found = kernels_of(lambda: step._train(index, awake=True))
     blas = sum(name.startswith("GEMM ") for name in found)
