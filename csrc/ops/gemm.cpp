@@ -102,9 +102,10 @@ bool suits_onednn(const Gemm& gemm) {
          is_plain(gemm.K, gemm.N, gemm.b_row, gemm.b_column) && at::globalContext().userEnabledMkldnn();
 }
 
-at::Tensor onednn_layer(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias, Activation f) {
+at::Tensor onednn_layer(const at::Tensor& h, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                        Activation f) {
   constexpr std::string_view kNames[] = {"none", "relu", "sigmoid", "tanh"};  // in the order of Activation
-  return onednn_linear()->call(a, b.t(), bias, kNames[static_cast<size_t>(f)], c10::List<std::optional<at::Scalar>>(),
+  return onednn_linear()->call(h, weight, bias, kNames[static_cast<size_t>(f)], c10::List<std::optional<at::Scalar>>(),
                                {});
 }
 
@@ -144,7 +145,7 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type
       return in_type(y, type);
     }
     case Method::onednn:
-      return in_type(onednn_layer(a, b, {}, Activation::identity), type);
+      return in_type(onednn_layer(a, b.t(), {}, Activation::identity), type);
     default:
       return a.is_cuda() && type != a.scalar_type() ? at::mm(a, b, type) : in_type(at::mm(a, b), type);
   }
@@ -170,9 +171,8 @@ bool has_layer_output(Method method, Activation f) {
          (method == Method::blas && f == Activation::identity);
 }
 
-at::Tensor layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight,
+at::Tensor layer_output(Method method, const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight,
                         const at::Tensor& bias, at::Tensor place) {
-  const Method method = method_for(gemm);
   if (method == Method::packed_gemm) {
     place = place.defined() ? place : at::empty({gemm.M, gemm.N}, h.options());
     launch(gemm.device, backend_of(gemm.device).packed_gemm,
@@ -188,12 +188,11 @@ at::Tensor layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, con
     return place;
   }
   const at::Tensor of_type = in_type(bias, h.scalar_type());
-  if (method == Method::blas && place.defined()) {
-    return at::addmm_out(place, of_type, h, weight.t());
+  if (method == Method::onednn) {
+    const at::Tensor y = onednn_layer(h, weight, of_type, f);
+    return place.defined() ? place.copy_(y) : y;
   }
-  const at::Tensor y =
-      method == Method::blas ? at::addmm(of_type, h, weight.t()) : onednn_layer(h, weight.t(), of_type, f);
-  return place.defined() ? place.copy_(y) : y;
+  return place.defined() ? at::addmm_out(place, of_type, h, weight.t()) : at::addmm(of_type, h, weight.t());
 }
 
 }  // namespace wakesleep

@@ -84,7 +84,7 @@ void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b
 bool has_layer_output(Method method, Activation f);
 
 // Returns y [N, D], in the dtype of h and weight. If `place` is defined, y is written to it.
-at::Tensor layer_output(const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight,
+at::Tensor layer_output(Method method, const Gemm& gemm, Activation f, const at::Tensor& h, const at::Tensor& weight,
                         const at::Tensor& bias, at::Tensor place);
 
 }  // namespace wakesleep

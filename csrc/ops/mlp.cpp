@@ -61,8 +61,9 @@ at::Tensor chunk_output(const Mlp& call, size_t l, const at::Tensor& h, at::Tens
     return y;
   }
   const Gemm gemm = Gemm::of_layer(h, layer.weight);
-  if (call.dtype == call.operand && has_layer_output(method_for(gemm), call.activation(l))) {
-    return layer_output(gemm, call.activation(l), h, layer.weight, layer.bias, place);
+  const Method method = method_for(gemm);
+  if (call.dtype == call.operand && has_layer_output(method, call.activation(l))) {
+    return layer_output(method, gemm, call.activation(l), h, layer.weight, layer.bias, place);
   }
   const at::Tensor products = product(h, layer.weight.t(), call.compute);
   if (!place.defined()) {
