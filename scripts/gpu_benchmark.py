@@ -66,9 +66,10 @@ def measure(plan: Plan, seconds: float, path: Path) -> None:
     def place(record: Record) -> int:
         return places[" ".join(str(record[name]) for name in ("op", "pass", "dtype", "shape"))]
 
+    commit, modified = commit_of(ROOT)  # built from here
     for figures in run(plan, differing_first):
         figures["records"] = sorted(figures["records"], key=place)
-        figures["machine"]["commit"], figures["machine"]["modified"] = commit_of(ROOT)  # built from here
+        figures["machine"]["commit"], figures["machine"]["modified"] = commit, modified
         result.write(path, figures)
         if time.monotonic() > end:
             break

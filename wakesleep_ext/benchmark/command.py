@@ -77,8 +77,9 @@ def _watched(plan: Plan) -> Result:
                 bar.set_postfix_str(str(case))
                 yield case
 
-    *_, figures = run(plan, bar, cache(lambda message: tqdm.write(f"wakesleep: {message}", file=sys.stderr)))
-    return figures
+    for figures in run(plan, bar, cache(lambda message: tqdm.write(f"wakesleep: {message}", file=sys.stderr))):
+        last = figures  # the results of earlier cases are part of it
+    return last
 
 
 def _say(message: str) -> None:
